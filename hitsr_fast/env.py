@@ -1,0 +1,35 @@
+"""The only reader of environment variables. Each is read when asked for, never at import."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def backend() -> str | None:
+    """Name of the backend forced for every op by `HITSR_FAST_BACKEND`, or None."""
+    return os.environ.get("HITSR_FAST_BACKEND") or None
+
+
+def cache_dir() -> Path:
+    """Folder for downloaded weights and photos.
+
+    `HITSR_FAST_CACHE`, else `$XDG_CACHE_HOME/hitsr_fast`, else `~/.cache/hitsr_fast`. It need not exist yet.
+    """
+    own = os.environ.get("HITSR_FAST_CACHE")
+    if own:
+        return Path(own).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "hitsr_fast"
+
+
+def autotune() -> bool:
+    """Whether Triton kernels may time several configurations: `HITSR_FAST_AUTOTUNE`, on unless it is 0.
+
+    Raises:
+        ValueError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get("HITSR_FAST_AUTOTUNE") or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"HITSR_FAST_AUTOTUNE: expected 0 or 1, found {value!r}")
+    return value == "1"

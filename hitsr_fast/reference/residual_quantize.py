@@ -1,0 +1,232 @@
+"""Definition of the multi-scale residual quantizer: encode, decode, its gradient, and the sampler's step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hitsr_fast.reference.nearest_code import nearest_code
+
+
+def phi_table(num_scales: int, num_phi: int = 4) -> list[int]:
+    """Which of `num_phi` shared phi convolutions each of `num_scales` scales uses.
+
+    Scale i sits at i / (num_scales - 1) and takes the nearest of evenly spaced ticks. Exact ties exist (ten scales: 2
+    and 7) and fall as numpy's float64 `linspace` rounds, so the ticks must not be derived in another way.
+
+    Example:
+        >>> phi_table(10)
+        [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+
+    Notes:
+        Source: VAR (arXiv 2404.02905), the partially shared phi of its released quantizer.
+    """
+    if num_scales < 1 or num_phi < 1:
+        raise ValueError(f"num_scales, num_phi: expected at least 1, found {num_scales}, {num_phi}")
+    if num_scales == 1:
+        return [0]
+    margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
+    ticks = np.linspace(margin, 1 - margin, num_phi)
+    return [int(np.argmin(np.abs(ticks - i / (num_scales - 1)))) for i in range(num_scales)]
+
+
+def arithmetic_dtype(codebook: Tensor) -> torch.dtype:
+    """The dtype in which the quantizer computes: the codebook's, or float32 where that is a 16-bit one."""
+    return torch.float32 if codebook.dtype in (torch.float16, torch.bfloat16) else codebook.dtype
+
+
+def residual_quantize(
+    z: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    scales: Sequence[int],
+    phi_index: Sequence[int],
+    phi_ratio: float,
+    replay: Tensor | None,
+    metric: str,
+) -> tuple[Tensor, Tensor]:
+    """Quantize a latent scale by scale: pool the residual, find codes, spread them out with phi, subtract.
+
+    Args:
+        z: floating `(B, C, H, W)`.
+        codebook: floating `(K, C)`.
+        phi_weight: `(P, C, C, 3, 3)`.
+        phi_bias: `(P, C)`.
+        scales: `h0, w0, h1, w1, ...`, each at most `(H, W)`.
+        phi_index: one entry in `[0, P)` per scale.
+        phi_ratio: r of `phi(h) = (1 - r) h + r (conv(h) + bias)`.
+        replay: int64 `(B, T0)`, the codes of the first scales, taken as they are instead of searched; or None.
+        metric: of `nearest_code`.
+
+    Returns:
+        indices: int64 `(B, T)`, scale after scale, row-major in each.
+        reconstruction: `(B, C, H, W)` in `arithmetic_dtype(codebook)`.
+
+    Notes:
+        Source: VAR (arXiv 2404.02905), Algorithm 1; replay: HIT-VAR (arXiv 2506.04990), Algorithm 1.
+    """
+    dtype = arithmetic_dtype(codebook)
+    residual = z.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    reconstruction = torch.zeros_like(residual)
+    indices = torch.empty(z.shape[0], _num_tokens(scales), dtype=torch.int64, device=z.device)
+    replayed = 0
+    if replay is not None:
+        replayed = replay.shape[1]
+        indices[:, :replayed] = replay
+    for size, tokens, phi in _walk(scales, phi_index):
+        if tokens.start >= replayed:
+            rows = _pool(residual, size).permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+            indices[:, tokens] = nearest_code(rows, codebook, metric).view(z.shape[0], -1)
+        step = _spread(indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], size, z.shape[2:], phi_ratio)
+        reconstruction += step
+        residual -= step
+    return indices, reconstruction
+
+
+def residual_decode(
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    scales: Sequence[int],
+    phi_index: Sequence[int],
+    size: Sequence[int],
+    phi_ratio: float,
+) -> Tensor:
+    """Sum of the spread-out codes of the given scales, `(B, C, H, W)` for `size = (H, W)`.
+
+    The order of operations is that of `residual_quantize`, so its indices give its reconstruction bit for bit.
+    """
+    shape = (indices.shape[0], codebook.shape[1], *size)
+    reconstruction = torch.zeros(shape, dtype=arithmetic_dtype(codebook), device=codebook.device)
+    for scale, tokens, phi in _walk(scales, phi_index):
+        reconstruction += _spread(
+            indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], scale, size, phi_ratio
+        )
+    return reconstruction
+
+
+def residual_decode_backward(
+    grad: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    scales: Sequence[int],
+    phi_index: Sequence[int],
+    phi_ratio: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the reconstruction in codebook `(K, C)`, phi_weight `(P, C, C, 3, 3)` and phi_bias `(P, C)`.
+
+    The reconstruction is linear in each phi's input, and scales that share a phi share `grad` too: their spread-out
+    codes are summed first, so each phi costs one pair of convolution gradients however many scales use it.
+    """
+    dtype = arithmetic_dtype(codebook)
+    grad = grad.to(dtype).contiguous()
+    B, C, H, W = grad.shape
+    grad_codebook = torch.zeros(codebook.shape, dtype=dtype, device=grad.device)
+    grad_weight = torch.zeros(phi_weight.shape, dtype=dtype, device=grad.device)
+    grad_bias = torch.zeros(phi_weight.shape[:2], dtype=dtype, device=grad.device)
+    for phi in sorted(set(phi_index)):
+        weight = phi_weight[phi].to(dtype)
+        grad_h = grad
+        if phi_ratio != 0:
+            through = torch.nn.grad.conv2d_input(grad.shape, weight, grad, padding=1)
+            grad_h = (1 - phi_ratio) * grad + phi_ratio * through
+        h = torch.zeros_like(grad)
+        for size, tokens, used in _walk(scales, phi_index):
+            if used != phi:
+                continue
+            h += _upsample(_gather(indices[:, tokens], codebook, size), (H, W))
+            grad_map = grad_h
+            if (H, W) != size:
+                grad_map = torch.ops.aten.upsample_bicubic2d_backward(grad_h, (H, W), (B, C, *size), False)
+            grad_codebook.index_add_(
+                0, indices[:, tokens].reshape(-1), grad_map.permute(0, 2, 3, 1).reshape(-1, C)
+            )
+        if phi_ratio != 0:
+            grad_weight[phi] = phi_ratio * torch.nn.grad.conv2d_weight(h, weight.shape, grad, padding=1)
+            grad_bias[phi] = phi_ratio * grad.sum(dim=(0, 2, 3))
+    return grad_codebook.to(codebook.dtype), grad_weight.to(phi_weight.dtype), grad_bias.to(phi_weight.dtype)
+
+
+def residual_step(
+    reconstruction: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    scale: Sequence[int],
+    next_scale: Sequence[int],
+    phi_ratio: float,
+) -> Tensor:
+    """Add one scale's codes to `reconstruction` in place; return it pooled to `next_scale`.
+
+    Args:
+        reconstruction: `(B, C, H, W)` in `arithmetic_dtype(codebook)`; changed.
+        indices: int64 `(B, h * w)`.
+        codebook: `(K, C)`.
+        phi_weight: `(C, C, 3, 3)`, the phi of this scale.
+        phi_bias: `(C,)`.
+        scale: `(h, w)`.
+        next_scale: `(h2, w2)`; `(0, 0)` after the last scale.
+        phi_ratio: as in `residual_quantize`.
+
+    Returns:
+        `(B, C, h2, w2)`, a tensor of its own.
+    """
+    size = reconstruction.shape[2:]
+    reconstruction += _spread(indices, codebook, phi_weight, phi_bias, scale, size, phi_ratio)
+    if tuple(next_scale) == (0, 0):
+        return reconstruction.new_empty(*reconstruction.shape[:2], 0, 0)
+    return _pool(reconstruction, next_scale).clone(memory_format=torch.contiguous_format)
+
+
+def _num_tokens(scales: Sequence[int]) -> int:
+    return sum(h * w for h, w in zip(scales[::2], scales[1::2], strict=True))
+
+
+def _walk(scales: Sequence[int], phi_index: Sequence[int]) -> Iterator[tuple[tuple[int, int], slice, int]]:
+    """Of each scale: its size (h, w), its slice of the token axis, its phi."""
+    start = 0
+    for h, w, phi in zip(scales[::2], scales[1::2], phi_index, strict=True):
+        yield (h, w), slice(start, start + h * w), phi
+        start += h * w
+
+
+def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Area average of `(B, C, H, W)` to `(B, C, *size)`; the map itself where the sizes match."""
+    return x if x.shape[2:] == tuple(size) else F.adaptive_avg_pool2d(x, tuple(size))
+
+
+def _upsample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bicubic `(B, C, h, w)` to `(B, C, *size)`; the map itself where the sizes match."""
+    if x.shape[2:] == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bicubic", align_corners=False)
+
+
+def _gather(indices: Tensor, codebook: Tensor, size: Sequence[int]) -> Tensor:
+    """Codes of `(B, h * w)` indices as a contiguous map `(B, C, h, w)`."""
+    rows = F.embedding(indices, codebook).to(arithmetic_dtype(codebook))
+    return rows.transpose(1, 2).reshape(indices.shape[0], codebook.shape[1], *size).contiguous()
+
+
+def _spread(
+    indices: Tensor,
+    codebook: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Sequence[int],
+    size: Sequence[int],
+    phi_ratio: float,
+) -> Tensor:
+    """phi(bicubic(codes)): what one scale adds to the reconstruction, `(B, C, *size)`."""
+    h = _upsample(_gather(indices, codebook, scale), size)
+    if phi_ratio == 0:
+        return h
+    return (1 - phi_ratio) * h + phi_ratio * F.conv2d(h, weight.to(h.dtype), bias.to(h.dtype), padding=1)

@@ -1,0 +1,1 @@
+"""Tile helpers that several Triton kernels share."""
