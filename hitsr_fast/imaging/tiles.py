@@ -1,0 +1,170 @@
+"""Tiles over an image of any size, and the blending of their outputs row by row.
+
+An output is built by laying one tile over the other: a tile fades in over a strip inside its overlap with the one before,
+`canvas + ramp * (tile - canvas)`. Where tiles agree the result is exactly what they agree on, at every overlap and even where
+three tiles meet, so no sum of weights is kept. Rows are handed on as soon as no later tile can touch them: what is kept does
+not depend on the height of the image.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
+    """Fewest tile positions that cover `length` with at least `overlap` shared pixels, evenly spread, the last one flush.
+
+    Args:
+        length: side of the image, at least 1.
+        tile: side of a tile.
+        overlap: smallest overlap of two neighbours, in `[0, tile)`.
+
+    Returns:
+        Rising start positions; `(0,)` when one tile covers (or exceeds) the image.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+    """
+    if length < 1:
+        raise ValueError(f"length: expected at least 1, got {length}")
+    if tile < 1:
+        raise ValueError(f"tile: expected at least 1, got {tile}")
+    if not 0 <= overlap < tile:
+        raise ValueError(f"overlap: expected 0 <= overlap < tile = {tile}, got {overlap}")
+    if length <= tile:
+        return (0,)
+    steps = math.ceil((length - tile) / (tile - overlap))
+    return tuple((length - tile) * i // steps for i in range(steps + 1))
+
+
+def mirrored(length: int, padded: int, device: torch.device) -> Tensor:
+    """Indices that extend `length` pixels to `padded` by mirroring at the borders, however small `length` is: (padded,) int64."""
+    i = torch.arange(padded, device=device) % (2 * length)
+    return torch.minimum(i, 2 * length - 1 - i)
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Where the tiles of an image lie. All figures are in input pixels."""
+
+    height: int
+    width: int
+    tile: int
+    overlap: int
+    tops: tuple[int, ...]
+    lefts: tuple[int, ...]
+
+    @classmethod
+    def cover(cls, height: int, width: int, tile: int, overlap: int) -> TilePlan:
+        """Plan for a `height x width` image; see `tile_starts` for the arguments."""
+        return cls(
+            height, width, tile, overlap, tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
+        )
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles in the plan."""
+        return len(self.tops) * len(self.lefts)
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """Cut one band of image rows into its tiles.
+
+        Args:
+            rows: (B, C, h, W) with `h = min(tile, height)` rows that start at one of `tops`.
+
+        Returns:
+            (len(lefts), B, C, tile, tile); sides shorter than a tile are mirrored to the right and downwards.
+        """
+        if rows.shape[-2] < self.tile:
+            rows = rows.index_select(-2, mirrored(rows.shape[-2], self.tile, rows.device))
+        if self.width < self.tile:
+            rows = rows.index_select(-1, mirrored(self.width, self.tile, rows.device))
+        return torch.stack([rows[..., left : left + self.tile] for left in self.lefts])
+
+
+def fade_in(starts: tuple[int, ...], index: int, tile: int, overlap: int, factor: int) -> Tensor:
+    """Raised-cosine ramp with which tile `index` covers its predecessor: (tile * factor,) float32 in [0, 1].
+
+    The ramp is `overlap * factor` long and lies in the middle of what the two tiles share: pixels near a tile's edge, where
+    the model has least context, count least. The first tile has no predecessor and its ramp is 1 everywhere.
+    """
+    if index == 0:
+        return torch.ones(tile * factor)
+    shared = starts[index - 1] + tile - starts[index]
+    begin = (shared - overlap) * factor / 2
+    # A cross-fade of no length is a cut: any length under one pixel makes the clamp one.
+    length = max(overlap * factor, 0.5)
+    x = (torch.arange(tile * factor) + 0.5 - begin) / length
+    return 0.5 - 0.5 * torch.cos(math.pi * x.clamp(0, 1))
+
+
+class RowBlender:
+    """Blends the output tiles of a plan at one factor, band by band from the top, and hands on finished rows.
+
+    Example:
+        >>> plan = TilePlan.cover(6, 9, tile=4, overlap=2)
+        >>> image = torch.rand(1, 3, 6, 9)
+        >>> blender = RowBlender(plan, factor=1)
+        >>> rows = [blender.add_band(plan.cut(image[:, :, top : top + 4])) for top in plan.tops]
+        >>> bool(torch.allclose(torch.cat(rows, dim=2), image))
+        True
+    """
+
+    def __init__(self, plan: TilePlan, factor: int) -> None:
+        self.plan = plan
+        self.factor = factor
+        self._band = 0
+        self._pending: Tensor | None = None  # rows of earlier bands that the next band reaches, (B, C, h, W * factor)
+        self._column_ramps = [fade_in(plan.lefts, i, plan.tile, plan.overlap, factor) for i in range(len(plan.lefts))]
+
+    def add_band(self, tiles: Tensor) -> Tensor:
+        """Add the next band of output tiles.
+
+        Args:
+            tiles: (len(lefts), B, C, tile * factor, tile * factor), the outputs for `plan.cut` of that band.
+
+        Returns:
+            (B, C, n, width * factor): the rows that are now final; after the last band all rows have been returned.
+
+        Raises:
+            ValueError: if `tiles` has another shape or all bands have been added.
+        """
+        plan, side = self.plan, self.plan.tile * self.factor
+        if self._band == len(plan.tops):
+            raise ValueError(f"tiles: expected {len(plan.tops)} bands, got one more")
+        if tiles.dim() != 5 or len(tiles) != len(plan.lefts) or tiles.shape[-2:] != (side, side):
+            raise ValueError(
+                f"tiles: expected shape ({len(plan.lefts)}, B, C, {side}, {side}), got {tuple(tiles.shape)}"
+            )
+        band = self._blend_columns(tiles)
+        if self._pending is not None:
+            ramp = fade_in(plan.tops, self._band, plan.tile, plan.overlap, self.factor).to(band)
+            shared = self._pending.shape[-2]
+            band[..., :shared, :] = torch.lerp(self._pending, band[..., :shared, :], ramp[:shared, None])
+        self._band += 1
+        if self._band == len(plan.tops):
+            self._pending = None
+            return band[..., : (plan.height - plan.tops[-1]) * self.factor, :]
+        final = (plan.tops[self._band] - plan.tops[self._band - 1]) * self.factor
+        self._pending = band[..., final:, :].clone()
+        return band[..., :final, :]
+
+    def _blend_columns(self, tiles: Tensor) -> Tensor:
+        plan, side = self.plan, self.plan.tile * self.factor
+        _, b, c, _, _ = tiles.shape
+        band = tiles.new_empty(b, c, side, max(plan.width, plan.tile) * self.factor)
+        covered = 0
+        for tile, left, ramp in zip(tiles, plan.lefts, self._column_ramps, strict=True):
+            at = left * self.factor
+            shared = covered - at
+            if shared > 0:
+                earlier = band[..., at:covered]
+                band[..., at:covered] = torch.lerp(earlier, tile[..., :shared], ramp[:shared].to(band))
+            shared = max(shared, 0)
+            band[..., at + shared : at + side] = tile[..., shared:]
+            covered = at + side
+        return band[..., : plan.width * self.factor]
