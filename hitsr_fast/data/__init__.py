@@ -1,0 +1,1 @@
+"""Training data: photos from folders, and low-resolution inputs made from them."""

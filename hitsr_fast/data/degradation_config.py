@@ -1,0 +1,130 @@
+"""Strengths and probabilities of the two-order degradation (see `hitsr_fast.data.degradation`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Final
+
+from hitsr_fast.data.blur_kernels import KERNEL_SHAPES
+
+
+def check_probability(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}: expected a probability in [0, 1], found {value}")
+
+
+def check_distribution(name: str, values: tuple[float, ...]) -> None:
+    if min(values) < 0 or not math.isclose(sum(values), 1, abs_tol=1e-6):
+        raise ValueError(f"{name}: expected probabilities that sum to 1, found {values}")
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    """One order of the degradation: blur, resize, noise, JPEG. Ranges are (low, high)."""
+
+    blur_prob: float = 1.0
+    """Probability of blurring at all."""
+    sinc_prob: float = 0.1
+    """Probability that the blur kernel is a sinc filter rather than a Gaussian-like one."""
+    sigma_range: tuple[float, float] = (0.2, 3.0)
+    """Standard deviation of the Gaussian-like kernels, in pixels."""
+    resize_probs: tuple[float, float, float] = (0.2, 0.7, 0.1)
+    """Probabilities of resizing up, down, not at all."""
+    resize_range: tuple[float, float] = (0.15, 1.5)
+    """Smallest factor when resizing down, largest when resizing up."""
+    gaussian_noise_prob: float = 0.5
+    """Probability of Gaussian noise; Poisson noise otherwise."""
+    gaussian_noise_range: tuple[float, float] = (1.0, 30.0)
+    """Standard deviation of Gaussian noise, in 8-bit levels."""
+    poisson_scale_range: tuple[float, float] = (0.05, 3.0)
+    """Strength of Poisson noise; 1 is the photon noise of as many photons as the image has levels."""
+    gray_noise_prob: float = 0.4
+    """Probability that the noise is the same in all channels."""
+    jpeg_range: tuple[int, int] = (30, 95)
+    """JPEG quality, both ends included."""
+
+    def __post_init__(self) -> None:
+        for name in ("blur_prob", "sinc_prob", "gaussian_noise_prob", "gray_noise_prob"):
+            check_probability(name, getattr(self, name))
+        check_distribution("resize_probs", self.resize_probs)
+        for name in (
+            "sigma_range",
+            "resize_range",
+            "gaussian_noise_range",
+            "poisson_scale_range",
+            "jpeg_range",
+        ):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                raise ValueError(f"{name}: expected 0 < low <= high, found ({low}, {high})")
+        if not self.resize_range[0] <= 1 <= self.resize_range[1]:
+            raise ValueError(f"resize_range: expected a range around 1, found {self.resize_range}")
+        if self.jpeg_range[1] > 100:
+            raise ValueError(f"jpeg_range: expected at most 100, found {self.jpeg_range}")
+
+
+_X4PLUS_SECOND: Final = OrderConfig(
+    blur_prob=0.8,
+    sigma_range=(0.2, 1.5),
+    resize_probs=(0.3, 0.4, 0.3),
+    resize_range=(0.3, 1.2),
+    gaussian_noise_range=(1.0, 25.0),
+    poisson_scale_range=(0.05, 2.5),
+)
+
+
+@dataclass(frozen=True)
+class DegradationConfig:
+    """The whole degradation; the defaults are Real-ESRGAN's x4plus."""
+
+    first: OrderConfig = field(default_factory=OrderConfig)
+    """First order."""
+    second: OrderConfig = _X4PLUS_SECOND
+    """Second order."""
+    kernel_probs: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
+    """Probabilities of the Gaussian-like kernels, in the order of `blur_kernels.KERNEL_SHAPES`."""
+    kernel_sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)
+    """Sides of the kernels, equally likely."""
+    generalized_beta_range: tuple[float, float] = (0.5, 4.0)
+    """Shape of the generalized Gaussians; half of the draws lie below 1."""
+    plateau_beta_range: tuple[float, float] = (1.0, 2.0)
+    """Shape of the plateau kernels; half of the draws are the lower end."""
+    final_sinc_prob: float = 0.8
+    """Probability of a sinc filter at the end."""
+
+    def __post_init__(self) -> None:
+        if len(self.kernel_probs) != len(KERNEL_SHAPES):
+            raise ValueError(
+                f"kernel_probs: expected {len(KERNEL_SHAPES)} numbers, found {len(self.kernel_probs)}"
+            )
+        check_distribution("kernel_probs", self.kernel_probs)
+        check_probability("final_sinc_prob", self.final_sinc_prob)
+        if not self.kernel_sizes or any(size < 1 or size % 2 == 0 for size in self.kernel_sizes):
+            raise ValueError(f"kernel_sizes: expected positive odd integers, found {self.kernel_sizes}")
+        for name in ("generalized_beta_range", "plateau_beta_range"):
+            low, high = getattr(self, name)
+            if not 0 < low <= 1 <= high:
+                raise ValueError(f"{name}: expected 0 < low <= 1 <= high, found ({low}, {high})")
+
+
+REAL_ESRGAN_X4PLUS: Final = DegradationConfig()
+"""Strong, for photos of unknown history."""
+VARSR: Final = DegradationConfig(
+    first=OrderConfig(
+        resize_range=(0.3, 1.5),
+        gaussian_noise_range=(1.0, 15.0),
+        poisson_scale_range=(0.05, 2.0),
+        jpeg_range=(60, 95),
+    ),
+    second=OrderConfig(
+        blur_prob=0.5,
+        sigma_range=(0.2, 1.5),
+        resize_probs=(0.3, 0.4, 0.3),
+        resize_range=(0.6, 1.2),
+        gaussian_noise_range=(1.0, 12.0),
+        poisson_scale_range=(0.05, 1.0),
+        jpeg_range=(60, 100),
+    ),
+)
+"""Milder, as VARSR and SeeSR train with."""

@@ -1,0 +1,114 @@
+"""Baseline JPEG as a tensor operation: a photo after being saved with 4:2:0 chroma and read again.
+
+Source: ITU-T T.81 (the transform, annex K tables) and JFIF 1.02 (YCbCr). The lossless entropy coding is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# T.81 tables K.1 (luminance) and K.2 (chrominance), row by row.
+_LUMA: Final = (
+    (16, 11, 10, 16, 24, 40, 51, 61),
+    (12, 12, 14, 19, 26, 58, 60, 55),
+    (14, 13, 16, 24, 40, 57, 69, 56),
+    (14, 17, 22, 29, 51, 87, 80, 62),
+    (18, 22, 37, 56, 68, 109, 103, 77),
+    (24, 35, 55, 64, 81, 104, 113, 92),
+    (49, 64, 78, 87, 103, 121, 120, 101),
+    (72, 92, 95, 98, 112, 100, 103, 99),
+)
+_CHROMA: Final = (
+    (17, 18, 24, 47, 99, 99, 99, 99),
+    (18, 21, 26, 66, 99, 99, 99, 99),
+    (24, 26, 56, 99, 99, 99, 99, 99),
+    (47, 66, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+    (99, 99, 99, 99, 99, 99, 99, 99),
+)
+_RGB_TO_YCBCR: Final = (
+    (0.299, 0.587, 0.114),
+    (-0.168735892, -0.331264108, 0.5),
+    (0.5, -0.418687589, -0.081312411),
+)
+_YCBCR_TO_RGB: Final = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 0.0))
+
+
+def jpeg(images: Tensor, quality: int) -> Tensor:
+    """Save images as baseline JPEG (4:2:0) and read them back.
+
+    Args:
+        images: floating point `(B, 3, H, W)`, RGB in [0, 1]; rounded to 8 bits first, as encoders get it.
+        quality: 1 to 100, libjpeg's scale.
+
+    Returns:
+        float32 `(B, 3, H, W)` in [0, 1], on the 8-bit grid.
+
+    Raises:
+        TypeError: if `images` is not a floating point tensor.
+        ValueError: if a shape or the quality is out of range.
+
+    Notes:
+        Follows libjpeg's defaults: annex K tables scaled by quality, 2x2 mean for chroma, triangle ("fancy")
+        upsampling. libjpeg transforms in integers, so results differ from it by a level here and there.
+        Not differentiable: coefficients are rounded.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(
+            f"images: expected a floating point tensor, found {getattr(images, 'dtype', type(images))}"
+        )
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ValueError(f"images: expected shape (B, 3, H, W), found {tuple(images.shape)}")
+    if not 1 <= quality <= 100:
+        raise ValueError(f"quality: expected 1 to 100, found {quality}")
+    height, width = images.shape[-2:]
+    pixels = (images.float() * 255).round_().clamp_(0, 255)
+    pixels = F.pad(pixels, (0, -width % 16, 0, -height % 16), mode="replicate")
+
+    transform = torch.tensor(_RGB_TO_YCBCR, device=images.device)
+    ycc = torch.einsum("oc,bchw->bohw", transform, pixels)
+    luma = ycc[:, :1].round() - 128  # level shift; chroma is centred on zero already
+    chroma = F.avg_pool2d(ycc[:, 1:].round(), 2).round_()
+
+    luma = _code_blocks(luma, _quantisation_table(_LUMA, quality, images.device))
+    chroma = _code_blocks(chroma, _quantisation_table(_CHROMA, quality, images.device))
+
+    chroma = F.interpolate(chroma, scale_factor=2.0, mode="bilinear", align_corners=False)
+    inverse = torch.tensor(_YCBCR_TO_RGB, device=images.device)
+    rgb = torch.einsum("oc,bchw->bohw", inverse, torch.cat((luma + 128, chroma), dim=1))
+    return rgb[:, :, :height, :width].round().clamp_(0, 255) / 255
+
+
+def _code_blocks(plane: Tensor, table: Tensor) -> Tensor:
+    """Transform, quantise, de-quantise and invert each 8x8 block of `(B, C, H, W)`, sides multiples of 8."""
+    batch, channels, height, width = plane.shape
+    blocks = plane.reshape(batch, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
+    dct = _dct_matrix(plane.device)
+    coefficients = torch.round(dct @ blocks @ dct.T / table) * table
+    blocks = (dct.T @ coefficients @ dct).round_().clamp_(-128, 127)
+    return blocks.transpose(3, 4).reshape(batch, channels, height, width)
+
+
+@lru_cache(maxsize=8)
+def _dct_matrix(device: torch.device) -> Tensor:
+    """Orthonormal 8-point DCT-II, float32 `(8, 8)`, frequency by position."""
+    position = torch.arange(8, dtype=torch.float64)
+    matrix = torch.cos(math.pi / 8 * (position[None, :] + 0.5) * position[:, None]) / 2
+    matrix[0] /= math.sqrt(2)
+    return matrix.to(device, torch.float32)
+
+
+@lru_cache(maxsize=512)
+def _quantisation_table(base: tuple[tuple[int, ...], ...], quality: int, device: torch.device) -> Tensor:
+    """Annex K table at libjpeg's quality, float32 `(8, 8)` of whole numbers 1 to 255."""
+    percent = 5000 // quality if quality < 50 else 200 - 2 * quality
+    table = torch.tensor(base, dtype=torch.int64)
+    return ((table * percent + 50) // 100).clamp(1, 255).to(device, torch.float32)
