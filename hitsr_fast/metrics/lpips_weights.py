@@ -104,21 +104,20 @@ def load_weights(path: Path, net: str) -> dict[str, Tensor]:
         LpipsWeightsNotFoundError: there is no such file.
         ValueError: the file is not a safetensors file.
     """
-    if not path.is_file():
-        raise LpipsWeightsNotFoundError(
-            f"LPIPS weights not found at {path}; fetch them with: {FETCH_COMMAND}"
-        )
+    require_weights(path)
+    prefix = f"{net}."
     try:
         with safe_open(path, framework="pt") as file:
-            return {
-                key.removeprefix(f"{net}."): file.get_tensor(key)
-                for key in file.keys()  # noqa: SIM118  (the handle is not iterable)
-                if key.startswith(f"{net}.")
-            }
+            keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  (no iteration)
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
     except SafetensorError as error:
-        raise ValueError(
-            f"weights: {path} is damaged ({error}); fetch it anew: {FETCH_COMMAND} --force"
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}); repair: {FETCH_COMMAND} --force") from error
+
+
+def require_weights(path: Path) -> None:
+    """Raise LpipsWeightsNotFoundError, with the command that helps, when there is no file at `path`."""
+    if not path.is_file():
+        raise LpipsWeightsNotFoundError(f"no LPIPS weights at {path}; fetch them with: {FETCH_COMMAND}")
 
 
 def fetch_weights(path: Path, *, archive: Path | None = None, source: WeightsSource = SOURCE) -> None:
