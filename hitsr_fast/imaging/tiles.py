@@ -62,7 +62,12 @@ class TilePlan:
     def cover(cls, height: int, width: int, tile: int, overlap: int) -> TilePlan:
         """Plan for a `height x width` image; see `tile_starts` for the arguments."""
         return cls(
-            height, width, tile, overlap, tile_starts(height, tile, overlap), tile_starts(width, tile, overlap)
+            height,
+            width,
+            tile,
+            overlap,
+            tile_starts(height, tile, overlap),
+            tile_starts(width, tile, overlap),
         )
 
     @property
@@ -118,8 +123,12 @@ class RowBlender:
         self.plan = plan
         self.factor = factor
         self._band = 0
-        self._pending: Tensor | None = None  # rows of earlier bands that the next band reaches, (B, C, h, W * factor)
-        self._column_ramps = [fade_in(plan.lefts, i, plan.tile, plan.overlap, factor) for i in range(len(plan.lefts))]
+        self._pending: Tensor | None = (
+            None  # rows of earlier bands that the next band reaches, (B, C, h, W * factor)
+        )
+        self._column_ramps = [
+            fade_in(plan.lefts, i, plan.tile, plan.overlap, factor) for i in range(len(plan.lefts))
+        ]
 
     def add_band(self, tiles: Tensor) -> Tensor:
         """Add the next band of output tiles.
