@@ -4,7 +4,7 @@ Source: Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution wi
 The defaults are those of its x4plus training configuration.
 
 Each image is degraded alone, with a random stream keyed by (seed, its index): a result never depends on the
-rest of the batch. Parameters and noise are drawn on the CPU, so CPU and GPU make the same pair up to rounding.
+rest of the batch. Parameters and noise are drawn on the CPU, so CPU and GPU agree up to rounding.
 """
 
 from __future__ import annotations
@@ -251,8 +251,8 @@ def _poisson_noise(image: Tensor, normal: Tensor) -> Tensor:
     """Photon noise of `image` `(1, 3, H, W)`, or of its luma, from normal draws `(1, 3 or 1, H, W)`.
 
     A Poisson count of mean m is taken as its second-order Cornish-Fisher quantile m + √m z + (z² - 1)/6, cut
-    at zero: mean and skewness right, variance m + 1/18. Being smooth in m it gives CPU and GPU the same noise,
-    where rejection sampling would let one rounding difference change every later pixel.
+    at zero: mean and skewness right, variance m + 1/18. Being smooth in m it gives CPU and GPU the same
+    noise, where rejection sampling would let one rounding difference change every later pixel.
     """
     if normal.shape[1] == 1:
         image = (image * image.new_tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(1, keepdim=True)

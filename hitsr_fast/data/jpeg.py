@@ -1,6 +1,6 @@
 """Baseline JPEG as a tensor operation: a photo after being saved with 4:2:0 chroma and read again.
 
-Source: ITU-T T.81 (the transform, annex K tables) and JFIF 1.02 (YCbCr). The lossless entropy coding is left out.
+Source: ITU-T T.81 (the transform, annex K tables) and JFIF 1.02 (YCbCr). The entropy coding is lossless.
 """
 
 from __future__ import annotations
