@@ -82,7 +82,9 @@ def residual_quantize(
         if tokens.start >= replayed:
             rows = _pool(residual, size).permute(0, 2, 3, 1).reshape(-1, z.shape[1])
             indices[:, tokens] = nearest_code(rows, codebook, metric).view(z.shape[0], -1)
-        step = _spread(indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], size, z.shape[2:], phi_ratio)
+        step = _spread(
+            indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], size, z.shape[2:], phi_ratio
+        )
         reconstruction += step
         residual -= step
     return indices, reconstruction

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Bounds the score matrix of the backward pass to this many query rows.
+# Bounds the score matrix to this many query rows.
 _ROWS_PER_CHUNK = 256
 
 
 def scale_block_attention(
     q: Tensor, k: Tensor, v: Tensor, block_lengths: Sequence[int], softmax_scale: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention without a mask: block i attends to the key prefix that ends with it.
 
     Args:
@@ -23,32 +23,47 @@ def scale_block_attention(
         softmax_scale: factor of the scores.
 
     Returns:
-        `(B, T, NH, D)`, contiguous: per block `softmax(softmax_scale * q_i k[:end_i]^T) v[:end_i]`.
+        out: `(B, T, NH, D)`, contiguous: per block `softmax(softmax_scale * q_i k[:end_i]^T) v[:end_i]`.
+        lse: `(B, NH, T)`, the logarithm of each softmax's denominator, float32 (float64 for float64 input).
     """
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    for start, end in _blocks(block_lengths):
-        out[:, start:end] = _attend(q[:, start:end], k[:, :end], v[:, :end], softmax_scale)
-    return out
+    query, key, value = _heads_first(q, k, v)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = torch.empty(query.shape[:3], dtype=query.dtype, device=q.device)
+    for rows, end in _row_chunks(block_lengths):
+        scores = (query[:, :, rows] @ key[:, :, :end].mT).mul_(softmax_scale)
+        lse[:, :, rows] = scores.logsumexp(dim=-1)
+        weights = scores.sub_(lse[:, :, rows, None]).exp_()
+        out[:, rows] = (weights @ value[:, :, :end]).transpose(1, 2)
+    return out, lse
 
 
 def scale_block_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, block_lengths: Sequence[int], softmax_scale: float
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_lengths: Sequence[int],
+    softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients `(B, T, NH, D)` in q, k and v; sums run in float32 at least."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    grad, query, key, value = (t.to(dtype).transpose(1, 2) for t in (grad, q, k, v))
-    grad_q, grad_k, grad_v = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value))
-    for block_start, end in _blocks(block_lengths):
-        for start in range(block_start, end, _ROWS_PER_CHUNK):
-            rows = slice(start, min(start + _ROWS_PER_CHUNK, end))
-            weights = (query[:, :, rows] @ key[:, :, :end].mT).mul_(softmax_scale).softmax(dim=-1)
-            grad_v[:, :, :end] += weights.mT @ grad[:, :, rows]
-            grad_weights = grad[:, :, rows] @ value[:, :, :end].mT
-            mean = (weights * grad_weights).sum(dim=-1, keepdim=True)
-            grad_scores = grad_weights.sub_(mean).mul_(weights).mul_(softmax_scale)
-            grad_q[:, :, rows] = grad_scores @ key[:, :, :end]
-            grad_k[:, :, :end] += grad_scores.mT @ query[:, :, rows]
-    grad_q, grad_k, grad_v = (t.transpose(1, 2).to(q.dtype).contiguous() for t in (grad_q, grad_k, grad_v))
+    """Gradients `(B, T, NH, D)` in q, k and v from the gradient of `out`; contiguous.
+
+    With weights P and gradient G of the output: dV = P^T G, dS = P (G V^T - rowsum(G out)), dQ = dS K, dK = dS^T Q.
+    """
+    query, key, value, grad, out = _heads_first(q, k, v, grad, out)
+    grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    grad_q, grad_k, grad_v = grads
+    for rows, end in _row_chunks(block_lengths):
+        scores = (query[:, :, rows] @ key[:, :, :end].mT).mul_(softmax_scale)
+        weights = scores.sub_(lse[:, :, rows, None]).exp_()
+        grad_v[:, :, :end] += weights.mT @ grad[:, :, rows]
+        grad_scores = grad[:, :, rows] @ value[:, :, :end].mT
+        grad_scores -= (grad[:, :, rows] * out[:, :, rows]).sum(dim=-1, keepdim=True)
+        grad_scores *= weights.mul_(softmax_scale)
+        grad_q[:, :, rows] = grad_scores @ key[:, :, :end]
+        grad_k[:, :, :end] += grad_scores.mT @ query[:, :, rows]
+    grad_q, grad_k, grad_v = (t.transpose(1, 2).contiguous().to(q.dtype) for t in grads)
     return grad_q, grad_k, grad_v
 
 
@@ -59,20 +74,22 @@ def cached_attention_step(
     end = start + q.shape[1]
     k_cache[:, start:end] = k
     v_cache[:, start:end] = v
-    return _attend(q, k_cache[:, :end], v_cache[:, :end], softmax_scale).contiguous()
+    query, key, value = (t.transpose(1, 2) for t in (q, k_cache[:, :end], v_cache[:, :end]))
+    out = F.scaled_dot_product_attention(query, key, value, scale=softmax_scale)
+    return out.transpose(1, 2).contiguous()
 
 
-def _blocks(block_lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(start, end) of each block on the token axis."""
-    start = 0
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    """`(B, T, NH, D)` -> `(B, NH, T, D)`, in float32 where the dtype is a 16-bit one."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return [t.transpose(1, 2).to(dtype) for t in tensors]
+
+
+def _row_chunks(block_lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """Query rows, at most `_ROWS_PER_CHUNK` of one block at a time, with the end of the keys that they see."""
+    block_start = 0
     for length in block_lengths:
-        yield start, start + length
-        start += length
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """Attention of `(B, L, NH, D)` queries to `(B, M, NH, D)` keys, all of which they see."""
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=softmax_scale
-    )
-    return out.transpose(1, 2)
+        end = block_start + length
+        for start in range(block_start, end, _ROWS_PER_CHUNK):
+            yield slice(start, min(start + _ROWS_PER_CHUNK, end)), end
+        block_start = end

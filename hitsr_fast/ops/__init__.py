@@ -1,0 +1,23 @@
+"""The public ops: each validates its arguments, then calls `torch.ops.hitsr_fast.<op>`, which picks a backend."""
+
+from hitsr_fast.ops.nearest_code import Metric, nearest_code
+from hitsr_fast.ops.residual_quantize import (
+    ResidualQuantized,
+    residual_decode,
+    residual_quantize,
+    residual_step,
+)
+from hitsr_fast.ops.scale_block_attention import cached_attention_step, scale_block_attention
+from hitsr_fast.reference.residual_quantize import phi_table
+
+__all__ = [
+    "Metric",
+    "ResidualQuantized",
+    "cached_attention_step",
+    "nearest_code",
+    "phi_table",
+    "residual_decode",
+    "residual_quantize",
+    "residual_step",
+    "scale_block_attention",
+]

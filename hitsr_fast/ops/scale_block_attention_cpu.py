@@ -1,0 +1,58 @@
+"""CPU backend of scale-block attention: PyTorch's own flash kernel, called once per block on the visible keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def supports(q: Tensor, *_rest: Any) -> str | None:
+    """Why a call with such tensors cannot run here, or None."""
+    return None if q.device.type == "cpu" else f"needs CPU tensors, found {q.device.type}"
+
+
+def scale_block_attention_cpu(
+    q: Tensor, k: Tensor, v: Tensor, block_lengths: Sequence[int], softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """As `reference.scale_block_attention`."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
+    for length, end in zip(block_lengths, accumulate(block_lengths), strict=True):
+        rows = slice(end - length, end)
+        query, key, value = (t.transpose(1, 2) for t in (q[:, rows], k[:, :end], v[:, :end]))
+        block_out, lse[:, :, rows] = _forward(query, key, value, scale=softmax_scale)
+        out[:, rows] = block_out.transpose(1, 2)
+    return out, lse
+
+
+def scale_block_attention_backward_cpu(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    block_lengths: Sequence[int],
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.scale_block_attention_backward`; sums over blocks run in float32 at least."""
+    grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
+    grad_k, grad_v = (
+        torch.zeros_like(t, dtype=lse.dtype, memory_format=torch.contiguous_format) for t in (k, v)
+    )
+    for length, end in zip(block_lengths, accumulate(block_lengths), strict=True):
+        rows = slice(end - length, end)
+        block = (t.transpose(1, 2) for t in (grad[:, rows], q[:, rows], k[:, :end], v[:, :end], out[:, rows]))
+        grads = _backward(*block, lse[:, :, rows], 0.0, False, scale=softmax_scale)
+        block_q, block_k, block_v = (t.transpose(1, 2) for t in grads)
+        grad_q[:, rows] = block_q
+        grad_k[:, :end] += block_k
+        grad_v[:, :end] += block_v
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)

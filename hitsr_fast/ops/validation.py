@@ -1,0 +1,58 @@
+"""Argument checks shared by the public ops. Each error names the argument, what was expected and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INDEX = (torch.int64,)
+
+
+def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: Tensor | None = None) -> None:
+    """Raise TypeError unless `value` is a tensor of one of `dtypes`, ValueError unless on the device of `like`."""
+    expected = " or ".join(_short(dtype) for dtype in dtypes)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a {expected} tensor, found {type(value).__name__}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name}: expected dtype {expected}, found {_short(value.dtype)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, found {value.device}")
+
+
+def check_shape(name: str, value: Tensor, letters: str, **known: int) -> None:
+    """Raise ValueError unless `value` has one axis per letter of e.g. "B C H W", those in `known` of that length."""
+    axes = letters.split()
+    fits = value.dim() == len(axes) and all(
+        known.get(axis, length) == length for axis, length in zip(axes, value.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(f"{axis}={known[axis]}" if axis in known else axis for axis in axes)
+        raise ValueError(f"{name}: expected shape ({expected}), found {tuple(value.shape)}")
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError if `value` holds NaN or infinity. Reads the tensor: only for real calls, not for traced ones."""
+    if not value.isfinite().all():
+        raise ValueError(f"{name}: expected finite values, found NaN or infinity")
+
+
+def check_index_range(name: str, value: Tensor, size: int) -> None:
+    """Raise ValueError if an index is outside [0, size). CPU only: elsewhere the look would stall the device's queue."""
+    if value.device.type != "cpu" or value.numel() == 0:
+        return
+    low, high = value.aminmax()
+    if low < 0 or high >= size:
+        raise ValueError(f"{name}: expected indices from 0 to {size - 1}, found {int(low)} to {int(high)}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
