@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,7 +25,7 @@ class BackendUnavailableError(RuntimeError):
     """The forced backend (or every backend) cannot run this call; the message holds each one's reason."""
 
 
-def _always(*_args: Any) -> str | None:
+def _always(*_args: Any) -> None:
     return None
 
 
@@ -111,8 +112,8 @@ def register(
         schema: of the op, without defaults: PyTorch leaves out arguments that equal their default.
         backends: its implementations; must hold "reference".
         fake: shape and dtype of the results from fake arguments.
-        check: raises on bad values (not shapes: those the public function checks). It runs with each real call
-            and never while tracing, so it may look into tensors.
+        check: raises on bad values (shapes are the public function's job). It runs with each real call and
+            never while tracing, so it may look into tensors.
     """
     name = schema.partition("(")[0]
     operation = Operation(name, backends)
@@ -130,9 +131,9 @@ def register(
 def register_autograd(
     name: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
 ) -> None:
-    """Give `torch.ops.hitsr_fast.<name>` a gradient; the formula runs under the backend forced for the forward.
+    """Give `torch.ops.hitsr_fast.<name>` a gradient, run under the backend that was forced for the forward.
 
-    The autograd engine may run a formula in a thread of its own, which does not see this thread's `use_backend`.
+    The autograd engine may use a thread of its own, which does not see `use_backend` of this one.
     """
 
     def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -176,7 +177,8 @@ def use_backend(name: str | None) -> Iterator[None]:
         ValueError: no such backend.
 
     Notes:
-        An op that the backend cannot run raises `BackendUnavailableError`. Takes precedence over `HITSR_FAST_BACKEND`.
+        An op that the backend cannot run raises `BackendUnavailableError`.
+        Takes precedence over `HITSR_FAST_BACKEND`.
 
     Example:
         >>> import torch
@@ -196,8 +198,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 def operations() -> dict[str, Operation]:
     """Every registered op by name; imports them."""
-    import hitsr_fast.ops  # registers the ops
-
+    importlib.import_module("hitsr_fast.ops")
     return dict(_OPERATIONS)
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels, one package per op: `setup.py` puts them here in a wheel; a checkout keeps them in kernels/."""
+"""Triton kernels, one package per op: in a wheel they lie here, in a checkout in its folder kernels/."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The public ops: each validates its arguments, then calls `torch.ops.hitsr_fast.<op>`, which picks a backend."""
+"""The public ops: each checks its arguments and calls `torch.ops.hitsr_fast.<op>`, which picks a backend."""
 
 from hitsr_fast.ops.nearest_code import Metric, nearest_code
 from hitsr_fast.ops.residual_quantize import (

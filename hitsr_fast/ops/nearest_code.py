@@ -31,8 +31,8 @@ def nearest_code(x: Tensor, codebook: Tensor, *, metric: Metric = "l2") -> Tenso
 
     Notes:
         Ties: the lowest index. A row that holds NaN or infinity gives 0 and leaves the other rows alone.
-        Accumulation: float64 on the given values, channel by channel, so every backend returns the same indices
-        whatever its threads or batch split.
+        Accumulation: float64 on the given values, channel by channel, so the indices are the same
+        on every backend, whatever its threads or batch split.
         Gradient: none (the result is integer).
         Backends: reference.
         Source: the codebook search of VQ-VAE (arXiv 1711.00937), equation 1.

@@ -44,9 +44,9 @@ def residual_quantize(
 ) -> ResidualQuantized:
     """Quantize a latent from coarse to fine, each scale coding what the earlier ones left over.
 
-    From the residual R = z, for scale s in order: `i_s = nearest_code(area(R))`, `f = phi_s(bicubic(codebook[i_s]))`,
-    `reconstruction += f`, `R -= f`, where `phi(h) = (1 - r) h + r (conv3x3(h) + bias)`. Resampling is the identity
-    where a scale has the size of the map.
+    From the residual R = z, for each scale s in order: `i_s = nearest_code(area(R))`,
+    `f = phi_s(bicubic(codebook[i_s]))`, `reconstruction += f`, `R -= f`, where
+    `phi(h) = (1 - r) h + r (conv3x3(h) + bias)`. A scale of the size of the map is not resampled.
 
     Args:
         z: float16, bfloat16, float32 or float64, `(B, C, H, W)`.
@@ -56,8 +56,8 @@ def residual_quantize(
         scales: side or (h, w) of each scale, none larger than the map.
         phi_index: which phi each scale uses, from 0 to P - 1; `phi_table` gives VAR's choice.
         phi_ratio: r, from 0 to 1; 0 leaves phi out.
-        replay: int64 `(B, T0)`, codes of the first scales that are taken instead of searched, or None. T0 must end
-            where a scale ends.
+        replay: int64 `(B, T0)`, codes of the first scales that are taken instead of searched, or None. T0
+            must end where a scale ends.
         metric: of `nearest_code`.
 
     Returns:
@@ -180,7 +180,7 @@ def residual_step(
     `reconstruction += phi(bicubic(codebook[indices]))`; the result is `area(reconstruction)`.
 
     Args:
-        reconstruction: `(B, C, H, W)` in the codebook's dtype, float32 where that is a 16-bit one; changed in place.
+        reconstruction: `(B, C, H, W)` in the codebook's dtype, float32 where that is a 16-bit one; changed.
         indices: int64 `(B, h * w)`.
         codebook: floating, `(K, C)`.
         phi_weight: dtype of the codebook, `(C, C, 3, 3)`: the phi of this scale.
@@ -204,10 +204,9 @@ def residual_step(
 
     Example:
         >>> reconstruction = torch.zeros(1, 1, 2, 2)
-        >>> codebook, weight, bias = torch.tensor([[0.0], [1.0]]), torch.zeros(1, 1, 3, 3), torch.zeros(1)
-        >>> residual_step(
-        ...     reconstruction, torch.tensor([[1]]), codebook, weight, bias, scale=1, next_scale=2, phi_ratio=0.0
-        ... )
+        >>> phi = (torch.zeros(1, 1, 3, 3), torch.zeros(1))
+        >>> indices, codebook = torch.tensor([[1]]), torch.tensor([[0.0], [1.0]])
+        >>> residual_step(reconstruction, indices, codebook, *phi, scale=1, next_scale=2, phi_ratio=0.0)
         tensor([[[[1., 1.],
                   [1., 1.]]]])
     """
@@ -374,8 +373,8 @@ def _bank_grads(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 register(
-    "residual_quantize(Tensor z, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] scales, int[] phi_index, "
-    "float phi_ratio, Tensor? replay, str metric) -> (Tensor, Tensor)",
+    "residual_quantize(Tensor z, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] scales, "
+    "int[] phi_index, float phi_ratio, Tensor? replay, str metric) -> (Tensor, Tensor)",
     backends=[Backend("reference", reference.residual_quantize)],
     fake=_quantize_fake,
     check=_check_quantize,
@@ -394,8 +393,8 @@ register(
     fake=_backward_fake,
 )
 register(
-    "residual_step(Tensor(a!) reconstruction, Tensor indices, Tensor codebook, Tensor phi_weight, Tensor phi_bias, "
-    "int[] scale, int[] next_scale, float phi_ratio) -> Tensor",
+    "residual_step(Tensor(a!) reconstruction, Tensor indices, Tensor codebook, Tensor phi_weight, "
+    "Tensor phi_bias, int[] scale, int[] next_scale, float phi_ratio) -> Tensor",
     backends=[Backend("reference", reference.residual_step)],
     fake=_step_fake,
     check=_check_step,

@@ -24,8 +24,8 @@ def scale_block_attention(
     Args:
         q: float16, bfloat16, float32 or float64, `(B, T, NH, D)`. Any strides.
         k, v: of the same dtype and shape.
-        block_lengths: lengths of the blocks in order, each at least 1, summing to T; block 0 is the prefix with the
-            first scale.
+        block_lengths: lengths of the blocks in order, each at least 1, summing to T; block 0 is the prefix
+            with the first scale.
         softmax_scale: factor of the scores; None means `1 / sqrt(D)`.
 
     Returns:
@@ -50,7 +50,8 @@ def scale_block_attention(
     _check_qkv(q, k, v, "B T NH D")
     if not block_lengths or min(block_lengths) < 1 or sum(block_lengths) != q.shape[1]:
         raise ValueError(
-            f"block_lengths: expected lengths of at least 1 that sum to T={q.shape[1]}, found {list(block_lengths)}"
+            f"block_lengths: expected lengths of at least 1 with sum T={q.shape[1]}, "
+            f"found {list(block_lengths)}"
         )
     out: Tensor
     out, _ = torch.ops.hitsr_fast.scale_block_attention(
@@ -69,9 +70,10 @@ def cached_attention_step(
     *,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """One block of `scale_block_attention` while sampling: write k and v into the caches, attend to all so far.
+    """One block of `scale_block_attention` while sampling: write k and v into the caches, attend to all.
 
-    `k_cache[:, start:start+L] = k`, the same for v, then `softmax(softmax_scale * q k_cache[:, :start+L]^T) v_cache[...]`.
+    With `end = start + L`: `k_cache[:, start:end] = k`, `v_cache[:, start:end] = v`, then
+    `softmax(softmax_scale * q k_cache[:, :end]^T) v_cache[:, :end]`.
 
     Args:
         q: float16, bfloat16, float32 or float64, `(B, L, NH, D)`.
@@ -159,7 +161,8 @@ def _attention_backward(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tup
 
 
 register(
-    "scale_block_attention(Tensor q, Tensor k, Tensor v, int[] block_lengths, float softmax_scale) -> (Tensor, Tensor)",
+    "scale_block_attention(Tensor q, Tensor k, Tensor v, int[] block_lengths, float softmax_scale) "
+    "-> (Tensor, Tensor)",
     backends=[
         Backend("cpu", cpu.scale_block_attention_cpu, cpu.supports),
         Backend("reference", reference.scale_block_attention),
@@ -176,8 +179,8 @@ register(
     fake=_backward_fake,
 )
 register(
-    "cached_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt start, "
-    "float softmax_scale) -> Tensor",
+    "cached_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+    "SymInt start, float softmax_scale) -> Tensor",
     backends=[Backend("reference", reference.cached_attention_step)],
     fake=_step_fake,
 )

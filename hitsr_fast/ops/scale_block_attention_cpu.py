@@ -1,4 +1,4 @@
-"""CPU backend of scale-block attention: PyTorch's own flash kernel, called once per block on the visible keys."""
+"""CPU backend of scale-block attention: PyTorch's own flash kernel, once per block on the visible keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Argument checks shared by the public ops. Each error names the argument, what was expected and what was found."""
+"""Argument checks of the public ops. An error names the argument, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INDEX = (torch.int64,)
 
 
 def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: Tensor | None = None) -> None:
-    """Raise TypeError unless `value` is a tensor of one of `dtypes`, ValueError unless on the device of `like`."""
+    """Raise TypeError unless `value` is a tensor of these dtypes, ValueError unless it is where `like` is."""
     expected = " or ".join(_short(dtype) for dtype in dtypes)
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a {expected} tensor, found {type(value).__name__}")
@@ -23,7 +23,7 @@ def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: 
 
 
 def check_shape(name: str, value: Tensor, letters: str, **known: int) -> None:
-    """Raise ValueError unless `value` has one axis per letter of e.g. "B C H W", those in `known` of that length."""
+    """Raise ValueError unless `value` has the axes that `letters` names, those in `known` of that length."""
     axes = letters.split()
     fits = value.dim() == len(axes) and all(
         known.get(axis, length) == length for axis, length in zip(axes, value.shape, strict=True)
@@ -40,13 +40,13 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError if `value` holds NaN or infinity. Reads the tensor: only for real calls, not for traced ones."""
+    """Raise ValueError if `value` holds NaN or infinity. Reads the tensor, so it has no place in a trace."""
     if not value.isfinite().all():
         raise ValueError(f"{name}: expected finite values, found NaN or infinity")
 
 
 def check_index_range(name: str, value: Tensor, size: int) -> None:
-    """Raise ValueError if an index is outside [0, size). CPU only: elsewhere the look would stall the device's queue."""
+    """Raise ValueError if an index is outside [0, size). CPU only: elsewhere a look stalls the device."""
     if value.device.type != "cpu" or value.numel() == 0:
         return
     low, high = value.aminmax()

@@ -1,1 +1,1 @@
-"""The definitions of the ops in plain PyTorch: any dtype, any device, no import from the rest of the package."""
+"""The definitions of the ops: plain PyTorch, any dtype, any device, no import from the other packages."""

@@ -16,16 +16,16 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     Args:
         x: floating `(N, C)` or `(G, N, C)`.
         codebook: floating `(K, C)` or `(G, K, C)`, finite, K at least 1.
-        metric: "l2" minimises `sum_c (x_c - e_c)^2`, "cosine" minimises `-sum_c x_c u_c` with `u = e / |e|` (a zero
-            code keeps u = 0). Both sums run in float64, channel by channel in order; that order is part of the
-            definition, for it decides ties that exist only by rounding.
+        metric: "l2" minimises `sum_c (x_c - e_c)^2`, "cosine" minimises `-sum_c x_c u_c` with `u = e / |e|`
+            (a zero code keeps u = 0). Both sums run in float64, channel by channel in order; that order is
+            part of the definition, for it decides ties that exist only by rounding.
 
     Returns:
         int64 `(N,)` or `(G, N)`: the lowest index among equal minima; 0 for a row with NaN or infinity.
 
     Notes:
-        The result does not depend on how rows are cut into chunks: the screen (a matrix product, whose order of
-        summation is the library's own) only discards codes that provably cannot win, see `_search_rows`.
+        The result does not depend on how rows are cut into chunks: the screen (a matrix product, whose order
+        of summation is the library's own) only discards codes that provably cannot win, see `_search_rows`.
     """
     if x.dim() == 3:
         return torch.stack([nearest_code(x_g, e_g, metric) for x_g, e_g in zip(x, codebook, strict=True)])
@@ -43,10 +43,13 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
 def _search_rows(x: Tensor, codes: Tensor, metric: str) -> Tensor:
     """Winners `(n,)` of float64 rows `(n, C)` among float64 codes `(K, C)`.
 
-    Screen: `s_k = |e_k|^2 / 2 - x.e_k` (cosine: `-x.u_k`), half the squared distance up to a term of the row alone.
-    With u = 2^-53, E = max |e_k| and R = (|x| + E)^2 (cosine: R = |x|), rounding moves s by at most (C+2) u R / 2 and
-    the directly summed distance by at most (C+2) u R (cosine: C u R each). So a code whose directly summed distance is
-    least has s within 2 (C+2) u R (cosine: 4 C u R) of the least s. The slack below is at least that, and `tiny` covers underflow.
+    The screen is `s_k = |e_k|^2 / 2 - x.e_k`, half the squared distance less a term of the row alone.
+    With u = 2^-53, E = max |e_k| and R = (|x| + E)^2, to first order in u: rounding moves s by at most
+    (C+2) u R / 2 whatever the order of its sums, and a directly summed distance by at most (C+2) u R. So the
+    code of least direct distance, and every code that ties with it, has s within 2 (C+2) u R of the least s.
+    For cosine s is the direct sum in another order: with R = |x| both move by at most (C+2) u R, and the
+    winners lie within 4 (C+2) u R. The slack is 4 (C+4) u R; the rest of it covers the higher orders and the
+    rounding of R, and `tiny` covers underflow.
     """
     finite = x.isfinite().all(dim=1)
     x = torch.where(finite[:, None], x, 0.0)
@@ -68,7 +71,7 @@ def _search_rows(x: Tensor, codes: Tensor, metric: str) -> Tensor:
 
 
 def _decide(x: Tensor, codes: Tensor, row: Tensor, code: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Of candidate pairs (row, code), sorted by row, keep for each row the lowest code of least direct distance."""
+    """For each row, the lowest of its candidate codes of least direct distance; one pair per row."""
     rows = x.shape[0]
     distance = torch.zeros(row.shape, dtype=x.dtype, device=x.device)
     for channel in range(x.shape[1]):

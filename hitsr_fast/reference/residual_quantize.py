@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from hitsr_fast.reference.nearest_code import nearest_code
 
@@ -15,8 +16,8 @@ from hitsr_fast.reference.nearest_code import nearest_code
 def phi_table(num_scales: int, num_phi: int = 4) -> list[int]:
     """Which of `num_phi` shared phi convolutions each of `num_scales` scales uses.
 
-    Scale i sits at i / (num_scales - 1) and takes the nearest of evenly spaced ticks. Exact ties exist (ten scales: 2
-    and 7) and fall as numpy's float64 `linspace` rounds, so the ticks must not be derived in another way.
+    Scale i sits at i / (num_scales - 1) and takes the nearest of evenly spaced ticks. Exact ties exist (ten
+    scales: 2 and 7) and fall as numpy's float64 `linspace` rounds: the ticks must not be derived otherwise.
 
     Example:
         >>> phi_table(10)
@@ -60,7 +61,7 @@ def residual_quantize(
         scales: `h0, w0, h1, w1, ...`, each at most `(H, W)`.
         phi_index: one entry in `[0, P)` per scale.
         phi_ratio: r of `phi(h) = (1 - r) h + r (conv(h) + bias)`.
-        replay: int64 `(B, T0)`, the codes of the first scales, taken as they are instead of searched; or None.
+        replay: int64 `(B, T0)`, codes of the first scales that are taken instead of searched, or None.
         metric: of `nearest_code`.
 
     Returns:
@@ -102,7 +103,7 @@ def residual_decode(
 ) -> Tensor:
     """Sum of the spread-out codes of the given scales, `(B, C, H, W)` for `size = (H, W)`.
 
-    The order of operations is that of `residual_quantize`, so its indices give its reconstruction bit for bit.
+    The order of operations is that of `residual_quantize`: its indices give its reconstruction bit for bit.
     """
     shape = (indices.shape[0], codebook.shape[1], *size)
     reconstruction = torch.zeros(shape, dtype=arithmetic_dtype(codebook), device=codebook.device)
@@ -122,10 +123,10 @@ def residual_decode_backward(
     phi_index: Sequence[int],
     phi_ratio: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the reconstruction in codebook `(K, C)`, phi_weight `(P, C, C, 3, 3)` and phi_bias `(P, C)`.
+    """Gradients in codebook `(K, C)`, phi_weight `(P, C, C, 3, 3)` and phi_bias `(P, C)`.
 
-    The reconstruction is linear in each phi's input, and scales that share a phi share `grad` too: their spread-out
-    codes are summed first, so each phi costs one pair of convolution gradients however many scales use it.
+    phi is affine and every scale sees the same `grad`, so the maps of scales that share a phi are summed
+    first: each phi costs one pair of convolution gradients however many scales use it.
     """
     dtype = arithmetic_dtype(codebook)
     grad = grad.to(dtype).contiguous()
@@ -137,7 +138,7 @@ def residual_decode_backward(
         weight = phi_weight[phi].to(dtype)
         grad_h = grad
         if phi_ratio != 0:
-            through = torch.nn.grad.conv2d_input(grad.shape, weight, grad, padding=1)
+            through = conv2d_input(grad.shape, weight, grad, padding=1)
             grad_h = (1 - phi_ratio) * grad + phi_ratio * through
         h = torch.zeros_like(grad)
         for size, tokens, used in _walk(scales, phi_index):
@@ -145,13 +146,13 @@ def residual_decode_backward(
                 continue
             h += _upsample(_gather(indices[:, tokens], codebook, size), (H, W))
             grad_map = grad_h
-            if (H, W) != size:
+            if size != (H, W):
                 grad_map = torch.ops.aten.upsample_bicubic2d_backward(grad_h, (H, W), (B, C, *size), False)
             grad_codebook.index_add_(
                 0, indices[:, tokens].reshape(-1), grad_map.permute(0, 2, 3, 1).reshape(-1, C)
             )
         if phi_ratio != 0:
-            grad_weight[phi] = phi_ratio * torch.nn.grad.conv2d_weight(h, weight.shape, grad, padding=1)
+            grad_weight[phi] = phi_ratio * conv2d_weight(h, weight.shape, grad, padding=1)
             grad_bias[phi] = phi_ratio * grad.sum(dim=(0, 2, 3))
     return grad_codebook.to(codebook.dtype), grad_weight.to(phi_weight.dtype), grad_bias.to(phi_weight.dtype)
 
@@ -202,7 +203,7 @@ def _walk(scales: Sequence[int], phi_index: Sequence[int]) -> Iterator[tuple[tup
 
 def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
     """Area average of `(B, C, H, W)` to `(B, C, *size)`; the map itself where the sizes match."""
-    return x if x.shape[2:] == tuple(size) else F.adaptive_avg_pool2d(x, tuple(size))
+    return x if x.shape[2:] == tuple(size) else F.adaptive_avg_pool2d(x, (size[0], size[1]))
 
 
 def _upsample(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Definition of scale-block attention (a token sees its own block and all earlier ones) and of its cached step."""
+"""Definition of scale-block attention (a token sees its own and all earlier blocks) and its cached step."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def scale_block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients `(B, T, NH, D)` in q, k and v from the gradient of `out`; contiguous.
 
-    With weights P and gradient G of the output: dV = P^T G, dS = P (G V^T - rowsum(G out)), dQ = dS K, dK = dS^T Q.
+    With weights P and G = grad: dV = P^T G, dS = P (G V^T - rowsum(G out)), dQ = dS K, dK = dS^T Q.
     """
     query, key, value, grad, out = _heads_first(q, k, v, grad, out)
     grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
@@ -70,7 +70,7 @@ def scale_block_attention_backward(
 def cached_attention_step(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, softmax_scale: float
 ) -> Tensor:
-    """Write k and v `(B, L, NH, D)` into the caches `(B, Tmax, NH, D)` at `start`; attend to all up to their end."""
+    """Write k, v `(B, L, NH, D)` into the caches `(B, Tmax, NH, D)` at `start`; attend to all so far."""
     end = start + q.shape[1]
     k_cache[:, start:end] = k
     v_cache[:, start:end] = v
@@ -86,7 +86,7 @@ def _heads_first(*tensors: Tensor) -> list[Tensor]:
 
 
 def _row_chunks(block_lengths: Sequence[int]) -> Iterator[tuple[slice, int]]:
-    """Query rows, at most `_ROWS_PER_CHUNK` of one block at a time, with the end of the keys that they see."""
+    """Query rows, at most `_ROWS_PER_CHUNK` of one block at a time, with the end of the keys they see."""
     block_start = 0
     for length in block_lengths:
         end = block_start + length
