@@ -1,8 +1,9 @@
 """Colour fix: the low frequencies of an output are replaced by those of its input.
 
-A generative model can drift in colour. What is coarser than about three input pixels is known from the input, so it is taken
-from there (the wavelet fix of StableSR, also in VARSR): `output - low(output) + low(input upsampled)`. The low-pass is linear,
-which makes that `output + low(input upsampled - output)`: one chain of blurs.
+A generative model can drift in colour. What is coarser than about three input pixels is known from the input,
+so it is taken from there (the wavelet fix of StableSR, also in VARSR): `output - low(output) + low(lr)`,
+`lr` being the input brought to the output's size. The low-pass is linear, which makes that
+`output + low(lr - output)`: one chain of blurs.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def wavelet_colour_fix(output: Tensor, lr_upsampled: Tensor, levels: int = 5) ->
     Args:
         output: (B, C, H, W) floating, the image to correct.
         lr_upsampled: the same shape and dtype, the input brought to the output's size.
-        levels: at least 0, dyadic levels that count as detail and stay those of `output`; 0 returns `lr_upsampled`.
+        levels: at least 0, dyadic levels that count as detail and stay those of `output`; with 0 the
+            result is `lr_upsampled`.
 
     Returns:
         (B, C, H, W), not clamped.
@@ -68,7 +70,7 @@ def wavelet_colour_fix(output: Tensor, lr_upsampled: Tensor, levels: int = 5) ->
 
 
 class RowColourFix:
-    """`wavelet_colour_fix` for an image that arrives some rows at a time, with the same result as on the whole image.
+    """`wavelet_colour_fix` of an image that arrives some rows at a time, equal to that of the whole image.
 
     A row is handed on when the `2^levels - 1` rows below it are there; that many rows are the only ones kept.
     """
@@ -81,14 +83,15 @@ class RowColourFix:
         self._context = 0  # how many of the kept rows have been handed on
 
     def add_rows(self, output: Tensor, lr_upsampled: Tensor, last: bool) -> Tensor:
-        """Add the next rows of both images, each (B, C, n, W); returns the (B, C, m, W) rows that are now final."""
+        """Add the next (B, C, n, W) rows of both images and get the (B, C, m, W) rows that are now final."""
         drift = lr_upsampled - output
         if self._output is not None and self._drift is not None:
             output = torch.cat((self._output, output), dim=-2)
             drift = torch.cat((self._drift, drift), dim=-2)
         rows = output.shape[-2]
         final = rows if last else max(rows - self._reach, self._context)
-        # Cut edges are padded like borders and so are wrong up to `_reach` rows inside: those rows are context only.
+        # Cut edges are padded like borders and so are wrong up to `_reach` rows inside: those rows are
+        # context only.
         fixed = (output + low_pass(drift, self.levels))[..., self._context : final, :]
         keep = max(final - self._reach, 0)
         self._output, self._drift = output[..., keep:, :].clone(), drift[..., keep:, :].clone()

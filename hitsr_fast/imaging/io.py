@@ -1,4 +1,4 @@
-"""Image files in and out, with what a photo carries besides its colours: alpha, 16 bits, ICC profile, EXIF."""
+"""Image files in and out, with what a photo carries besides its colours: alpha, depth, ICC profile, EXIF."""
 
 from __future__ import annotations
 
@@ -41,26 +41,11 @@ _DECODE_ERRORS = (
 
 _ORIENTATION, _EXIF_IFD, _GPS_IFD = 274, 0x8769, 0x8825
 _EXIF_WIDTH, _EXIF_HEIGHT = 0xA002, 0xA003
-# TIFF tags that describe how the samples lie in a file, which a new file states anew, and blocks that describe the old pixels.
+# TIFF tags that describe how the samples lie in a file, which a new file states anew, and blocks that
+# describe the old pixels.
 _LAYOUT_TAGS = frozenset(
-    (
-        *range(254, 260),
-        262,
-        266,
-        273,
-        *range(277, 280),
-        284,
-        317,
-        320,
-        *range(322, 326),
-        330,
-        338,
-        339,
-        347,
-        513,
-        514,
-    )
-    + (*range(529, 533), 700, 33723, 34377, 34675)
+    {*range(254, 260), 262, 266, 273, *range(277, 280), 284, 317, 320, *range(322, 326), 330, 338, 339, 347}
+    | {513, 514, *range(529, 533), 700, 33723, 34377, 34675}
 )
 # Orientation -> (transpose, flip rows, flip columns), applied in this order.
 _UPRIGHT = {
@@ -89,8 +74,9 @@ class ImageFileError(Exception):
 class Picture:
     """A decoded image: upright integer samples and what came with them.
 
-    `pixels` is (H, W, 1) grey or (H, W, 3) RGB, `alpha` (H, W) or None and not premultiplied; both uint8, or both uint16.
-    `exif` is a TIFF structure whose orientation is 1. `notes` says in words what of the file was not kept.
+    `pixels` is (H, W, 1) grey or (H, W, 3) RGB, `alpha` (H, W) or None and not premultiplied; both uint8, or
+    both uint16. `exif` is a TIFF structure whose orientation is 1. `notes` says in words what of the file was
+    not kept.
     """
 
     pixels: Array
@@ -146,11 +132,11 @@ def read_picture(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Picture:
         max_pixels: a larger image is refused before it is decoded.
 
     Returns:
-        The picture, upright, grey or RGB: bilevel becomes grey; palette, CMYK (through its profile) and others become RGB.
-        Grey, RGB and RGBA files of 16 bits keep them.
+        The picture, upright, grey or RGB: bilevel becomes grey; palette, CMYK (through its profile) and
+        others become RGB. Grey, RGB and RGBA files of 16 bits keep them.
 
     Raises:
-        ImageFileError: missing, empty, not an image, truncated, too large, or of a kind that is not supported.
+        ImageFileError: missing, empty, not an image, truncated, too large, or not supported.
     """
     path = Path(path)
     if path.is_dir():
@@ -286,7 +272,7 @@ def _rgb_of_cmyk(
 
 
 def picture_to_pil(picture: Picture) -> Image.Image:
-    """A PIL image of an 8-bit picture (or of a 16-bit grey one without alpha), with `info` for its profile and EXIF.
+    """A PIL image of the same samples, profile and EXIF.
 
     Notes:
         Pillow has no 16-bit colour: of a 16-bit picture with colour or alpha the 8 leading bits are kept.
@@ -323,7 +309,8 @@ def write_picture(path: Path | str, picture: Picture, format: Format, *, overwri
 
     Args:
         path: the file; missing folders above it are made.
-        picture: what to write. PNG and TIFF keep 16 bits; JPEG and WebP reduce to 8, and JPEG lays alpha over white.
+        picture: what to write. PNG and TIFF keep 16 bits; JPEG and WebP reduce to 8, and JPEG lays alpha
+            over white.
         format: of the file, whatever its name says.
         overwrite: replace an existing file.
 

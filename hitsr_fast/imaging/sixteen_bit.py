@@ -1,7 +1,8 @@
-"""16 bits a channel: what Pillow cannot hold, read through it and written without it.
+"""16 bits a channel: what Pillow cannot hold, read through it and written without it (TIFF of 8 bits too).
 
-Pillow has no mode for 16-bit colour: it decodes such files but keeps one byte of each sample, and which one is named by the
-byte order of the raw mode ("RGB;16B": the first byte of two). Decoding twice, once for each order, gives both bytes.
+Pillow has no mode for 16-bit colour: it decodes such files but keeps one byte of each sample, and which one
+is named by the byte order of the raw mode ("RGB;16B": the first byte of two). Decoding twice, once for each
+order, gives both bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile, TiffImagePlugin
+from PIL import ImageFile, TiffImagePlugin
 
 Array = npt.NDArray[Any]
 
@@ -23,7 +24,7 @@ _ROWS_AT_ONCE = 256
 
 
 def raw_mode(image: ImageFile.ImageFile) -> str:
-    """Pillow's name for the layout of the samples in the file, such as `RGB;16B`; empty where a format has none."""
+    """Pillow's name for how the samples lie in the file, such as `RGB;16B`; empty where there is none."""
     if not image.tile:
         return ""
     args = image.tile[0].args

@@ -1,9 +1,9 @@
 """Tiles over an image of any size, and the blending of their outputs row by row.
 
-An output is built by laying one tile over the other: a tile fades in over a strip inside its overlap with the one before,
-`canvas + ramp * (tile - canvas)`. Where tiles agree the result is exactly what they agree on, at every overlap and even where
-three tiles meet, so no sum of weights is kept. Rows are handed on as soon as no later tile can touch them: what is kept does
-not depend on the height of the image.
+An output is built by laying one tile over the other: a tile fades in over a strip inside its overlap with the
+one before, `canvas + ramp * (tile - canvas)`. Where tiles agree the result is exactly what they agree on, at
+every overlap and even where three tiles meet, so no sum of weights is kept. Rows are handed on as soon as no
+later tile can touch them: what is kept does not depend on the height of the image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
-    """Fewest tile positions that cover `length` with at least `overlap` shared pixels, evenly spread, the last one flush.
+    """Fewest tile positions that cover `length`, evenly spread to its end, sharing `overlap` pixels or more.
 
     Args:
         length: side of the image, at least 1.
@@ -42,7 +42,7 @@ def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
 
 
 def mirrored(length: int, padded: int, device: torch.device) -> Tensor:
-    """Indices that extend `length` pixels to `padded` by mirroring at the borders, however small `length` is: (padded,) int64."""
+    """Indices (padded,) that extend `length` pixels by mirroring at the borders, however few there are."""
     i = torch.arange(padded, device=device) % (2 * length)
     return torch.minimum(i, 2 * length - 1 - i)
 
@@ -94,8 +94,9 @@ class TilePlan:
 def fade_in(starts: tuple[int, ...], index: int, tile: int, overlap: int, factor: int) -> Tensor:
     """Raised-cosine ramp with which tile `index` covers its predecessor: (tile * factor,) float32 in [0, 1].
 
-    The ramp is `overlap * factor` long and lies in the middle of what the two tiles share: pixels near a tile's edge, where
-    the model has least context, count least. The first tile has no predecessor and its ramp is 1 everywhere.
+    The ramp is `overlap * factor` long and lies in the middle of what the two tiles share: pixels near a
+    tile's edge, where the model has least context, count least. The first tile has no predecessor and its
+    ramp is 1 everywhere.
     """
     if index == 0:
         return torch.ones(tile * factor)
@@ -137,7 +138,7 @@ class RowBlender:
             tiles: (len(lefts), B, C, tile * factor, tile * factor), the outputs for `plan.cut` of that band.
 
         Returns:
-            (B, C, n, width * factor): the rows that are now final; after the last band all rows have been returned.
+            (B, C, n, width * factor): the rows that are now final; after the last band, all the rest.
 
         Raises:
             ValueError: if `tiles` has another shape or all bands have been added.

@@ -1,0 +1,171 @@
+"""`hitsr-fast upscale`: image files in, their x1, x2 and x4 out."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hitsr_fast.imaging.sources import Job
+    from hitsr_fast.pipeline import HitSR, Progress, UpscaleOptions
+
+
+@dataclass
+class Upscale:
+    """Upscale images: each NAME gives NAME_x1 (restored at its own size), NAME_x2 and NAME_x4.
+
+    An image that fails is named on stderr in one line and the others are still done; the exit code is then 2.
+    """
+
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Image files, folders (searched to the bottom; the outputs keep their tree) or glob patterns."""
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder for the outputs; made if it is not there."""
+
+    scales: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
+    """Which outputs to write."""
+
+    format: Literal["png", "jpg", "webp", "tiff"] = "png"
+    """File format of the outputs. png and tiff keep 16 bits."""
+
+    model: str = "hit-tiny"
+    """Packaged model, local folder, or hub id (with the `hub` extra)."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto is cuda where there is a device."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the weights; auto is bfloat16 on cuda and float32 on the cpu."""
+
+    tile: int | None = None
+    """Side of a tile in input pixels; only the model's own is possible."""
+
+    overlap: int | None = None
+    """Input pixels that neighbouring tiles share at least; a quarter of a tile by default."""
+
+    batch: int = 8
+    """Tiles run at once."""
+
+    seed: int = 0
+    """Of the draws, where top-k is not 1."""
+
+    guidance: float = 0.0
+    """Classifier-free guidance; 0 is none."""
+
+    top_k: int = 1
+    """Draw among that many codes; 1 takes the likeliest, 0 draws among all."""
+
+    top_p: float = 1.0
+    """Draw among the likeliest codes of that total probability."""
+
+    colour_fix: bool = True
+    """Take colours (the low frequencies) from the input."""
+
+    max_pixels: int = 178_956_970
+    """Refuse larger inputs."""
+
+    overwrite: bool = False
+    """Replace outputs that exist already."""
+
+    def run(self) -> int:
+        """Do it; the exit code."""
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        if not self.inputs:
+            return _complain(console, "inputs: expected at least one file, folder or pattern")
+        if self.output.exists() and not self.output.is_dir():
+            return _complain(console, f"{self.output}: is a file; the outputs need a folder")
+
+        import torch
+
+        from hitsr_fast.imaging.sources import find_jobs
+        from hitsr_fast.pipeline import HitSR, UpscaleOptions
+
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        try:
+            options = UpscaleOptions(
+                scales=self.scales,
+                tile=self.tile,
+                overlap=self.overlap,
+                batch=self.batch,
+                seed=self.seed,
+                guidance=self.guidance,
+                top_k=self.top_k,
+                top_p=self.top_p,
+                colour_fix=self.colour_fix,
+            )
+            sr = HitSR.from_pretrained(self.model, self.device, dtype)
+            sr.plan(1, 1, options)  # options that do not suit the model are one error, not one for each image
+        except ValueError as error:
+            return _complain(console, str(error))
+
+        jobs, errors = find_jobs(self.inputs, self.output, self.scales, self.format)
+        for error in errors:
+            _complain(console, str(error))
+        failed = len(errors) + self._run_jobs(sr, jobs, options, console)
+        print(f"{len(jobs) + len(errors) - failed} upscaled into {self.output}, {failed} failed")
+        return 2 if failed else 0
+
+    def _run_jobs(self, sr: HitSR, jobs: list[Job], options: UpscaleOptions, console: Console) -> int:
+        """Run all jobs under a progress bar; how many failed."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        failed = 0
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+            files = bars.add_task("files", total=len(jobs))
+            tiles = bars.add_task("tiles", total=None)
+            for job in jobs:
+                bars.reset(tiles)
+
+                def tiles_done(done: int, total: int) -> None:
+                    bars.update(tiles, completed=done, total=total)
+
+                failed += not self._run_job(sr, job, options, console, tiles_done)
+                bars.advance(files)
+        return failed
+
+    def _run_job(
+        self, sr: HitSR, job: Job, options: UpscaleOptions, console: Console, progress: Progress
+    ) -> bool:
+        """Upscale one image; whether it went well."""
+        from hitsr_fast.imaging.io import ImageFileError, read_picture, write_picture
+        from hitsr_fast.pipeline import NonFiniteOutputError
+
+        try:
+            existing = [target for target in job.targets.values() if target.exists()]
+            if existing and not self.overwrite:
+                raise ImageFileError(job.source, f"{existing[0]} exists already (--overwrite replaces it)")
+            picture = read_picture(job.source, max_pixels=self.max_pixels)
+            for note in picture.notes:
+                _say(console, f"note: {job.source}: {note}")
+            for factor, output in sr.upscale_picture(picture, options, progress).items():
+                target = job.targets[factor]
+                write_picture(target, output, self.format, overwrite=self.overwrite)
+                print(f"{target}  {output.width} x {output.height}", flush=True)
+        except ImageFileError as error:
+            _complain(console, str(error))
+            return False
+        except (NonFiniteOutputError, MemoryError) as error:
+            _complain(console, f"{job.source}: {error or 'not enough memory'}")
+            return False
+        return True
+
+
+def _complain(console: Console, text: str) -> int:
+    """One line on stderr; the exit code that goes with it."""
+    _say(console, f"error: {text}")
+    return 2
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(" ".join(text.split()), soft_wrap=True, markup=False, highlight=False)
+    sys.stderr.flush()

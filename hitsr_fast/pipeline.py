@@ -1,0 +1,480 @@
+"""`HitSR`: an image of any size and kind in, the same at x1, x2 and x4 out.
+
+The model sees square tiles only. A band of tiles is run, blended with the bands above and handed on, so the
+memory in use besides the images themselves does not grow with their height.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from hitsr_fast.imaging.colour import RowColourFix
+from hitsr_fast.imaging.io import Picture, picture_from_pil, picture_to_pil
+from hitsr_fast.imaging.tiles import RowBlender, TilePlan
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+# What counts as low frequency is measured in input pixels: one level less for each halving of the factor.
+COLOUR_FIX_LEVELS = {1: 3, 2: 4, 4: 5}
+
+# A bicubic output pixel depends on input rows at most two away; the third is margin.
+_BICUBIC_REACH = 3
+
+T = TypeVar("T")
+ReadRows = Callable[[int, int], Tensor]
+Progress = Callable[[int, int], None]
+
+
+class ModelNotFoundError(ValueError):
+    """A model name that leads to no weights; the message says where was looked."""
+
+
+class NonFiniteOutputError(RuntimeError):
+    """The model gave NaN or infinity for a tile, in float32 too."""
+
+
+class SuperResolver(Protocol):
+    """What `HitSR` asks of a model."""
+
+    @property
+    def lr_tile(self) -> int:
+        """Side in pixels of the square input the model takes."""
+
+    @property
+    def scale_factors(self) -> Sequence[int]:
+        """Factors at which the model can give an output."""
+
+    def super_resolve(
+        self,
+        lr: Tensor,
+        *,
+        class_id: int = 0,
+        factors: Sequence[int] = (1, 2, 4),
+        guidance: float = 0.0,
+        top_k: int = 1,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[int, Tensor]:
+        """`lr` (B, 3, t, t) float32 in [-1, 1] -> {factor: (B, 3, t * factor, t * factor)} in [-1, 1]."""
+
+    def to(self, dtype: torch.dtype) -> Any:
+        """The model with its weights in `dtype`."""
+
+
+@dataclass(frozen=True)
+class Upscaled(Generic[T]):
+    """The outputs of one image; a factor that was not asked for is None."""
+
+    x1: T | None = None
+    x2: T | None = None
+    x4: T | None = None
+
+
+@dataclass(frozen=True)
+class UpscaleOptions:
+    """How to upscale; see `HitSR.upscale`."""
+
+    scales: Sequence[int] = (1, 2, 4)
+    tile: int | None = None
+    overlap: int | None = None
+    batch: int = 8
+    seed: int = 0
+    guidance: float = 0.0
+    top_k: int = 1
+    top_p: float = 1.0
+    colour_fix: bool = True
+    class_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {self.batch}")
+        if self.guidance < 0:
+            raise ValueError(f"guidance: expected at least 0, got {self.guidance}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: expected at least 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+
+
+class Rows(NamedTuple):
+    """Finished rows of an output from row `top`: `image` (B, 3, n, W * factor) float32 in [0, 1]."""
+
+    factor: int
+    top: int
+    image: Tensor
+
+
+class HitSR:
+    """A super-resolution model and the way of images to it and back.
+
+    Args:
+        model: see `SuperResolver`; already on `device`.
+        device: where tiles are run and blended.
+    """
+
+    def __init__(self, model: SuperResolver, device: torch.device | str = "cpu") -> None:
+        self.model = model
+        self.device = torch.device(device)
+        self._float32_model: SuperResolver | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | Path,
+        device: torch.device | str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> HitSR:
+        """Load a model from `config.json` and `model.safetensors`.
+
+        Args:
+            name_or_folder: the name of a packaged model (`hit-tiny`), a local folder, or a Hugging Face hub
+                id `owner/name` (needs the `hub` extra), looked for in this order.
+            device: `auto` is CUDA where there is one, else the CPU.
+            dtype: of the weights; by default bfloat16 on CUDA and float32 on the CPU.
+
+        Raises:
+            ModelNotFoundError: no such model, or one of its two files is missing.
+            ValueError: the device is not there, or the files do not fit together.
+        """
+        from hitsr_fast.models.hit_var import load_pretrained
+
+        device = pick_device(device)
+        if dtype is None:
+            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        return cls(load_pretrained(find_weights(name_or_folder), device, dtype), device)
+
+    def plan(self, height: int, width: int, options: UpscaleOptions) -> TilePlan:
+        """The tiles of a `height x width` image.
+
+        Raises:
+            ValueError: if `options` asks for a factor, tile or overlap that the model does not have.
+        """
+        factors, side = tuple(self.model.scale_factors), self.model.lr_tile
+        asked = tuple(options.scales)
+        if not asked or len(set(asked)) < len(asked) or not set(asked) <= set(factors):
+            raise ValueError(f"scales: expected some of {factors}, each once, got {asked}")
+        if options.tile not in (None, side):
+            raise ValueError(
+                f"tile: this model takes tiles of {side} x {side} input pixels only, got {options.tile}"
+            )
+        overlap = side // 4 if options.overlap is None else options.overlap
+        return TilePlan.cover(height, width, side, overlap)
+
+    @overload
+    def upscale(self, image: Image.Image, **options: Any) -> Upscaled[Image.Image]: ...
+    @overload
+    def upscale(self, image: Tensor, **options: Any) -> Upscaled[Tensor]: ...
+    def upscale(
+        self,
+        image: Image.Image | Tensor,
+        *,
+        scales: Sequence[int] = (1, 2, 4),
+        tile: int | None = None,
+        overlap: int | None = None,
+        batch: int = 8,
+        seed: int = 0,
+        guidance: float = 0.0,
+        top_k: int = 1,
+        top_p: float = 1.0,
+        colour_fix: bool = True,
+        class_id: int = 0,
+        progress: Progress | None = None,
+    ) -> Upscaled[Image.Image] | Upscaled[Tensor]:
+        """Restore an image at its own size (x1), twice (x2) and four times (x4) that, in one pass.
+
+        Args:
+            image: a PIL image of any mode, or a `(B, 3, H, W)` floating tensor in [0, 1], H and W at least 1.
+            scales: which outputs to make.
+            tile: side of a tile in input pixels; only the model's own, which is the default.
+            overlap: input pixels that neighbouring tiles share at least; a quarter of a tile by default.
+            batch: tiles run at once.
+            seed: of the draws, where `top_k` is not 1.
+            guidance: classifier-free guidance, 0 for none.
+            top_k: draw among that many codes; 1 is greedy, 0 all of them.
+            top_p: draw among the likeliest codes of that total probability.
+            colour_fix: take the low frequencies from the input (see `hitsr_fast.imaging.colour`).
+            class_id: 0 for photos as they come, 1 for inputs that were only made smaller.
+            progress: called with the tiles done and the tiles in all.
+
+        Returns:
+            PIL images for a PIL image: upright, grey for grey, with its alpha, ICC profile and other EXIF.
+            `(B, 3, H * factor, W * factor)` float32 tensors in [0, 1] on its device for a tensor.
+
+        Raises:
+            TypeError: if `image` is neither, or a tensor that is not floating.
+            ValueError: if a shape, a value or an option is out of range.
+            NonFiniteOutputError: if the model gives NaN for a tile, in float32 too.
+
+        Notes:
+            Equal arguments give equal outputs on one machine. With `top_k != 1` the draws depend on `batch`.
+        """
+        options = UpscaleOptions(
+            tuple(scales), tile, overlap, batch, seed, guidance, top_k, top_p, colour_fix, class_id
+        )
+        if isinstance(image, Image.Image):
+            pictures = self.upscale_picture(picture_from_pil(image), options, progress)
+            return Upscaled(**{f"x{factor}": picture_to_pil(p) for factor, p in pictures.items()})
+        return Upscaled(
+            **{f"x{factor}": t for factor, t in self._upscale_tensor(image, options, progress).items()}
+        )
+
+    def _upscale_tensor(
+        self, image: Tensor, options: UpscaleOptions, progress: Progress | None
+    ) -> dict[int, Tensor]:
+        if not isinstance(image, Tensor) or not image.is_floating_point():
+            found = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"image: expected a PIL image or a floating tensor, got {found}")
+        if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
+            raise ValueError(f"image: expected shape (B, 3, H, W), none of them 0, got {tuple(image.shape)}")
+        if not bool(((image >= 0) & (image <= 1)).all()):
+            raise ValueError(f"image: expected values in [0, 1], got {image.min():g}..{image.max():g}")
+        b, _, height, width = image.shape
+        outputs = {
+            factor: torch.empty(b, 3, height * factor, width * factor, device=image.device)
+            for factor in options.scales
+        }
+
+        def read_rows(begin: int, end: int) -> Tensor:
+            return image[:, :, begin:end].detach()
+
+        for rows in self.stream(read_rows, height, width, options, progress):
+            outputs[rows.factor][:, :, rows.top : rows.top + rows.image.shape[2]] = rows.image
+        return outputs
+
+    def upscale_picture(
+        self, picture: Picture, options: UpscaleOptions, progress: Progress | None = None
+    ) -> dict[int, Picture]:
+        """Upscale a decoded image file: 16 bits stay 16, grey stays grey, alpha goes its own way.
+
+        Colours are premultiplied for the model, so that what lies under a transparent pixel cannot bleed into
+        its neighbours; alpha itself is enlarged by bicubic interpolation.
+
+        Returns:
+            A picture for each of `options.scales`. For the errors see `upscale`.
+        """
+        height, width, peak = picture.height, picture.width, picture.max_value
+
+        def read_alpha(begin: int, end: int) -> Tensor:
+            assert picture.alpha is not None
+            return torch.from_numpy(picture.alpha[begin:end].astype(np.float32) / peak)[None, None]
+
+        def read_rows(begin: int, end: int) -> Tensor:
+            pixels = picture.pixels[begin:end].astype(np.float32) / peak
+            rows = torch.from_numpy(pixels).permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
+            return rows if picture.alpha is None else rows * read_alpha(begin, end)
+
+        outputs = {
+            factor: replace(
+                picture,
+                pixels=np.empty(
+                    (height * factor, width * factor, picture.pixels.shape[2]), picture.pixels.dtype
+                ),
+                alpha=None
+                if picture.alpha is None
+                else np.empty((height * factor, width * factor), picture.alpha.dtype),
+            )
+            for factor in options.scales
+        }
+        for factor, top, image in self.stream(read_rows, height, width, options, progress):
+            output, end = outputs[factor], top + image.shape[2]
+            image = image.cpu()
+            if output.alpha is not None:
+                alpha = enlarged_rows(read_alpha, top, end, height, factor).clamp(0, 1)
+                output.alpha[top:end] = _quantised(alpha[0, 0], output)
+                image = (image / alpha.clamp_min(1 / peak)).clamp(max=1)
+            if output.pixels.shape[2] == 1:
+                image = image.mean(dim=1, keepdim=True)
+            output.pixels[top:end] = _quantised(image[0].permute(1, 2, 0), output)
+        return outputs
+
+    def stream(
+        self,
+        read_rows: ReadRows,
+        height: int,
+        width: int,
+        options: UpscaleOptions,
+        progress: Progress | None = None,
+    ) -> Iterator[Rows]:
+        """Upscale an image that is read by rows, into rows: the way for images that do not fit into memory.
+
+        Args:
+            read_rows: `(begin, end)` -> those rows as (B, 3, end - begin, W) floating in [0, 1]; about
+                a tile's side at a time, each row a few times.
+            height: H of the image.
+            width: W of the image.
+            options: see `upscale`.
+            progress: see `upscale`.
+
+        Yields:
+            Rows of each factor, from its top downwards, each row once.
+        """
+        plan = self.plan(height, width, options)
+        generator = torch.Generator(self.device).manual_seed(options.seed)
+        blenders = {factor: RowBlender(plan, factor) for factor in options.scales}
+        fixes = {factor: RowColourFix(COLOUR_FIX_LEVELS[factor]) for factor in options.scales}
+        tops = dict.fromkeys(options.scales, 0)
+        for band, top in enumerate(plan.tops):
+            last = band + 1 == len(plan.tops)
+            end = height if last else plan.tops[band + 1]
+            tiles = plan.cut(read_rows(top, min(top + plan.tile, height)).to(self.device, torch.float32))
+
+            def tiles_done(n: int, before: int = band * len(plan.lefts), b: int = tiles.shape[1]) -> None:
+                if progress is not None:
+                    progress(before * b + n, plan.num_tiles * b)
+
+            outputs = self._run_band(tiles, plan, top, options, generator, tiles_done)
+            for factor in options.scales:
+                rows = blenders[factor].add_band(outputs.pop(factor))
+                if options.colour_fix:
+                    source = enlarged_rows(read_rows, top * factor, end * factor, height, factor)
+                    rows = fixes[factor].add_rows(rows, source.to(rows), last)
+                if rows.shape[2]:
+                    yield Rows(factor, tops[factor], rows.clamp(0, 1))
+                    tops[factor] += rows.shape[2]
+
+    @torch.no_grad()
+    def _run_band(
+        self,
+        tiles: Tensor,
+        plan: TilePlan,
+        top: int,
+        options: UpscaleOptions,
+        generator: torch.Generator,
+        tiles_done: Callable[[int], None],
+    ) -> dict[int, Tensor]:
+        """(n, B, 3, t, t) tiles in [0, 1] -> {factor: (n, B, 3, t * factor, t * factor) float32}."""
+        n, b = tiles.shape[:2]
+        flat = tiles.flatten(0, 1) * 2 - 1
+        parts: dict[int, list[Tensor]] = {factor: [] for factor in options.scales}
+        for begin in range(0, n * b, options.batch):
+            lr = flat[begin : begin + options.batch]
+            outputs = self._super_resolve(self.model, lr, options, generator)
+            for i in _non_finite(outputs):
+                # Half precision can overflow on a rare tile; in float32 the same tile is fine.
+                again = self._super_resolve(self._in_float32(), lr[i : i + 1], options, generator)
+                if _non_finite(again):
+                    left = plan.lefts[(begin + i) // b]
+                    raise NonFiniteOutputError(
+                        "the model gave NaN or infinity, in float32 too, "
+                        f"for the tile at input pixel x={left}, y={top}"
+                    )
+                for factor, output in outputs.items():
+                    output[i] = again[factor][0]
+            for factor, output in outputs.items():
+                parts[factor].append(output)
+            tiles_done(begin + len(lr))
+        return {factor: torch.cat(part).unflatten(0, (n, b)) for factor, part in parts.items()}
+
+    def _super_resolve(
+        self, model: SuperResolver, lr: Tensor, options: UpscaleOptions, generator: torch.Generator
+    ) -> dict[int, Tensor]:
+        outputs = model.super_resolve(
+            lr,
+            class_id=options.class_id,
+            factors=tuple(options.scales),
+            guidance=options.guidance,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            generator=generator,
+        )
+        return {factor: outputs[factor].float() * 0.5 + 0.5 for factor in options.scales}
+
+    def _in_float32(self) -> SuperResolver:
+        if self._float32_model is None:
+            model: SuperResolver = copy.deepcopy(self.model).to(torch.float32)
+            self._float32_model = model
+        return self._float32_model
+
+
+def _non_finite(outputs: dict[int, Tensor]) -> list[int]:
+    bad = torch.stack([~output.isfinite().flatten(1).all(dim=1) for output in outputs.values()]).any(dim=0)
+    return [int(i) for i in bad.nonzero()]
+
+
+def _quantised(x: Tensor, like: Picture) -> np.ndarray[Any, Any]:
+    return (x * like.max_value).round().numpy().astype(like.pixels.dtype)
+
+
+def enlarged_rows(read_rows: ReadRows, begin: int, end: int, height: int, factor: int) -> Tensor:
+    """Some rows of an image enlarged by bicubic interpolation, from the rows that they depend on only.
+
+    Args:
+        read_rows: `(begin, end)` -> those rows of the image as (B, C, end - begin, W) floating.
+        begin: first row of the enlarged image.
+        end: one past the last.
+        height: rows of the image.
+        factor: how much larger.
+
+    Returns:
+        (B, C, end - begin, W * factor), not clamped.
+    """
+    first = max(begin // factor - _BICUBIC_REACH, 0)
+    stop = min(-(-end // factor) + _BICUBIC_REACH, height)
+    rows = read_rows(first, stop)
+    if factor > 1:
+        rows = F.interpolate(rows, scale_factor=factor, mode="bicubic", align_corners=False)
+    return rows[:, :, begin - first * factor : end - first * factor]
+
+
+def pick_device(device: torch.device | str) -> torch.device:
+    """The device of that name; `auto` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: if it is CUDA and torch sees no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no CUDA device")
+    return device
+
+
+def packaged_models() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(folder.parent.name for folder in WEIGHTS.glob("*/model.safetensors"))
+
+
+def find_weights(name_or_folder: str | Path) -> Path:
+    """The folder with the two files of a model; see `HitSR.from_pretrained`."""
+    name = str(name_or_folder)
+    if name in packaged_models():
+        return WEIGHTS / name
+    folder = Path(name_or_folder)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+            packaged = ", ".join(packaged_models()) or "there are none"
+            raise ModelNotFoundError(
+                f"model: {name!r} is no packaged model ({packaged}), no folder and no hub id owner/name"
+            )
+        folder = _fetched_from_hub(name)
+    for file in ("config.json", "model.safetensors"):
+        if not (folder / file).is_file():
+            raise ModelNotFoundError(f"model: {folder} has no {file}")
+    return folder
+
+
+def _fetched_from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError as error:
+        raise ModelNotFoundError(
+            f"model: there is no folder {name!r}, and to look on the hub huggingface_hub is needed: "
+            "pip install 'hitsr-fast[hub]'"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelNotFoundError(f"model: {name!r} could not be fetched from the hub: {error}") from error
