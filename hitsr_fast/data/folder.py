@@ -1,7 +1,7 @@
 """Photos of a folder as a stream of sharp random crops.
 
-Most of a photo is sky, skin or out of focus, and a model that trains on it learns to blur: a crop is kept only
-if shrinking it by four loses detail.
+Most of a photo is sky, skin or out of focus, and a model that trains on it learns to blur: a crop is kept
+only if shrinking it by four loses detail.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class PhotoFolder(Dataset[Tensor]):
         sharpness_db: PSNR bar of the filter; `float("inf")` turns it off.
         flat_fraction: share of the flat crops that is kept, in [0, 1].
         tries: most draws for a crop.
-        cache: folder for decoded photos, which are then mapped into memory: for folders larger than the memory,
+        cache: folder for decoded photos, which are then mapped into memory: for folders larger than memory,
             or shared by many processes. By default decoded photos are held in memory, 3 bytes a pixel.
 
     Raises:
@@ -231,7 +231,7 @@ def _decode(path: Path) -> _Pixels:
 
 
 def _decode_cached(path: Path, cache: Path) -> _Pixels:
-    """Map the decoded photo, keyed by path, size and time of change, from `cache`; put it there if need be."""
+    """Map the decoded photo, keyed by path, size and time of change; put it into `cache` first."""
     try:
         status = path.stat()
     except OSError as error:
