@@ -99,11 +99,10 @@ def residual_quantize(
         ends = [0, *_scale_ends(flat)]
         if replay.shape[1] not in ends:
             raise ValueError(f"replay: expected T0 to be one of {ends}, found {replay.shape[1]}")
-    return ResidualQuantized(
-        *torch.ops.hitsr_fast.residual_quantize(
-            z, codebook, phi_weight, phi_bias, flat, list(phi_index), phi_ratio, replay, metric
-        )
+    reconstruction, indices = torch.ops.hitsr_fast.residual_quantize(
+        z, codebook, phi_weight, phi_bias, flat, list(phi_index), phi_ratio, replay, metric
     )
+    return ResidualQuantized(indices, reconstruction)
 
 
 def residual_decode(
@@ -275,7 +274,7 @@ def _check_bank(codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, like: Te
 def _check_phi(phi_index: Sequence[int], phi_ratio: float, num_scales: int, num_phi: int) -> None:
     if len(phi_index) != num_scales:
         raise ValueError(
-            f"phi_index: expected one entry for each of {num_scales} scales, found {len(phi_index)}"
+            f"phi_index: expected an entry for each of {num_scales} scales, found {len(phi_index)}"
         )
     if min(phi_index) < 0 or max(phi_index) >= num_phi:
         raise ValueError(f"phi_index: expected entries from 0 to {num_phi - 1}, found {list(phi_index)}")
@@ -306,7 +305,7 @@ def _quantize_fake(
     z: Tensor, codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, scales: list[int], *_rest: Any
 ) -> tuple[Tensor, Tensor]:
     indices = z.new_empty((z.shape[0], _scale_ends(scales)[-1]), dtype=torch.int64)
-    return indices, z.new_empty(z.shape, dtype=reference.arithmetic_dtype(codebook))
+    return z.new_empty(z.shape, dtype=reference.arithmetic_dtype(codebook)), indices
 
 
 def _decode_fake(
@@ -348,10 +347,10 @@ def _step_fake(
 
 def _quantize_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, codebook, phi_weight, _, ctx.scales, ctx.phi_index, ctx.phi_ratio, _, _ = inputs
-    ctx.save_for_backward(output[0], codebook, phi_weight)
+    ctx.save_for_backward(output[1], codebook, phi_weight)
 
 
-def _quantize_backward(ctx: Any, _grad_indices: None, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _quantize_backward(ctx: Any, grad: Tensor, _grad_indices: None) -> tuple[Tensor | None, ...]:
     return (None, *_bank_grads(ctx, grad), None, None, None, None, None)
 
 

@@ -27,13 +27,15 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
         The result does not depend on how rows are cut into chunks: the screen (a matrix product, whose order
         of summation is the library's own) only discards codes that provably cannot win, see `_search_rows`.
     """
+    indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     if x.dim() == 3:
-        return torch.stack([nearest_code(x_g, e_g, metric) for x_g, e_g in zip(x, codebook, strict=True)])
+        for group in range(x.shape[0]):
+            indices[group] = nearest_code(x[group], codebook[group], metric)
+        return indices
     codes = codebook.double()
     if metric == "cosine":
         norm = _sum_channels(codes * codes).sqrt()
         codes = codes / torch.where(norm > 0, norm, 1.0)[:, None]
-    indices = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     for start in range(0, x.shape[0], _ROWS_PER_CHUNK):
         rows = slice(start, start + _ROWS_PER_CHUNK)
         indices[rows] = _search_rows(x[rows].double(), codes, metric)

@@ -65,8 +65,8 @@ def residual_quantize(
         metric: of `nearest_code`.
 
     Returns:
-        indices: int64 `(B, T)`, scale after scale, row-major in each.
         reconstruction: `(B, C, H, W)` in `arithmetic_dtype(codebook)`.
+        indices: int64 `(B, T)`, scale after scale, row-major in each.
 
     Notes:
         Source: VAR (arXiv 2404.02905), Algorithm 1; replay: HIT-VAR (arXiv 2506.04990), Algorithm 1.
@@ -88,7 +88,7 @@ def residual_quantize(
         )
         reconstruction += step
         residual -= step
-    return indices, reconstruction
+    return reconstruction, indices
 
 
 def residual_decode(
@@ -153,7 +153,7 @@ def residual_decode_backward(
             )
         if phi_ratio != 0:
             grad_weight[phi] = phi_ratio * conv2d_weight(h, weight.shape, grad, padding=1)
-            grad_bias[phi] = phi_ratio * grad.sum(dim=(0, 2, 3))
+            grad_bias[phi] = phi_ratio * list(phi_index).count(phi) * grad.sum(dim=(0, 2, 3))
     return grad_codebook.to(codebook.dtype), grad_weight.to(phi_weight.dtype), grad_bias.to(phi_weight.dtype)
 
 

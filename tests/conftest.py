@@ -1,0 +1,22 @@
+"""Shared settings of the test suite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+# The same examples each time, and no deadline: the suite also runs on machines that are busy.
+settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25, print_blob=True)
+settings.load_profile("suite")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forced backend in the caller's environment must not change what a test proves."""
+    monkeypatch.delenv("HITSR_FAST_BACKEND", raising=False)

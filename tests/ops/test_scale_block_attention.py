@@ -1,0 +1,201 @@
+"""`scale_block_attention` on each backend against a dense mask; the cached step against the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hitsr_fast.dispatch import use_backend
+from hitsr_fast.ops import cached_attention_step, scale_block_attention
+from tests.tolerances import TOLERANCES
+
+BACKENDS = ["cpu", "reference"]
+FORWARD = torch.ops.hitsr_fast.scale_block_attention.default
+BACKWARD = torch.ops.hitsr_fast.scale_block_attention_backward.default
+STEP = torch.ops.hitsr_fast.cached_attention_step.default
+
+
+def qkv(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype, requires_grad=grad) for _ in range(3)]
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, block_lengths: list[int], scale: float | None = None) -> Tensor:
+    """The same with an explicit mask, in float64."""
+    block = torch.repeat_interleave(torch.arange(len(block_lengths)), torch.tensor(block_lengths))
+    mask = block[:, None] >= block[None, :]
+    query, key, value = (t.double().transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@given(
+    block_lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    head_dim=st.integers(1, 9),
+    scale=st.sampled_from([None, 0.3]),
+)
+def test_equals_a_dense_mask(
+    backend: str, block_lengths: list[int], batch: int, heads: int, head_dim: int, scale: float | None
+) -> None:
+    q, k, v = qkv(batch, sum(block_lengths), heads, head_dim)
+    with use_backend(backend):
+        out = scale_block_attention(q, k, v, block_lengths, softmax_scale=scale)
+    assert out.is_contiguous()
+    expected = dense(q, k, v, block_lengths, scale)
+    torch.testing.assert_close(out, expected, **TOLERANCES["float64_reordered"]._asdict())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, "float32_reordered"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")],
+)
+def test_lower_precision_and_long_blocks(backend: str, dtype: torch.dtype, tolerance: str) -> None:
+    # 300 rows in a block: more than the reference's chunk.
+    blocks = [300, 9, 16]
+    q, k, v = qkv(1, 325, 2, 8, dtype=dtype, grad=True)
+    weight = torch.randn(1, 325, 2, 8, dtype=dtype)
+    with use_backend(backend):
+        out = scale_block_attention(q, k, v, blocks)
+    grads = torch.autograd.grad(out, (q, k, v), weight)
+    expected = dense(q, k, v, blocks)
+    expected_grads = torch.autograd.grad(expected, (q, k, v), weight.double())
+    assert out.dtype == dtype
+    for actual, want in zip((out, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(actual.double(), want.double(), **TOLERANCES[tolerance]._asdict())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradcheck(backend: str) -> None:
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: scale_block_attention(q, k, v, [2, 1, 3], softmax_scale=0.7),
+            qkv(1, 6, 2, 3, grad=True),
+            **TOLERANCES["gradcheck"]._asdict(),
+        )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_later_blocks_are_invisible(backend: str) -> None:
+    q, k, v = qkv(1, 9, 2, 4)
+    with use_backend(backend):
+        before = scale_block_attention(q, k, v, [2, 3, 4])
+        k[:, 5:], v[:, 5:] = 1e3, -1e3
+        after = scale_block_attention(q, k, v, [2, 3, 4])
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.equal(before[:, 5:], after[:, 5:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input(backend: str) -> None:
+    packed = torch.randn(2, 7, 3, 2, 4, dtype=torch.float64, requires_grad=True)
+    with use_backend(backend):
+        out = scale_block_attention(*packed.unbind(2), [3, 4])
+    weight = torch.randn(4, 2, 7, 2, dtype=torch.float64).permute(1, 2, 3, 0)
+    (grad,) = torch.autograd.grad(out, packed, weight)
+    expected = dense(*packed.unbind(2), [3, 4])
+    (expected_grad,) = torch.autograd.grad(expected, packed, weight)
+    torch.testing.assert_close(out, expected, **TOLERANCES["float64_reordered"]._asdict())
+    torch.testing.assert_close(grad, expected_grad, **TOLERANCES["float64_reordered"]._asdict())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_is_the_log_of_the_denominator(backend: str) -> None:
+    q, k, v = qkv(1, 5, 2, 4)
+    with use_backend(backend):
+        _, lse = FORWARD(q, k, v, [2, 3], 0.5)
+    scores = 0.5 * q.transpose(1, 2) @ k.transpose(1, 2).mT
+    expected = torch.cat([scores[:, :, :2, :2].logsumexp(-1), scores[:, :, 2:].logsumexp(-1)], dim=2)
+    torch.testing.assert_close(lse, expected, **TOLERANCES["float64_reordered"]._asdict())
+
+
+@given(block_lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), room=st.integers(0, 3))
+def test_cached_steps_equal_the_whole(block_lengths: list[int], room: int) -> None:
+    T = sum(block_lengths)
+    q, k, v = qkv(2, T, 2, 4)
+    k_cache, v_cache = (torch.full((2, T + room, 2, 4), torch.nan, dtype=torch.float64) for _ in range(2))
+    start, outs = 0, []
+    for length in block_lengths:
+        rows = slice(start, start + length)
+        outs.append(cached_attention_step(q[:, rows], k[:, rows], v[:, rows], k_cache, v_cache, start))
+        start += length
+    assert torch.equal(k_cache[:, :T], k)
+    assert torch.equal(v_cache[:, :T], v)
+    assert k_cache[:, T:].isnan().all()
+    expected = scale_block_attention(q, k, v, block_lengths)
+    torch.testing.assert_close(torch.cat(outs, 1), expected, **TOLERANCES["float64_reordered"]._asdict())
+
+
+def test_bad_arguments() -> None:
+    q, k, v = qkv(1, 5, 2, 4)
+    with pytest.raises(TypeError, match="q: expected dtype"):
+        scale_block_attention(q.int(), k, v, [5])
+    with pytest.raises(TypeError, match="k: expected dtype float64, found float32"):
+        scale_block_attention(q, k.float(), v, [5])
+    with pytest.raises(ValueError, match=r"v: expected shape \(B=1, T=5, NH=2, D=4\), found \(1, 4, 2, 4\)"):
+        scale_block_attention(q, k, v[:, 1:], [5])
+    for lengths in ([], [4], [5, 0], [6, -1]):
+        with pytest.raises(ValueError, match=r"block_lengths: expected .* sum T=5"):
+            scale_block_attention(q, k, v, lengths)
+
+
+def test_bad_arguments_of_the_step() -> None:
+    q, k, v = qkv(1, 2, 2, 4)
+    caches = [torch.zeros(1, 5, 2, 4, dtype=torch.float64) for _ in range(2)]
+    for start in (-1, 4):
+        with pytest.raises(ValueError, match="start: expected 0 to Tmax - L = 3"):
+            cached_attention_step(q, k, v, *caches, start)
+    with pytest.raises(ValueError, match=r"v_cache: expected shape \(B=1, Tmax=5, NH=2, D=4\)"):
+        cached_attention_step(q, k, v, caches[0], caches[1][:, 1:], 0)
+    with pytest.raises(TypeError, match="k_cache: expected dtype float64"):
+        cached_attention_step(q, k, v, caches[0].float(), caches[1], 0)
+    with pytest.raises(RuntimeError, match="has no gradient"):
+        cached_attention_step(q.requires_grad_(), k, v, *caches, 0)
+    with torch.no_grad():
+        assert cached_attention_step(q, k, v, *caches, 3).shape == (1, 2, 2, 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    with use_backend(backend):
+        q, k, v = qkv(1, 5, 2, 4, dtype=torch.float32, grad=True)
+        torch.library.opcheck(FORWARD, (q, k, v, [2, 3], 0.5))
+        q, k, v = qkv(1, 5, 2, 4, dtype=torch.bfloat16)
+        out, lse = FORWARD(q, k, v, [2, 3], 0.5)
+        torch.library.opcheck(BACKWARD, (out, q, k, v, out, lse, [2, 3], 0.5))
+
+
+def test_opcheck_of_the_step() -> None:
+    caches = [torch.zeros(1, 7, 2, 4) for _ in range(2)]
+    torch.library.opcheck(STEP, (*qkv(1, 3, 2, 4, dtype=torch.float32), *caches, 2, 0.5))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return scale_block_attention(q.sin(), k, v, [2, 3]).cos()
+
+    inputs = qkv(1, 5, 2, 4, grad=True)
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    for actual, want in zip(
+        (compiled(*inputs), *torch.autograd.grad(compiled(*inputs).sum(), inputs)),
+        (forward(*inputs), *torch.autograd.grad(forward(*inputs).sum(), inputs)),
+        strict=True,
+    ):
+        assert torch.equal(actual, want)
+
+
+def test_the_step_compiles_without_a_graph_break() -> None:
+    def step(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        return cached_attention_step(q, k, v, k_cache, v_cache, 1) + k_cache[:, 1:4]
+
+    inputs = qkv(1, 3, 2, 4)
+    caches = [torch.zeros(1, 5, 2, 4, dtype=torch.float64) for _ in range(2)]
+    copies = [cache.clone() for cache in caches]
+    out = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs, *caches)
+    assert torch.equal(out, step(*inputs, *copies))
+    assert torch.equal(caches[0], copies[0])

@@ -1,0 +1,138 @@
+"""The choice of a backend: order, forcing, reasons; nothing falls back in silence."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from hitsr_fast import dispatch
+from hitsr_fast.dispatch import Backend, BackendUnavailableError, Operation, explain, use_backend
+from hitsr_fast.ops import nearest_code, scale_block_attention
+
+
+def _operation(gpu_reason: str | None = "no GPU") -> Operation:
+    return Operation(
+        "double",
+        [
+            Backend("triton", lambda x: ("triton", 2 * x), available=lambda: gpu_reason),
+            Backend("cpu", lambda x: ("cpu", 2 * x), lambda x: None if x < 10 else "x is too large"),
+            Backend("reference", lambda x: ("reference", x + x)),
+        ],
+    )
+
+
+def test_takes_the_first_backend_that_can_run() -> None:
+    assert _operation(None)(1) == ("triton", 2)
+    assert _operation()(1) == ("cpu", 2)
+    assert _operation()(20) == ("reference", 40)
+
+
+def test_forcing_takes_exactly_that_backend() -> None:
+    with use_backend("reference"):
+        assert _operation()(1) == ("reference", 2)
+        with use_backend("cpu"):
+            assert _operation()(1) == ("cpu", 2)
+        with use_backend(None):
+            assert _operation()(1) == ("cpu", 2)
+        assert _operation()(1) == ("reference", 2)
+
+
+@pytest.mark.parametrize(("forced", "x"), [("triton", 1), ("cpu", 20), ("cuda", 1)])
+def test_a_forced_backend_that_cannot_run_raises_with_every_reason(forced: str, x: int) -> None:
+    with use_backend(forced), pytest.raises(BackendUnavailableError) as caught:
+        _operation()(x)
+    message = str(caught.value)
+    assert f"double: forced backend '{forced}' cannot run this call" in message
+    assert "no GPU" in message
+    assert "not implemented for this op" in message
+    assert ("x is too large" in message) == (x == 20)
+
+
+def test_no_backend_at_all_raises() -> None:
+    with pytest.raises(BackendUnavailableError, match="no backend can run this call"):
+        Operation("nothing", [Backend("triton", print, available=lambda: "no GPU")])(1)
+
+
+def test_environment_forces_and_the_context_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HITSR_FAST_BACKEND", "reference")
+    assert _operation()(1) == ("reference", 2)
+    with use_backend("cpu"):
+        assert _operation()(1) == ("cpu", 2)
+    monkeypatch.setenv("HITSR_FAST_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="HITSR_FAST_BACKEND: expected one of cuda, triton, cpu, reference"):
+        _operation()(1)
+
+
+def test_unknown_names_are_errors() -> None:
+    with pytest.raises(ValueError, match="name: expected one of"), use_backend("gpu"):
+        pass
+    with pytest.raises(ValueError, match="name: expected one of"):
+        Backend("gpu", print)
+    with pytest.raises(ValueError, match="op: expected one of"):
+        explain("nearest")
+
+
+def test_an_exception_inside_a_backend_surfaces() -> None:
+    def broken(x: int) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Operation("broken", [Backend("cpu", broken), Backend("reference", lambda x: x)])(1)
+
+
+def test_the_choice_is_local_to_a_thread() -> None:
+    seen = []
+    with use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.forced_backend()))
+        thread.start()
+        thread.join()
+        assert dispatch.forced_backend() == "reference"
+    assert seen == [None]
+
+
+def test_backward_runs_under_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    choose = Operation.choose
+
+    def recording(self: Operation, *args: object) -> Backend:
+        backend = choose(self, *args)
+        chosen.append((self.name, backend.name))
+        return backend
+
+    monkeypatch.setattr(Operation, "choose", recording)
+    q = torch.randn(1, 3, 1, 4, requires_grad=True)
+    with use_backend("reference"):
+        out = scale_block_attention(q, q, q, [1, 2])
+    out.sum().backward()
+    assert chosen == [
+        ("scale_block_attention", "reference"),
+        ("scale_block_attention_backward", "reference"),
+    ]
+
+
+def test_autocast_does_not_reach_inside_an_op() -> None:
+    x, codebook = torch.randn(64, 8), torch.randn(32, 8)
+    q = torch.randn(1, 3, 1, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(nearest_code(x, codebook), nearest_code(x, codebook))
+        inside = scale_block_attention(q, q, q, [1, 2])
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, scale_block_attention(q, q, q, [1, 2]))
+
+
+def test_explain_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    q = torch.zeros(1, 1, 1, 1, device="meta")
+    explain("scale_block_attention", q, q, q, [1], 1.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "cuda       not implemented for this op",
+        "triton     not implemented for this op",
+        "cpu        needs CPU tensors, found meta",
+        "reference  can run  <- chosen",
+    ]
+
+
+def test_every_op_has_a_reference() -> None:
+    for name, operation in dispatch.operations().items():
+        assert operation.reasons()["reference"] is None, name
