@@ -1,0 +1,173 @@
+"""Loading weights: our own, and those of VAR's and Switti's releases, with errors that name what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.models.hit_transformer import HitTransformer
+
+
+class CheckpointError(ValueError):
+    """A state dict does not fit a model; the message lists missing, unexpected and mis-shaped keys."""
+
+
+# Buffers of the public checkpoints that hold no weights.
+_VQVAE_IGNORED = ("quantize.ema_vocab_hit_SV",)
+_VAR_IGNORED = ("lvl_1L", "attn_bias_for_masking")
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a complete state dict into `model`, or load nothing.
+
+    Args:
+        model: Changed in place.
+        state: Tensors by key.
+        source: What to call the state dict in an error.
+
+    Raises:
+        CheckpointError: If keys are missing, unexpected or mis-shaped.
+    """
+    own = model.state_dict()
+    _check({key: tuple(value.shape) for key, value in own.items()}, state, source)
+    model.load_state_dict(state)
+
+
+def load_vqvae(tokenizer: HitTokenizer, state: Mapping[str, Tensor], source: str = "state dict") -> None:
+    """Load a VAR or Switti VQVAE (`vae_ch160v4096z32` keys) into a tokenizer; each target's decoder gets the one decoder.
+
+    Args:
+        tokenizer: Changed in place, only if everything fits.
+        state: Flat state dict: `encoder.*`, `decoder.*`, `quantize.*`, `quant_conv.*`, `post_quant_conv.*`.
+        source: What to call the state dict in an error.
+
+    Raises:
+        CheckpointError: If keys are missing, unexpected or mis-shaped; they are named as in the checkpoint.
+    """
+    config = tokenizer.config
+    state = {key: value for key, value in state.items() if key not in _VQVAE_IGNORED}
+    own = tokenizer.state_dict()
+    expected: dict[str, tuple[int, ...]] = {}
+    for key, value in own.items():
+        if key.startswith("decoders.0."):
+            expected[_public_decoder_key(key)] = tuple(value.shape)
+        elif not key.startswith(("decoders.", "quantize.")):
+            expected[key] = tuple(value.shape)
+    phis = _phi_keys(state, config.num_phi)
+    dim = config.code_dim
+    expected["quantize.embedding.weight"] = (config.codebook_size, dim)
+    for phi in phis:
+        expected[f"{phi}.weight"] = (dim, dim, 3, 3)
+        expected[f"{phi}.bias"] = (dim,)
+    _check(expected, state, source)
+
+    loaded: dict[str, Tensor] = {
+        "quantize.codebook": state["quantize.embedding.weight"],
+        "quantize.phi_weight": torch.stack([state[f"{phi}.weight"] for phi in phis]),
+        "quantize.phi_bias": torch.stack([state[f"{phi}.bias"] for phi in phis]),
+    }
+    for key in own:
+        if key.startswith("decoders."):
+            loaded[key] = state[_public_decoder_key(key)]
+        elif not key.startswith("quantize."):
+            loaded[key] = state[key]
+    tokenizer.load_state_dict(loaded)
+
+
+@torch.no_grad()
+def init_from_var(transformer: HitTransformer, state: Mapping[str, Tensor], source: str = "state dict") -> None:
+    """Initialise a transformer from a VAR checkpoint (`var_d16` keys).
+
+    The body, the head and the word embedding are taken as they are. What HIT-VAR has and VAR has not starts from its
+    nearest relative: the prefix embedding from the word embedding, its level from the last level; the degraded and
+    the clean class from the mean of the ImageNet classes, the class-free one from VAR's; each start token from VAR's
+    single one; the positional grid from the last scale's slice of VAR's table, enlarged bicubically.
+
+    Args:
+        transformer: Changed in place, only if everything fits.
+        state: Flat state dict of VAR.
+        source: What to call the state dict in an error.
+
+    Raises:
+        CheckpointError: If keys are missing, unexpected or mis-shaped.
+    """
+    own = transformer.state_dict()
+    body = transformer.config.transformer
+    width = body.width
+    state = {key: value for key, value in state.items() if _is_weight(key)}
+    shared = [key for key in own if key.startswith(("blocks.", "head", "word_embed."))]
+    expected = {key: tuple(own[key].shape) for key in shared}
+    positions = state.get("pos_1LC")
+    rows = positions.shape[1] if positions is not None and positions.ndim == 3 else 680
+    expected |= {
+        "class_emb.weight": (1001, width),
+        "pos_start": (1, 1, width),
+        "pos_1LC": (1, rows, width),
+        "lvl_embed.weight": (len(transformer.scales), width),
+    }
+    _check(expected, state, source)
+
+    classes = state["class_emb.weight"]
+    levels = state["lvl_embed.weight"]
+    last = state["pos_1LC"][:, -_last_square(rows) :]
+    side = round(last.shape[1] ** 0.5)
+    grid = last.transpose(1, 2).reshape(1, width, side, side).float()
+    size = (body.position_grid, body.position_grid)
+    loaded = {key: state[key] for key in shared} | {
+        "prefix_embed.weight": state["word_embed.weight"],
+        "prefix_embed.bias": state["word_embed.bias"],
+        "class_emb.weight": torch.cat(
+            [classes[:1000].mean(0, keepdim=True).expand(body.num_classes - 1, -1), classes[1000:]]
+        ),
+        "pos_start": state["pos_start"].expand_as(transformer.pos_start),
+        "position_grid": F.interpolate(grid, size, mode="bicubic", align_corners=False),
+        "lvl_embed.weight": torch.cat([levels[-1:], levels]),
+    }
+    transformer.load_state_dict(loaded)
+
+
+def _check(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], source: str) -> None:
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    misshaped = [
+        f"{key}: expected {expected[key]}, found {tuple(state[key].shape)}"
+        for key in sorted(set(expected) & set(state))
+        if tuple(state[key].shape) != expected[key]
+    ]
+    problems = [
+        f"{name} keys: {keys}"
+        for name, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit the model; " + "; ".join(problems))
+
+
+def _public_decoder_key(key: str) -> str:
+    name = key.split(".", 2)[2]
+    return name if name.startswith("post_quant_conv.") else f"decoder.{name}"
+
+
+def _phi_keys(state: Mapping[str, Tensor], num_phi: int) -> list[str]:
+    """Prefixes of the phi convolutions in the layout the checkpoint has: one a step, one for all, or a shared bank."""
+    if "quantize.quant_resi.0.weight" in state:
+        return [f"quantize.quant_resi.{i}" for i in range(num_phi)]
+    if "quantize.quant_resi.qresi.weight" in state:
+        return ["quantize.quant_resi.qresi"] * num_phi
+    return [f"quantize.quant_resi.qresi_ls.{i}" for i in range(num_phi)]
+
+
+def _is_weight(key: str) -> bool:
+    return key not in _VAR_IGNORED and not key.endswith(".zero_k_bias")
+
+
+def _last_square(rows: int) -> int:
+    """Tokens of the last scale in a table of `rows` positions: VAR's scale lists by their sums."""
+    squares = {680: 256, 2240: 1024, 9451: 4096}
+    if rows not in squares:
+        raise CheckpointError(f"pos_1LC: expected one of {sorted(squares)} positions, found {rows}")
+    return squares[rows]

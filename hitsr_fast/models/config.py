@@ -1,0 +1,196 @@
+"""Configurations of the models: frozen dataclasses, one JSON file a model, unknown keys are errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Geometry of `HitTokenizer`. The defaults are VAR's `vae_ch160v4096z32` with HIT-VAR's scales (512 px).
+
+    Args:
+        code_dim: Width `C` of a code and of the latent map.
+        codebook_size: Number of codes `K`.
+        channels: Base width of the convolutional autoencoder.
+        channel_multipliers: Width of each level over `channels`; each level but the last halves the map.
+        residual_blocks: Residual blocks in an encoder level; a decoder level has one more.
+        stem_patch: Side of the pixel-unshuffle before the first and after the last convolution; 1 is VAR's own.
+        scales: Side of the token map at each step, ascending; the last is the latent's own side.
+        targets: Side of each decodable image over the full side, ascending to 1 (HIT-VAR, section 3.1).
+        num_phi: Number of phi convolutions shared by the steps (VAR, `share_quant_resi`).
+        phi_ratio: Weight of the convolution in phi, `phi(h) = (1 - r) h + r conv(h)`.
+        phi_indexing: `"global"` picks phi by the step's place among all steps, so that a shared code means the
+            same thing at each target; `"per_target"` picks it by its place among the steps of its target.
+        resize_mode: Antialiased filter that makes the images of the smaller targets (unstated in HIT-VAR).
+    """
+
+    code_dim: int = 32
+    codebook_size: int = 4096
+    channels: int = 160
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    residual_blocks: int = 2
+    stem_patch: int = 1
+    scales: tuple[int, ...] = (4, 6, 8, 10, 14, 16, 20, 24, 28, 32)
+    targets: tuple[float, ...] = (0.25, 0.5, 1.0)
+    num_phi: int = 4
+    phi_ratio: float = 0.5
+    phi_indexing: Literal["global", "per_target"] = "global"
+    resize_mode: Literal["bicubic", "area"] = "bicubic"
+
+    def __post_init__(self) -> None:
+        if list(self.scales) != sorted(set(self.scales)) or not self.scales or self.scales[0] < 1:
+            raise ValueError(f"scales: expected ascending sides of at least 1, got {self.scales}")
+        if list(self.targets) != sorted(set(self.targets)) or not self.targets or self.targets[-1] != 1.0:
+            raise ValueError(f"targets: expected ascending fractions that end at 1.0, got {self.targets}")
+        for target in self.targets:
+            if not (target * self.latent_size).is_integer() or target * self.latent_size not in self.scales:
+                raise ValueError(
+                    f"targets: {target} of the latent side {self.latent_size} is no side of a scale in {self.scales}"
+                )
+
+    @property
+    def stride(self) -> int:
+        """Pixels a latent cell covers along one side."""
+        return self.stem_patch * 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the full latent map."""
+        return self.scales[-1]
+
+    @property
+    def image_size(self) -> int:
+        """Side of the full image in pixels."""
+        return self.latent_size * self.stride
+
+    @property
+    def target_sizes(self) -> tuple[int, ...]:
+        """Side of the latent map of each target."""
+        return tuple(int(target * self.latent_size) for target in self.targets)
+
+    @property
+    def target_steps(self) -> tuple[int, ...]:
+        """Number of steps that each target is made of: 3, 6, 10 for HIT-VAR's ten scales (Algorithm 1)."""
+        return tuple(sum(scale <= size for scale in self.scales) for size in self.target_sizes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens `T` of one image over all steps."""
+        return sum(scale * scale for scale in self.scales)
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Geometry of `HitTransformer`. The defaults are VAR-d16 with HIT-VAR's conditioning.
+
+    Args:
+        depth: Number of blocks.
+        width: Width of a token.
+        heads: Attention heads; `width / heads` is the head dim (64 in VAR).
+        mlp_ratio: Hidden width of the feed-forward over `width`.
+        attn_l2_norm: Normalise q and k per head and learn the softmax scale (VAR's default).
+        position_grid: Side of the learned positional grid, resampled to each scale's side.
+        position_resample: How the grid is resampled (unstated in HIT-VAR).
+        num_classes: Rows of the class embedding; the last one is the class-free row.
+        class_dropout: Probability of the class-free row in training.
+        drop_path: Stochastic depth of the last block, rising linearly from 0.
+        ar_grid: `"target"` accumulates the reconstruction that feeds step k on the grid of k's own target;
+            `"full"` always on the full grid (plain VAR).
+        gate_init: Initial bias of the residual gates. 0 is VAR's; a short run cannot afford to open them first.
+        prefix_injection: Also add the LR features, area-resampled to a scale's side, to that scale's tokens. Not in
+            the paper (off by default); it spares a small model the learning of where to look in the prefix.
+    """
+
+    depth: int = 16
+    width: int = 1024
+    heads: int = 16
+    mlp_ratio: float = 4.0
+    attn_l2_norm: bool = True
+    position_grid: int = 64
+    position_resample: Literal["area", "bicubic"] = "area"
+    num_classes: int = 3
+    class_dropout: float = 0.1
+    drop_path: float = 0.0667
+    ar_grid: Literal["target", "full"] = "target"
+    gate_init: float = 0.0
+    prefix_injection: bool = False
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of heads={self.heads}, got {self.width}")
+
+
+@dataclass(frozen=True)
+class HitConfig:
+    """A whole HIT-VAR model: its tokenizer and its transformer.
+
+    Args:
+        name: Name of the preset.
+        tokenizer: Geometry of the tokenizer.
+        transformer: Geometry of the transformer.
+        colour_fix_levels: Levels of the wavelet colour fix that suits the model; 0 turns it off.
+    """
+
+    name: str = "hit-d16"
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    transformer: TransformerConfig = TransformerConfig()
+    colour_fix_levels: int = 5
+
+    def to_json(self) -> str:
+        """Return the configuration as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> HitConfig:
+        """Read a configuration; raises `ValueError` on unknown keys and on wrong values."""
+        return _build(HitConfig, json.loads(text), "config")
+
+    @staticmethod
+    def load(path: Path) -> HitConfig:
+        """Read the configuration file at `path`."""
+        return HitConfig.from_json(path.read_text())
+
+
+def _build(cls: type[ConfigT], values: Any, where: str) -> ConfigT:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected an object, got {type(values).__name__}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ValueError(f"{where}: unknown keys {unknown}; known are {sorted(fields)}")
+    nested = {"tokenizer": TokenizerConfig, "transformer": TransformerConfig}
+    built = {
+        key: _build(nested[key], value, f"{where}.{key}")
+        if key in nested
+        else tuple(value)
+        if isinstance(value, list)
+        else value
+        for key, value in values.items()
+    }
+    return cls(**built)
+
+
+HIT_D16 = HitConfig()
+
+HIT_TINY = HitConfig(
+    name="hit-tiny",
+    tokenizer=TokenizerConfig(
+        channels=32,
+        channel_multipliers=(3, 4),
+        residual_blocks=1,
+        stem_patch=4,
+        scales=(2, 3, 4, 5, 7, 8, 10, 12, 14, 16),
+    ),
+    transformer=TransformerConfig(
+        depth=6, width=256, heads=4, position_grid=24, drop_path=0.0, gate_init=0.5, prefix_injection=True
+    ),
+)
+
+PRESETS = {config.name: config for config in (HIT_D16, HIT_TINY)}

@@ -1,0 +1,64 @@
+"""`HitTokenizer`: VAR's VQVAE with HIT-VAR's hierarchical tokenization and one decoder a target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hitsr_fast.models.config import TokenizerConfig
+from hitsr_fast.nn.autoencoder import Decoder, Encoder, resize
+from hitsr_fast.nn.quantizer import MultiScaleQuantizer, TokenizedPyramid
+
+
+class HitTokenizer(nn.Module):
+    """Images to tokens and back, at each target size (HIT-VAR, section 3.1 and Algorithm 1).
+
+    Images are `(B, 3, S, S)` in [-1, 1] with `S = config.image_size` (or a target's share of it); latents are
+    `(B, C, S / stride, S / stride)`; tokens `(B, T)` int64, those of a coarse target the prefix of the finer ones'.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = (config.channels, config.channel_multipliers, config.residual_blocks)
+        self.encoder = Encoder(*widths, config.code_dim, config.stem_patch)
+        self.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
+        self.quantize = MultiScaleQuantizer(config)
+        self.decoders = nn.ModuleList(
+            Decoder(*widths, config.code_dim, config.stem_patch) for _ in config.targets
+        )
+
+    def pyramid(self, image: Tensor) -> list[Tensor]:
+        """The image at each target size, coarsest first: `(B, 3, s S, s S)` for `s` in `config.targets`."""
+        sides = [size * self.config.stride for size in self.config.target_sizes]
+        if image.ndim != 4 or tuple(image.shape[1:]) != (3, sides[-1], sides[-1]):
+            raise ValueError(f"image: expected (B, 3, {sides[-1]}, {sides[-1]}), got {tuple(image.shape)}")
+        return [resize(image, (side, side), self.config.resize_mode) for side in sides]
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Continuous latent `(B, C, h, w)` of images of any side that the stride divides."""
+        latent: Tensor = self.quant_conv(self.encoder(image))
+        return latent
+
+    def tokenize(self, image: Tensor, *, targets: int | None = None) -> TokenizedPyramid:
+        """Tokens of an image by Algorithm 1.
+
+        Args:
+            image: `(B, 3, S, S)` in [-1, 1].
+            targets: Stop after this many targets, coarsest first; all by default.
+        """
+        with torch.no_grad():
+            latents = [self.encode(level) for level in self.pyramid(image)[:targets]]
+        return self.quantize.tokenize(latents)
+
+    def decode(self, reconstruction: Tensor, target: int) -> Tensor:
+        """Image `(B, 3, s S, s S)`, not clamped, from the latent of target number `target`."""
+        image: Tensor = self.decoders[target](reconstruction)
+        return image
+
+    def decode_indices(self, indices: Tensor, targets: Sequence[int] | None = None) -> list[Tensor]:
+        """Images that tokens `(B, T)` stand for, one a target number in `targets` (all by default)."""
+        chosen = range(len(self.config.targets)) if targets is None else targets
+        return [self.decode(self.quantize.reconstruct(indices, target), target) for target in chosen]

@@ -1,0 +1,202 @@
+"""VAR's convolutional autoencoder: encoder and decoder with VAR's module names, so that its weights load as they are."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with VAR's 32 groups and eps."""
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, 3x3 twice, plus the input (through a 1x1 where the width changes)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        out: Tensor = self.nin_shortcut(x) + h
+        return out
+
+
+class SpatialAttention(nn.Module):
+    """Single-head self-attention over all positions of a map, with residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, c, h * w).transpose(2, 3).unbind(1)
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(out.transpose(1, 2).reshape(b, c, h, w))
+
+
+class Downsample(nn.Module):
+    """Stride-2 3x3 convolution, padded by one at the right and the bottom only (VAR)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
+
+
+class Upsample(nn.Module):
+    """Nearest x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class Mid(nn.Module):
+    """The coarsest stage: block, attention, block."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResidualBlock(channels, channels)
+        self.attn_1 = SpatialAttention(channels)
+        self.block_2 = ResidualBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return out
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, attention at the coarsest level, then the change of resolution if any."""
+
+    def __init__(self, widths: list[tuple[int, int]], attention: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResidualBlock(i, o) for i, o in widths)
+        self.attn = nn.ModuleList(SpatialAttention(o) for _, o in widths if attention)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        return x
+
+
+class DownLevel(Level):
+    def __init__(self, widths: list[tuple[int, int]], attention: bool, downsample: bool) -> None:
+        super().__init__(widths, attention)
+        self.downsample = Downsample(widths[-1][1]) if downsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.downsample(super().forward(x))
+        return out
+
+
+class UpLevel(Level):
+    def __init__(self, widths: list[tuple[int, int]], attention: bool, upsample: bool) -> None:
+        super().__init__(widths, attention)
+        self.upsample = Upsample(widths[-1][1]) if upsample else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.upsample(super().forward(x))
+        return out
+
+
+class Encoder(nn.Module):
+    """Image `(B, 3, H, W)` in [-1, 1] to latent `(B, C, H / stride, W / stride)` (VAR, VQVAE encoder).
+
+    Args:
+        channels: Base width.
+        channel_multipliers: Width of each level over `channels`.
+        residual_blocks: Residual blocks of a level.
+        code_dim: Width of the latent.
+        stem_patch: Side of the pixel-unshuffle before the first convolution.
+    """
+
+    def __init__(
+        self, channels: int, channel_multipliers: tuple[int, ...], residual_blocks: int, code_dim: int, stem_patch: int
+    ) -> None:
+        super().__init__()
+        self.stem_patch = stem_patch
+        levels = [channels * m for m in channel_multipliers]
+        self.conv_in = nn.Conv2d(3 * stem_patch**2, channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        width = channels
+        for i, out in enumerate(levels):
+            last = i == len(levels) - 1
+            widths = [(width, out)] + [(out, out)] * (residual_blocks - 1)
+            self.down.append(DownLevel(widths, attention=last, downsample=not last))
+            width = out
+        self.mid = Mid(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, code_dim, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv_in(F.pixel_unshuffle(image, self.stem_patch))
+        for level in self.down:
+            x = level(x)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        return out
+
+
+class Decoder(nn.Module):
+    """Latent `(B, C, h, w)` to image `(B, 3, h * stride, w * stride)`, about [-1, 1] (VAR, VQVAE decoder).
+
+    The 3x3 `post_quant_conv` is part of it, since each target of HIT-VAR has its own. A level has one residual block
+    more than the encoder's.
+    """
+
+    def __init__(
+        self, channels: int, channel_multipliers: tuple[int, ...], residual_blocks: int, code_dim: int, stem_patch: int
+    ) -> None:
+        super().__init__()
+        self.stem_patch = stem_patch
+        levels = [channels * m for m in channel_multipliers]
+        width = levels[-1]
+        self.post_quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
+        self.conv_in = nn.Conv2d(code_dim, width, 3, padding=1)
+        self.mid = Mid(width)
+        up: list[UpLevel] = []
+        for i in reversed(range(len(levels))):
+            widths = [(width, levels[i])] + [(levels[i], levels[i])] * residual_blocks
+            up.insert(0, UpLevel(widths, attention=i == len(levels) - 1, upsample=i > 0))
+            width = levels[i]
+        self.up = nn.ModuleList(up)
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, 3 * stem_patch**2, 3, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(self.post_quant_conv(latent)))
+        for level in reversed(self.up):
+            x = level(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x, self.stem_patch)
+
+
+def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
+    """Resize `(B, 3, H, W)` with an antialiased filter: `"bicubic"`, `"bilinear"` or `"area"`; identity when sizes match."""
+    if tuple(image.shape[-2:]) == size:
+        return image
+    if mode == "area":
+        return F.adaptive_avg_pool2d(image, size)
+    return F.interpolate(image, size=size, mode=mode, antialias=True, align_corners=False)
+
+
+__all__ = ["Decoder", "Encoder", "ResidualBlock", "SpatialAttention", "group_norm", "resize"]

@@ -1,0 +1,117 @@
+"""Stage 0: the autoencoder without quantization, which the codebook is then fitted to.
+
+A tokenizer trained quantized from scratch on little data collapses to a few codes. Where one starts from VAR's or
+Switti's released tokenizer, this stage is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hitsr_fast.losses import ReconstructionLoss, ReconstructionLossConfig
+from hitsr_fast.metrics import psnr_y
+from hitsr_fast.metrics.lpips import lpips
+from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.train.batches import PairBatches
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Recipe of the autoencoder stage.
+
+    Args:
+        batch: Crops a step.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Weight decay of all trained parameters.
+        loss: Terms of the reconstruction loss.
+        lr_share: Share of crops that are replaced by their own degraded, up-sampled low-resolution version, so that
+            the encoder also knows the images whose features condition the transformer.
+        latent_noise: Largest standard deviation, relative to the latent's own, of the Gaussian noise on the latent;
+            stands in for the quantization error to come.
+    """
+
+    batch: int = 16
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    lr_share: float = 0.25
+    latent_noise: float = 0.3
+
+
+class AutoencoderStage:
+    """Trains the encoder and the first decoder on all target sizes at once; bf16 autocast."""
+
+    name = "autoencoder"
+
+    def __init__(
+        self, model: HitTokenizer, batches: PairBatches, held_out: PairBatches, config: AutoencoderConfig
+    ) -> None:
+        self.model: nn.Module = model
+        self.tokenizer = model
+        self.batches = batches
+        self.held_out = held_out
+        self.config = config
+        self.distance = ReconstructionLoss(config.loss).to(batches.device)
+        model.quantize.requires_grad_(False)
+        model.decoders[1:].requires_grad_(False)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        config = self.config
+        return [torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))]
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        config = self.config
+        hr, upsampled, _ = self.batches(step, config.batch)
+        replaced = int(config.lr_share * config.batch)
+        images = torch.cat([upsampled[:replaced], hr[replaced:]])
+        generator = torch.Generator().manual_seed(step)
+        total = images.new_zeros(())
+        metrics: dict[str, float] = {}
+        levels = self.tokenizer.pyramid(images)
+        for image in levels:
+            image = image.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(image.device.type, torch.bfloat16):
+                latent = self.tokenizer.encode(image)
+                level = torch.rand(len(image), 1, 1, 1, generator=generator) * config.latent_noise
+                noise = (torch.randn(latent.shape, generator=generator) * level).to(latent.device)
+                output = self.tokenizer.decode(latent + noise * latent.detach().float().std(), 0)
+                loss = self.distance(output, image, generator)
+            total = total + loss / len(levels)
+            metrics[f"loss_{image.shape[-1]}"] = loss.item()
+        return total, metrics
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, HitTokenizer)
+        score = ImageScore()
+        for image in evaluation_images(self.held_out):
+            with torch.autocast(image.device.type, torch.bfloat16):
+                output = model.decode(model.encode(image), 0)
+            score.add(output, image)
+        return score.means()
+
+
+class ImageScore:
+    """Running means of PSNR-Y and LPIPS-alex over batches of images in [-1, 1]."""
+
+    def __init__(self) -> None:
+        self.psnr, self.lpips, self.count = 0.0, 0.0, 0
+
+    def add(self, output: Tensor, target: Tensor) -> None:
+        output = output.float().clamp(-1, 1)
+        self.psnr += psnr_y((output + 1) / 2, (target + 1) / 2).sum().item()
+        self.lpips += lpips(output, target).sum().item()
+        self.count += len(target)
+
+    def means(self, prefix: str = "held_out") -> dict[str, float]:
+        return {f"{prefix}_psnr_y": self.psnr / self.count, f"{prefix}_lpips_alex": self.lpips / self.count}
+
+
+def evaluation_images(held_out: PairBatches, *, batches: int = 2, size: int = 16) -> Iterator[Tensor]:
+    """The fixed held-out crops on which the tokenizer stages report."""
+    for i in range(batches):
+        yield held_out(i, size)[0]

@@ -1,0 +1,42 @@
+"""Batches of (HR, up-sampled LR, class) as a pure function of the step number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hitsr_fast.data.degradation import lr_pair
+from hitsr_fast.data.folder import PhotoFolder
+from hitsr_fast.nn.autoencoder import resize
+
+
+class PairBatches:
+    """Callable `(step, size) -> (hr, upsampled, class_id)`.
+
+    `hr` is `(size, 3, S, S)` in [-1, 1]; `upsampled` its degraded (class 0) or clean (class 1) quarter-size version,
+    8-bit, bilinearly brought back to `S`; `class_id` `(size,)` int64. The same step gives the same batch.
+
+    Args:
+        photos: Source of crops.
+        seed: Seed of the degradations.
+        clean_prob: Share of clean bilinear pairs (HIT-VAR, section 4.1: at most 0.25).
+        device: Where the batch is put and degraded.
+    """
+
+    def __init__(
+        self, photos: PhotoFolder, *, seed: int = 0, clean_prob: float = 0.25, device: torch.device | str = "cpu"
+    ) -> None:
+        self.photos = photos
+        self.seed = seed
+        self.clean_prob = clean_prob
+        self.device = device
+
+    def __call__(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        hr = self.photos.batch(step * size, size).to(self.device)
+        lr, class_id = lr_pair(hr, self.seed, first_index=step * size, clean_prob=self.clean_prob)
+        return hr * 2 - 1, upsample_lr(lr, hr.shape[-1]) * 2 - 1, class_id
+
+
+def upsample_lr(lr: Tensor, side: int) -> Tensor:
+    """Bring LR `(B, 3, h, w)` to the side the encoder takes: bilinear, as HIT-VAR conditions on (section 4.1)."""
+    return resize(lr, (side, side), "bilinear")

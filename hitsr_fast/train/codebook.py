@@ -1,0 +1,91 @@
+"""Filling a codebook from data: k-means on the pooled residuals of all scales."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.ops import nearest_code
+
+
+@torch.no_grad()
+def fill_codebook(
+    quantizer: MultiScaleQuantizer,
+    latents: Sequence[Tensor],
+    *,
+    rounds: int = 3,
+    iterations: int = 8,
+    per_scale: int = 12_000,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Replace the codebook by k-means centres and set every phi convolution to the identity.
+
+    The residual that a scale sees depends on the codes of the scales before it. So the first round quantizes as if
+    every pooled residual were a code of its own, and each further round with the codebook of the round before.
+
+    Args:
+        quantizer: Changed in place.
+        latents: One `(N, C, h, w)` map a target, coarsest first, of the same images.
+        rounds: Rounds of collecting residuals and running k-means on them.
+        iterations: Lloyd iterations a round.
+        per_scale: Rows taken of each scale, so that fine scales do not crowd out coarse ones.
+        seed: Seed of the draws.
+
+    Returns:
+        Share of codes in use and mean squared error of the last iteration.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for phi in quantizer.phi_weight:
+        torch.nn.init.dirac_(phi)
+    quantizer.phi_bias.zero_()
+    codebook = None
+    used, error = 0.0, 0.0
+    for _ in range(rounds):
+        rows = torch.cat(
+            [
+                scale_rows[torch.randperm(len(scale_rows), generator=generator)[:per_scale]]
+                for scale_rows in _pooled_residuals(quantizer, latents, codebook)
+            ]
+        )
+        if codebook is None:
+            chosen = torch.randperm(len(rows), generator=generator)[: len(quantizer.codebook)]
+            codebook = rows[chosen].clone()
+        for _ in range(iterations):
+            index = nearest_code(rows, codebook)
+            count = torch.bincount(index, minlength=len(codebook))
+            sums = torch.zeros_like(codebook).index_add_(0, index, rows)
+            empty = count == 0
+            used = 1.0 - empty.float().mean().item()
+            error = F.mse_loss(codebook[index], rows).item()
+            codebook = sums / count.clamp_min(1)[:, None]
+            fresh = torch.randint(len(rows), (int(empty.sum()),), generator=generator)
+            codebook[empty] = rows[fresh]
+        quantizer.codebook.copy_(codebook)
+    return {"codes_used": used, "kmeans_mse": error}
+
+
+def _pooled_residuals(
+    quantizer: MultiScaleQuantizer, latents: Sequence[Tensor], codebook: Tensor | None
+) -> list[Tensor]:
+    """The rows `(N * h * w, C)` that are searched at each scale; with no codebook each row is its own code."""
+    maps: list[Tensor] = []
+    rows: list[Tensor] = []
+    for target, latent in enumerate(latents):
+        side = quantizer.config.target_sizes[target]
+        residual = latent.float().clone()
+        for step, scale in enumerate(quantizer.config.scales[: quantizer.config.target_steps[target]]):
+            if step == len(maps):
+                pooled = F.adaptive_avg_pool2d(residual, scale)
+                searched = pooled.permute(0, 2, 3, 1).reshape(-1, pooled.shape[1])
+                rows.append(searched)
+                codes = searched if codebook is None else codebook[nearest_code(searched, codebook)]
+                maps.append(codes.view(pooled.shape[0], scale, scale, -1).permute(0, 3, 1, 2))
+            code_map = maps[step]
+            if scale != side:
+                code_map = F.interpolate(code_map, size=(side, side), mode="bicubic", align_corners=False)
+            residual -= code_map
+    return rows

@@ -1,0 +1,102 @@
+"""Stage 3: the decoders learn to decode what the transformer really predicts.
+
+HiTokSR (arXiv 2606.01157) ends with this stage: the decoder is tuned on sampled tokens, everything else frozen. It is
+not part of HIT-VAR; `steps=0` leaves it out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hitsr_fast.losses import ReconstructionLoss, ReconstructionLossConfig
+from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.models.hit_var import HitVar
+from hitsr_fast.train.autoencoder import ImageScore
+from hitsr_fast.train.batches import PairBatches
+
+
+@dataclass(frozen=True)
+class DecoderTrainConfig:
+    """Recipe of the decoder stage.
+
+    Args:
+        batch: Samples a step.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Weight decay.
+        loss: Terms of the loss.
+        sampled: Share of samples decoded from tokens that the transformer sampled itself, all scales in a row; the
+            rest are decoded from the HR image's own tokens.
+        top_k: Codes that the sampled tokens are drawn from; 1 is greedy.
+    """
+
+    batch: int = 12
+    lr: float = 4e-4
+    weight_decay: float = 0.01
+    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    sampled: float = 0.75
+    top_k: int = 1
+
+
+class DecoderStage:
+    """Trains the decoders only; bf16 autocast."""
+
+    name = "decoder"
+
+    def __init__(
+        self, model: HitVar, batches: PairBatches, held_out: PairBatches, config: DecoderTrainConfig
+    ) -> None:
+        self.model: nn.Module = model.tokenizer
+        self.whole = model
+        self.batches = batches
+        self.held_out = held_out
+        self.config = config
+        self.distance = ReconstructionLoss(config.loss).to(batches.device)
+        model.requires_grad_(False)
+        model.transformer.eval()
+        model.tokenizer.decoders.requires_grad_(True)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        config = self.config
+        return [torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))]
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        config, tokenizer = self.config, self.whole.tokenizer
+        images, upsampled, class_id = self.batches(step, config.batch)
+        generator = torch.Generator().manual_seed(step)
+        levels = [level.contiguous(memory_format=torch.channels_last) for level in tokenizer.pyramid(images)]
+        sampled = round(config.sampled * config.batch)
+        with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
+            features = tokenizer.encode(upsampled[:sampled]).float()
+            _, predicted = self.whole.sample(
+                features, class_id[:sampled], top_k=config.top_k, generator=generator
+            )
+            _, own = tokenizer.quantize.tokenize([tokenizer.encode(level[sampled:]) for level in levels])
+        total = images.new_zeros(())
+        metrics: dict[str, float] = {}
+        for target, (image, a, b) in enumerate(zip(levels, predicted, own, strict=True)):
+            latent = torch.cat([a, b])
+            with torch.autocast(images.device.type, torch.bfloat16):
+                loss = self.distance(tokenizer.decode(latent, target), image, generator)
+            total = total + loss / len(levels)
+            metrics[f"image_{image.shape[-1]}"] = loss.item()
+        return total, metrics
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, HitTokenizer)
+        scores = [ImageScore() for _ in model.config.targets]
+        for i in range(2):
+            images, upsampled, class_id = self.held_out(i, 16)
+            with torch.autocast(images.device.type, torch.bfloat16):
+                _, latents = self.whole.sample(model.encode(upsampled).float(), class_id)
+                outputs = [model.decode(z, target) for target, z in enumerate(latents)]
+            for score, output, level in zip(scores, outputs, model.pyramid(images), strict=True):
+                score.add(output, level)
+        return {
+            key: value
+            for score, size in zip(scores, model.config.target_sizes, strict=True)
+            for key, value in score.means(f"held_out_{size * model.config.stride}").items()
+        }

@@ -1,0 +1,177 @@
+"""The one training loop: resumable, logged, the same for every stage."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How long and how to train.
+
+    Args:
+        steps: Optimiser steps.
+        minutes: Training time after which the run ends even if steps are left; the schedule follows whichever of the
+            two is nearer its end. Time spent before a resume counts.
+        warmup: Share of the run over which the learning rate rises from 0.
+        final_lr: Learning rate at the end over the peak; cosine in between.
+        clip: Largest norm of the gradient.
+        ema: Decay of the averaged weights, which are what the stage yields.
+        checkpoint_minutes: Time between checkpoints.
+        log_every: Steps between log lines.
+        eval_every: Steps between evaluations; 0 for none.
+    """
+
+    steps: int = 10_000
+    minutes: float = math.inf
+    warmup: float = 0.02
+    final_lr: float = 0.02
+    clip: float = 1.0
+    ema: float = 0.995
+    checkpoint_minutes: float = 3.0
+    log_every: int = 10
+    eval_every: int = 200
+
+
+class Stage(Protocol):
+    """What a stage of training brings: a model, its optimisers, a loss, an evaluation."""
+
+    name: str
+    model: nn.Module
+
+    def optimizers(self) -> list[torch.optim.Optimizer]: ...
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]: ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+
+
+def train(stage: Stage, config: LoopConfig, folder: Path) -> nn.Module:
+    """Run `stage` to its end, resuming from `folder` if it holds a checkpoint, and return the averaged model.
+
+    Every step's data is a function of the step number, so a resumed run sees what an unbroken one would have seen.
+    A finished stage is not run again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stage.name}.pt"
+    optimizers = stage.optimizers()
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    average = AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    parameters = [p for p in stage.model.parameters() if p.requires_grad]
+    step, elapsed = 0, 0.0
+    if path.exists():
+        step, elapsed = _restore(path, stage.model, average, optimizers)
+    started = saved = time.monotonic()
+    before = elapsed
+    sums: dict[str, float] = {}
+
+    while (progress := max(step / config.steps, elapsed / (60 * config.minutes))) < 1.0:
+        for optimizer, lrs in zip(optimizers, peaks, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+                group["lr"] = lr * learning_rate(progress, config)
+        loss, metrics = stage.loss(step)
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"{stage.name}: the loss is {loss.item()} at step {step}; {metrics}")
+        loss.backward()  # type: ignore[no-untyped-call]
+        metrics["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.clip))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        average.update_parameters(stage.model)
+        step += 1
+        elapsed = before + time.monotonic() - started
+
+        for key, value in {"loss": loss.item(), **metrics}.items():
+            sums[key] = sums.get(key, 0.0) + value
+        if step % config.log_every == 0:
+            means = {key: value / config.log_every for key, value in sums.items()}
+            _log(folder, {"stage": stage.name, "step": step, "minutes": elapsed / 60, **means})
+            sums = {}
+        if config.eval_every and step % config.eval_every == 0:
+            _log(folder, {"stage": stage.name, "step": step, **_evaluated(stage, average.module)})
+        if time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            _save(path, stage.model, average, optimizers, step, elapsed)
+            saved = time.monotonic()
+
+    if elapsed > before:
+        _save(path, stage.model, average, optimizers, step, elapsed)
+        _log(folder, {"stage": stage.name, "step": step, "done": 1.0, **_evaluated(stage, average.module)})
+    model: nn.Module = average.module
+    return model
+
+
+def learning_rate(progress: float, config: LoopConfig) -> float:
+    """Learning rate over its peak at a share `progress` of the run: linear warm-up, then cosine."""
+    if progress < config.warmup:
+        return (progress + 1e-4) / (config.warmup + 1e-4)
+    along = (progress - config.warmup) / (1.0 - config.warmup)
+    return config.final_lr + (1.0 - config.final_lr) * 0.5 * (1.0 + math.cos(math.pi * min(along, 1.0)))
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: matrices and kernels decay, vectors and embeddings do not."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in named:
+        if parameter.requires_grad:
+            keep = parameter.ndim < 2 or any(part in name for part in ("embed", "codebook", "position", "start"))
+            (plain if keep else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def _evaluated(stage: Stage, model: nn.Module) -> dict[str, float]:
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        result = stage.evaluate(model)
+    model.train(training)
+    return result
+
+
+def _save(
+    path: Path,
+    model: nn.Module,
+    average: AveragedModel,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    elapsed: float,
+) -> None:
+    temporary = path.with_suffix(".tmp")
+    state = {
+        "model": model.state_dict(),
+        "average": average.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "step": step,
+        "elapsed": elapsed,
+    }
+    torch.save(state, temporary)
+    temporary.replace(path)
+
+
+def _restore(
+    path: Path, model: nn.Module, average: AveragedModel, optimizers: list[torch.optim.Optimizer]
+) -> tuple[int, float]:
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    average.load_state_dict(state["average"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    return int(state["step"]), float(state["elapsed"])
+
+
+def _log(folder: Path, entry: dict[str, Any]) -> None:
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items()), flush=True)
+
+

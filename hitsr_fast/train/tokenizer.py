@@ -1,0 +1,113 @@
+"""Stage 1: the hierarchical tokenizer (HIT-VAR, section 3.1): codebook, phi bank and one decoder a target."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hitsr_fast.losses import ReconstructionLoss, ReconstructionLossConfig
+from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.train.autoencoder import ImageScore, evaluation_images
+from hitsr_fast.train.batches import PairBatches
+
+
+@dataclass(frozen=True)
+class TokenizerTrainConfig:
+    """Recipe of the tokenizer stage.
+
+    Args:
+        batch: Crops a step.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Weight decay of all trained parameters but the codebook.
+        loss: Terms of the decoders' loss.
+        train_encoder: Also train the encoder, through the quantizer by straight-through and with the commitment
+            term. HIT-VAR freezes the encoder of a trained tokenizer (False); one made here learns it first.
+        commitment: Weight of the commitment term beside the codebook term (VAR: 0.25); used with `train_encoder`.
+        codebook_weight: Weight of the codebook's own term, the squared error of the reconstructed latent relative to
+            the latent's variance.
+        continuous_prob: Chance that a sample's decoder sees the continuous latent instead (HART; HIT-VAR: 0.5).
+    """
+
+    batch: int = 16
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    train_encoder: bool = False
+    commitment: float = 0.25
+    codebook_weight: float = 0.5
+    continuous_prob: float = 0.25
+
+
+class TokenizerStage:
+    """Trains codebook and phi on the latent error, the decoders on the image error; bf16 autocast."""
+
+    name = "tokenizer"
+
+    def __init__(
+        self, model: HitTokenizer, batches: PairBatches, held_out: PairBatches, config: TokenizerTrainConfig
+    ) -> None:
+        self.model: nn.Module = model
+        self.tokenizer = model
+        self.batches = batches
+        self.held_out = held_out
+        self.config = config
+        self.distance = ReconstructionLoss(config.loss).to(batches.device)
+        model.requires_grad_(True)
+        model.encoder.requires_grad_(config.train_encoder)
+        model.quant_conv.requires_grad_(config.train_encoder)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        config = self.config
+        codebook = self.tokenizer.quantize.codebook
+        others = [p for p in self.model.parameters() if p.requires_grad and p is not codebook]
+        groups = [
+            {"params": others, "weight_decay": config.weight_decay},
+            {"params": [codebook], "weight_decay": 0.0},
+        ]
+        return [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95))]
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        config = self.config
+        images, _, _ = self.batches(step, config.batch)
+        generator = torch.Generator().manual_seed(step)
+        levels = [
+            level.contiguous(memory_format=torch.channels_last) for level in self.tokenizer.pyramid(images)
+        ]
+        with torch.set_grad_enabled(config.train_encoder), torch.autocast(images.device.type, torch.bfloat16):
+            latents = [self.tokenizer.encode(level).float() for level in levels]
+        indices, reconstructions = self.tokenizer.quantize.tokenize([z.detach() for z in latents])
+        total = images.new_zeros(())
+        metrics: dict[str, float] = {"codes": float(indices.unique().numel())}
+        for target, (image, z, quantized) in enumerate(zip(levels, latents, reconstructions, strict=True)):
+            variance = z.detach().var()
+            codebook_loss = F.mse_loss(quantized, z.detach()) / variance
+            seen = quantized.detach()
+            if config.train_encoder:
+                codebook_loss = codebook_loss + config.commitment * F.mse_loss(z, seen) / variance
+                seen = z + (seen - z).detach()
+            continuous = torch.rand(len(z), 1, 1, 1, generator=generator) < config.continuous_prob
+            seen = torch.where(continuous.to(z.device), z, seen)
+            with torch.autocast(images.device.type, torch.bfloat16):
+                image_loss = self.distance(self.tokenizer.decode(seen, target), image, generator)
+            total = total + (image_loss + config.codebook_weight * codebook_loss) / len(levels)
+            metrics[f"image_{image.shape[-1]}"] = image_loss.item()
+            metrics[f"latent_{image.shape[-1]}"] = (F.mse_loss(quantized, z) / variance).item()
+        return total, metrics
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        assert isinstance(model, HitTokenizer)
+        scores = [ImageScore() for _ in model.config.targets]
+        for image in evaluation_images(self.held_out):
+            with torch.autocast(image.device.type, torch.bfloat16):
+                _, reconstructions = model.tokenize(image)
+                outputs = [model.decode(z, target) for target, z in enumerate(reconstructions)]
+            for score, output, level in zip(scores, outputs, model.pyramid(image), strict=True):
+                score.add(output, level)
+        return {
+            key: value
+            for score, size in zip(scores, model.config.target_sizes, strict=True)
+            for key, value in score.means(f"held_out_{size * model.config.stride}").items()
+        }

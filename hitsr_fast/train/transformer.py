@@ -1,0 +1,143 @@
+"""Stage 2: the transformer learns the tokens of the HR image from the features of the LR image (HIT-VAR, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.train.batches import PairBatches
+from hitsr_fast.train.loop import parameter_groups
+from hitsr_fast.train.self_correction import code_neighbours, tokenize_with_mistakes
+
+
+@dataclass(frozen=True)
+class TransformerTrainConfig:
+    """Recipe of the transformer stage.
+
+    Args:
+        batch: Samples a step.
+        lr: Peak learning rate of AdamW (embeddings, head, vectors).
+        muon_lr: Peak learning rate of Muon, which trains the blocks' matrices; 0 trains them with AdamW too.
+        weight_decay: Weight decay of matrices (HIT-VAR: 0.005).
+        label_smoothing: Of the cross entropy.
+        head_from_codebook: Start the classifier so that its logits are negative squared distances of a random
+            projection of the token to the codes: near codes then share what is learned from the first step on.
+        mistakes: Largest rate of wrong input tokens (see `self_correction`); 0 is plain teacher forcing.
+        mistake_codes: A wrong token is one of this many nearest codes.
+    """
+
+    batch: int = 16
+    lr: float = 2e-3
+    muon_lr: float = 1e-2
+    weight_decay: float = 0.005
+    label_smoothing: float = 0.0
+    head_from_codebook: bool = True
+    mistakes: float = 0.3
+    mistake_codes: int = 64
+
+
+class TransformerStage:
+    """Cross entropy over all tokens of the pyramid, every token equal; tokenizer frozen; bf16 autocast."""
+
+    name = "transformer"
+
+    def __init__(
+        self,
+        model: HitTransformer,
+        tokenizer: HitTokenizer,
+        batches: PairBatches,
+        held_out: PairBatches,
+        config: TransformerTrainConfig,
+    ) -> None:
+        self.model: nn.Module = model
+        self.transformer = model
+        self.tokenizer = tokenizer.requires_grad_(False).eval()
+        self.batches = batches
+        self.held_out = held_out
+        self.config = config
+        codebook = tokenizer.quantize.codebook
+        self.neighbours = code_neighbours(codebook, config.mistake_codes)
+        if config.head_from_codebook:
+            init_head(model, codebook)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        config = self.config
+        named = dict(self.model.named_parameters())
+        muon = {
+            name: p
+            for name, p in named.items()
+            if config.muon_lr > 0 and name.startswith("blocks.") and p.ndim == 2 and "ada_lin" not in name
+        }
+        rest = [(name, p) for name, p in named.items() if name not in muon]
+        optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(parameter_groups(rest, config.weight_decay), config.lr, betas=(0.9, 0.95))
+        ]
+        if muon:
+            optimizers.append(
+                torch.optim.Muon(muon.values(), lr=config.muon_lr, weight_decay=config.weight_decay)
+            )
+        return optimizers
+
+    @torch.no_grad()
+    def inputs(
+        self, step: int, batches: PairBatches, size: int, mistakes: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """LR features, class, teacher inputs and labels of a step."""
+        hr, upsampled, class_id = batches(step, size)
+        quantizer = self.tokenizer.quantize
+        with torch.autocast(hr.device.type, torch.bfloat16):
+            features = self.tokenizer.encode(upsampled.contiguous(memory_format=torch.channels_last)).float()
+            latents = [
+                self.tokenizer.encode(level.contiguous(memory_format=torch.channels_last)).float()
+                for level in self.tokenizer.pyramid(hr)
+            ]
+        if mistakes > 0:
+            generator = torch.Generator().manual_seed(step)
+            labels, tokens = tokenize_with_mistakes(quantizer, latents, self.neighbours, mistakes, generator)
+        else:
+            labels = tokens = quantizer.tokenize(latents).indices
+        grid = self.transformer.config.transformer.ar_grid
+        return features, class_id, quantizer.teacher_inputs(tokens, ar_grid=grid), labels
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        features, class_id, inputs, indices = self.inputs(
+            step, self.batches, self.config.batch, self.config.mistakes
+        )
+        torch.manual_seed(step)
+        with torch.autocast(features.device.type, torch.bfloat16):
+            logits = self.model(features, class_id, inputs)
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), indices.flatten(), label_smoothing=self.config.label_smoothing
+        )
+        accuracy = (logits.detach().argmax(-1) == indices).float().mean().item()
+        return loss, {"accuracy": accuracy}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        total, accuracy, count = 0.0, 0.0, 4
+        for i in range(count):
+            features, class_id, inputs, indices = self.inputs(i, self.held_out, 8, mistakes=0.0)
+            with torch.autocast(features.device.type, torch.bfloat16):
+                logits = model(features, class_id, inputs)
+            total += F.cross_entropy(logits.flatten(0, 1), indices.flatten()).item()
+            accuracy += (logits.argmax(-1) == indices).float().mean().item()
+        return {"held_out_loss": total / count, "held_out_accuracy": accuracy / count}
+
+
+@torch.no_grad()
+def init_head(model: HitTransformer, codebook: Tensor, seed: int = 0) -> None:
+    """Start the classifier at logits `(p . e_k - |e_k|^2 / 2) / var`, with `p` a random projection of the token.
+
+    `var` is the mean of `|e_k|^2 / 2`, so logits start at the order of one.
+    """
+    width = model.head.weight.shape[1]
+    codes = codebook.detach().float()
+    energy = codes.square().sum(1) / 2
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.randn(codes.shape[1], width, generator=generator).to(codes.device) / width**0.5
+    model.head.weight.copy_((codes @ projection) * energy.mean().rsqrt())
+    model.head.bias.copy_(-energy / energy.mean())
