@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar, overload
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ COLOUR_FIX_LEVELS = {1: 3, 2: 4, 4: 5}
 # A bicubic output pixel depends on input rows at most two away; the third is margin.
 _BICUBIC_REACH = 3
 
-T = TypeVar("T")
+ImageT = TypeVar("ImageT", Image.Image, Tensor)
 ReadRows = Callable[[int, int], Tensor]
 Progress = Callable[[int, int], None]
 
@@ -73,12 +73,12 @@ class SuperResolver(Protocol):
 
 
 @dataclass(frozen=True)
-class Upscaled(Generic[T]):
+class Upscaled(Generic[ImageT]):
     """The outputs of one image; a factor that was not asked for is None."""
 
-    x1: T | None = None
-    x2: T | None = None
-    x4: T | None = None
+    x1: ImageT | None = None
+    x2: ImageT | None = None
+    x4: ImageT | None = None
 
 
 @dataclass(frozen=True)
@@ -171,13 +171,9 @@ class HitSR:
         overlap = side // 4 if options.overlap is None else options.overlap
         return TilePlan.cover(height, width, side, overlap)
 
-    @overload
-    def upscale(self, image: Image.Image, **options: Any) -> Upscaled[Image.Image]: ...
-    @overload
-    def upscale(self, image: Tensor, **options: Any) -> Upscaled[Tensor]: ...
     def upscale(
         self,
-        image: Image.Image | Tensor,
+        image: ImageT,
         *,
         scales: Sequence[int] = (1, 2, 4),
         tile: int | None = None,
@@ -190,7 +186,7 @@ class HitSR:
         colour_fix: bool = True,
         class_id: int = 0,
         progress: Progress | None = None,
-    ) -> Upscaled[Image.Image] | Upscaled[Tensor]:
+    ) -> Upscaled[ImageT]:
         """Restore an image at its own size (x1), twice (x2) and four times (x4) that, in one pass.
 
         Args:
@@ -374,7 +370,7 @@ class HitSR:
             for factor, output in outputs.items():
                 parts[factor].append(output)
             tiles_done(begin + len(lr))
-        return {factor: torch.cat(part).unflatten(0, (n, b)) for factor, part in parts.items()}
+        return {factor: torch.stack(torch.cat(part).split(b)) for factor, part in parts.items()}
 
     def _super_resolve(
         self, model: SuperResolver, lr: Tensor, options: UpscaleOptions, generator: torch.Generator

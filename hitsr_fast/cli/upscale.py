@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from hitsr_fast.imaging.io import MAX_PIXELS, Format, ImageFileError, read_picture, write_picture
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -32,7 +34,7 @@ class Upscale:
     scales: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
     """Which outputs to write."""
 
-    format: Literal["png", "jpg", "webp", "tiff"] = "png"
+    format: Format = "png"
     """File format of the outputs. png and tiff keep 16 bits."""
 
     model: str = "hit-tiny"
@@ -68,7 +70,7 @@ class Upscale:
     colour_fix: bool = True
     """Take colours (the low frequencies) from the input."""
 
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     """Refuse larger inputs."""
 
     overwrite: bool = False
@@ -108,8 +110,8 @@ class Upscale:
             return _complain(console, str(error))
 
         jobs, errors = find_jobs(self.inputs, self.output, self.scales, self.format)
-        for error in errors:
-            _complain(console, str(error))
+        for fault in errors:
+            _complain(console, str(fault))
         failed = len(errors) + self._run_jobs(sr, jobs, options, console)
         print(f"{len(jobs) + len(errors) - failed} upscaled into {self.output}, {failed} failed")
         return 2 if failed else 0
@@ -137,7 +139,8 @@ class Upscale:
         self, sr: HitSR, job: Job, options: UpscaleOptions, console: Console, progress: Progress
     ) -> bool:
         """Upscale one image; whether it went well."""
-        from hitsr_fast.imaging.io import ImageFileError, read_picture, write_picture
+        import torch
+
         from hitsr_fast.pipeline import NonFiniteOutputError
 
         try:
@@ -154,7 +157,7 @@ class Upscale:
         except ImageFileError as error:
             _complain(console, str(error))
             return False
-        except (NonFiniteOutputError, MemoryError) as error:
+        except (NonFiniteOutputError, MemoryError, torch.OutOfMemoryError) as error:
             _complain(console, f"{job.source}: {error or 'not enough memory'}")
             return False
         return True

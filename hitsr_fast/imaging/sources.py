@@ -12,7 +12,8 @@ from hitsr_fast.imaging.io import Format, ImageFileError
 
 # In a folder only these are taken for images; a file that is named is tried whatever its name.
 SUFFIXES = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga".split()
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".webp", ".avif", ".tif", ".tiff"}
+    | {".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
 )
 
 
@@ -30,15 +31,14 @@ def find_jobs(
     """Find the images to upscale, before any output is written.
 
     Args:
-        inputs: files, folders (searched to the bottom, hidden and non-image files left out) and glob patterns.
+        inputs: files, folders (to the bottom, hidden and non-image files left out) and glob patterns.
         output: folder of the outputs; those of an input folder keep its tree.
         scales: factors of the outputs.
         format: suffix of the outputs.
 
     Returns:
-        The jobs in the order of the inputs, folders in the order of their names, each image once; and what is wrong:
-        an input that leads to no image, or an image whose output would take the place of an input or of
-        another's output.
+        The jobs in the order of the inputs, each image once; and what is wrong: an input that leads to no
+        image, or an image whose output would take the place of an input or of another's output.
     """
     jobs: list[Job] = []
     errors: list[ImageFileError] = []
