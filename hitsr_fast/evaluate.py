@@ -8,8 +8,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from hitsr_fast.data.degradation import degrade
 from hitsr_fast.metrics import imresize, lpips, psnr_y, ssim_y
 from hitsr_fast.metrics.lpips import MIN_SIDE
 from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
+from hitsr_fast.pipeline import HitSR, UpscaleOptions
 
 # The LR image of a pair is this much smaller than the HR image; the largest scale that is scored.
 PAIR_SCALE = 4
@@ -70,40 +71,24 @@ class Bicubic:
         return {scale: _to_tensor(result).to(lr.device) for scale, result in resized.items()}
 
 
-class Upscaled(Protocol):
-    """What `HitSR.upscale` returns."""
-
-    @property
-    def x1(self) -> Tensor | None: ...
-    @property
-    def x2(self) -> Tensor | None: ...
-    @property
-    def x4(self) -> Tensor | None: ...
-
-
-class Upscaler(Protocol):
-    """The part of `HitSR` that the evaluation uses."""
-
-    def upscale(self, image: Tensor, *, scales: Sequence[int], seed: int) -> Upscaled: ...
-
-
 class HitSRMethod:
     """A HIT-VAR model as a method.
 
     Args:
         name: what the table calls it.
-        model: a loaded `HitSR`.
-        seed: seed of the model's draws, the same for every image.
+        model: the model.
+        options: how to upscale; its `scales` are those of the evaluation.
     """
 
-    def __init__(self, name: str, model: Upscaler, seed: int = 0) -> None:
+    def __init__(self, name: str, model: HitSR, options: UpscaleOptions | None = None) -> None:
         self.name = name
         self._model = model
-        self._seed = seed
+        self._options = options if options is not None else UpscaleOptions()
 
     def upscale(self, lr: Tensor, scales: Sequence[int]) -> dict[int, Tensor]:
         """As `Method.upscale`."""
-        out = self._model.upscale(lr, scales=scales, seed=self._seed)
+        options = {option.name: getattr(self._options, option.name) for option in fields(UpscaleOptions)}
+        out = self._model.upscale(lr, **(options | {"scales": scales}))
         results = {1: out.x1, 2: out.x2, 4: out.x4}
         return {scale: result for scale, result in results.items() if result is not None}
 
@@ -253,10 +238,12 @@ class Report:
     Args:
         scores: one per set, image, scale and method.
         notes: what was left out and why.
+        settings: what the results depend on besides methods and images; kept in the JSON file.
     """
 
     scores: tuple[Score, ...]
     notes: tuple[str, ...]
+    settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
 
     def means(self) -> list[MeanScore]:
         """Means over the images of each set, scale and method, in the order of their first appearance."""
@@ -308,7 +295,7 @@ class Report:
     def _csv(self) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([field.name for field in fields(MeanScore)])
+        writer.writerow([column.name for column in fields(MeanScore)])
         writer.writerows(asdict(score).values() for score in self.means())
         return text.getvalue()
 
@@ -316,7 +303,11 @@ class Report:
         means = [dict(_plain(score)) for score in self.means()]
         images = [dict(_plain(score)) for score in self.scores]
         return (
-            json.dumps({"means": means, "images": images, "notes": self.notes}, indent=1, allow_nan=False)
+            json.dumps(
+                {"means": means, "images": images, "notes": self.notes, "settings": dict(self.settings)},
+                indent=1,
+                allow_nan=False,
+            )
             + "\n"
         )
 

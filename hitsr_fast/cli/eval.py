@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 if TYPE_CHECKING:
-    from hitsr_fast.evaluate import EvalSet, Report
+    import torch
+
+    from hitsr_fast.evaluate import EvalSet, HitSRMethod, Report
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Eval:
     """NAME=HR_DIR:LR_DIR or NAME=DIR; may be repeated."""
 
     model: tuple[str, ...] = ("hit-tiny",)
-    """Models to compare with bicubic: names, local folders or hub ids. None after --model: bicubic alone."""
+    """Models to compare with bicubic: packaged names, local folders or hub ids. --model alone: none."""
 
     scales: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
     """Scales to score."""
@@ -45,7 +47,22 @@ class Eval:
     """Make the LR images from the HR images by the Real-ESRGAN degradation."""
 
     seed: int = 0
-    """Seed of the degradation and of the model's draws."""
+    """Seed of the degradation, and of the models' draws where top-k is not 1."""
+
+    class_id: int = 0
+    """Class the models are told: 0 for photos as they come, 1 for inputs that were only made smaller."""
+
+    guidance: float = 0.0
+    """Classifier-free guidance of the models; 0 is none."""
+
+    top_k: int = 1
+    """Models draw among that many codes; 1 takes the likeliest, 0 draws among all."""
+
+    top_p: float = 1.0
+    """Models draw among the likeliest codes of that total probability."""
+
+    colour_fix: bool = True
+    """Models take colours (the low frequencies) from the input."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models and metrics run."""
@@ -56,6 +73,7 @@ class Eval:
     def run(self) -> int:
         """Evaluate, print and save; return the exit code: 0, or 2 when the input is at fault."""
         from hitsr_fast.evaluate import EvaluationError, check_report_path
+        from hitsr_fast.pipeline import NonFiniteOutputError
 
         try:
             for path in self.out:
@@ -65,7 +83,7 @@ class Eval:
             for path in self.out:
                 report.save(path)
                 print(f"wrote {path}")
-        except (EvaluationError, OSError) as error:
+        except (EvaluationError, NonFiniteOutputError, OSError) as error:
             print(f"hitsr-fast eval: {error}", file=sys.stderr)
             return 2
         return 0
@@ -98,28 +116,44 @@ class Eval:
         from rich.console import Console
         from rich.progress import Progress
 
-        from hitsr_fast import HitSR
-        from hitsr_fast.evaluate import Bicubic, EvaluationError, HitSRMethod, Method, evaluate
+        from hitsr_fast import __version__
+        from hitsr_fast.evaluate import Bicubic, EvaluationError, Method, evaluate
         from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
+        from hitsr_fast.pipeline import pick_device
 
         # Before the models are loaded: what is missing is said at once.
         require_weights(weights_path())
-        device = self.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise EvaluationError("--device cuda: this PyTorch finds no CUDA device")
-        methods: list[Method] = [Bicubic()]
-        methods += [
-            HitSRMethod(name, HitSR.from_pretrained(name, device=device), self.seed) for name in self.model
-        ]
-        with Progress(console=Console(stderr=True), transient=True) as progress:
+        try:
+            device = pick_device(self.device)
+            methods: list[Method] = [Bicubic(), *(self._load(model, device) for model in self.model)]
+        except ValueError as error:
+            raise EvaluationError(str(error)) from error
+        kept = ("degrade", "seed", "class_id", "guidance", "top_k", "top_p", "colour_fix")
+        settings = {name: getattr(self, name) for name in kept}
+        settings |= {"device": device.type, "hitsr_fast": __version__, "torch": torch.__version__}
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
             task = progress.add_task("", total=sum(len(eval_set.pairs) for eval_set in sets))
 
             def step(image: str) -> None:
                 progress.update(task, description=image, advance=1)
 
-            return evaluate(sets, methods, scales=self.scales, device=device, progress=step)
+            report = evaluate(sets, methods, scales=self.scales, device=device, progress=step)
+        return replace(report, settings=settings)
+
+    def _load(self, model: str, device: torch.device) -> HitSRMethod:
+        from hitsr_fast.evaluate import HitSRMethod
+        from hitsr_fast.pipeline import HitSR, UpscaleOptions
+
+        options = UpscaleOptions(
+            seed=self.seed,
+            class_id=self.class_id,
+            guidance=self.guidance,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            colour_fix=self.colour_fix,
+        )
+        return HitSRMethod(model, HitSR.from_pretrained(model, device), options)
 
 
 def _print(report: Report) -> None:
