@@ -1,0 +1,44 @@
+# `make demo` and `make test` are all that one needs. Both set up .venv first, and only what is not set up yet.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD_INPUTS := pyproject.toml setup.py hitsr_fast/_version.py \
+                $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu kernels/*/__init__.py)
+
+# ninja, which builds the extension, is looked up on the PATH.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test lint slow clean
+
+demo: $(VENV)/.installed
+	$(BIN)/hitsr-fast upscale examples/budgie-*.jpg -o out --overwrite
+	@echo "the photo restored, twice and four times as large:" && ls -1 out/budgie-*
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info hitsr_fast/_C*.so
+
+# torch has to be there before the package: the extension is built against the torch it will run with.
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "torch>=2.9" "setuptools>=77" wheel ninja
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --no-build-isolation -e ".[dev]"
+	touch $(VENV)/.installed $@

@@ -1,0 +1,30 @@
+"""The command line: `hitsr-fast COMMAND ...`. Each command is a dataclass of arguments with `run() -> int`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from hitsr_fast.cli.eval import Eval
+from hitsr_fast.cli.info import Info
+from hitsr_fast.cli.photos import Photos
+from hitsr_fast.cli.upscale import Upscale
+from hitsr_fast.cli.weights import Weights
+
+Command = (
+    Annotated[Upscale, tyro.conf.subcommand("upscale")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[Weights, tyro.conf.subcommand("weights")]
+    | Annotated[Info, tyro.conf.subcommand("info")]
+    | Annotated[Photos, tyro.conf.subcommand("photos")]
+)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parse the command line, run the command and exit with its code."""
+    command: Command = tyro.cli(  # type: ignore[call-overload]
+        Command, prog="hitsr-fast", description="Image super-resolution by next-scale prediction.", args=args
+    )
+    sys.exit(command.run())
