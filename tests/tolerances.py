@@ -23,7 +23,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "float16": Tolerance(rtol=4e-3, atol=4e-3),
     # torch.autograd.gradcheck in float64 with its default step of 1e-6.
     "gradcheck": Tolerance(rtol=1e-3, atol=1e-5),
-    # Mean over an image of |ours - libjpeg's|, in [0, 1]: its integer transforms round some coefficients otherwise.
+    # Mean over an image of |ours - libjpeg's|, in [0, 1]: a coefficient may be rounded the other way.
     "jpeg_mean": Tolerance(rtol=0.0, atol=1.5 / 255),
     # Shares counted over 2000 random draws: four standard deviations of a fair coin.
     "share_of_2000": Tolerance(rtol=0.0, atol=0.045),

@@ -1,7 +1,7 @@
 """The photographs in packages of Debian 12: which, where, under which licence. Drawn wallpapers are left out.
 
-Licences are those of each package's debian/copyright. "(package)" marks the licence of a whole package that has
-no entry for the photo itself.
+Licences are those of each package's debian/copyright. "(package)" marks the licence of a whole package that
+has no entry for the photo itself.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
 
     Notes:
         Follows libjpeg's defaults: annex K tables scaled by quality, 2x2 mean for chroma, triangle ("fancy")
-        upsampling. libjpeg transforms in integers, so results differ from it by a level here and there.
+        upsampling. libjpeg transforms in integers, so now and then a coefficient is rounded the other way.
         Not differentiable: coefficients are rounded.
     """
     if not isinstance(images, Tensor) or not images.is_floating_point():
@@ -76,7 +76,9 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
     transform = torch.tensor(_RGB_TO_YCBCR, device=images.device)
     ycc = torch.einsum("oc,bchw->bohw", transform, pixels)
     luma = ycc[:, :1].round() - 128  # level shift; chroma is centred on zero already
-    chroma = F.avg_pool2d(ycc[:, 1:].round(), 2).round_()
+    mean = F.avg_pool2d(ycc[:, 1:].round(), 2)
+    rounding = mean.new_tensor((0.25, 0.5)).repeat(mean.shape[-1] // 2)  # libjpeg's, down and up in turns
+    chroma = (mean + rounding).floor_()
 
     luma = _code_blocks(luma, _quantisation_table(_LUMA, quality, images.device))
     chroma = _code_blocks(chroma, _quantisation_table(_CHROMA, quality, images.device))

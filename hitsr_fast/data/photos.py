@@ -60,7 +60,7 @@ def fetch_package(package: Package, folder: str | Path, *, download: Download | 
         found = _sha256(deb)
         if found != package.sha256:
             raise PhotoFetchError(
-                f"{package.name} {package.version}: expected SHA256 {package.sha256} of the .deb, found {found}"
+                f"{package.name} {package.version}: expected SHA256 {package.sha256}, found {found}"
             )
         unpacked = Path(scratch) / "unpacked"
         _run("dpkg-deb", ["-x", str(deb), str(unpacked)], package)
