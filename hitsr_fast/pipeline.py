@@ -147,12 +147,17 @@ class HitSR:
             ModelNotFoundError: no such model, or one of its two files is missing.
             ValueError: the device is not there, or the files do not fit together.
         """
+        from safetensors import SafetensorError
+
         from hitsr_fast.models.hit_var import load_pretrained
 
-        device = pick_device(device)
+        device, folder = pick_device(device), find_weights(name_or_folder)
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return cls(load_pretrained(find_weights(name_or_folder), device, dtype), device)
+        try:
+            return cls(load_pretrained(folder, device, dtype), device)
+        except SafetensorError as error:
+            raise ValueError(f"model: {folder / 'model.safetensors'} is broken: {error}") from error
 
     def plan(self, height: int, width: int, options: UpscaleOptions) -> TilePlan:
         """The tiles of a `height x width` image.

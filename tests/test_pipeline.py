@@ -1,4 +1,4 @@
-"""HitSR: any image through a model that sees tiles only. The model here repeats pixels: all results are known."""
+"""HitSR: any image through a model that sees tiles only. The model repeats pixels: all results are known."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_bad_options_are_named(options: dict[str, object], message: str) -> None
     ],
 )
 def test_bad_images_are_named(image: object, error: type[Exception]) -> None:
-    with pytest.raises(error, match="^image: expected"):
+    with pytest.raises(error, match=r"^image: expected"):
         HitSR(NearestModel()).upscale(image)  # type: ignore[type-var]
 
 

@@ -371,7 +371,6 @@ def _exif_for_size(picture: Picture) -> Image.Exif:
     exif = Image.Exif()
     if picture.exif:
         exif.load(picture.exif)
-        sizes = exif.get_ifd(_EXIF_IFD)
-        if _EXIF_WIDTH in sizes:
+        if _EXIF_IFD in exif and _EXIF_WIDTH in (sizes := exif.get_ifd(_EXIF_IFD)):
             sizes[_EXIF_WIDTH], sizes[_EXIF_HEIGHT] = picture.width, picture.height
     return exif
