@@ -25,8 +25,8 @@ def kernel_packages() -> dict[str, str]:
 def extension() -> dict[str, Any]:
     """Arguments of setup() that build hitsr_fast._C; none where it is not wanted or cannot be built.
 
-    The package works without it, and `hitsr-fast info` says that it is missing. Whatever goes wrong once the build
-    has started is an error.
+    The package works without it, and `hitsr-fast info` says that it is missing. What goes wrong once the
+    build has started is an error.
     """
     if os.environ.get("HITSR_FAST_EXTENSION") == "0":
         print("hitsr_fast: HITSR_FAST_EXTENSION=0, the C++ extension is left out")

@@ -1,4 +1,4 @@
-"""The command line: `hitsr-fast COMMAND ...`. Each command is a dataclass of arguments with `run() -> int`."""
+"""The command line `hitsr-fast COMMAND ...`: a command is a dataclass of arguments with `run() -> int`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Command = (
 
 def main(args: list[str] | None = None) -> None:
     """Parse the command line, run the command and exit with its code."""
-    command: Command = tyro.cli(  # type: ignore[call-overload]
+    command: Command = tyro.cli(
         Command, prog="hitsr-fast", description="Image super-resolution by next-scale prediction.", args=args
     )
     sys.exit(command.run())

@@ -1,0 +1,72 @@
+"""`hitsr-fast info` prints what is there and, for what is not, the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hitsr_fast import __version__, dispatch, extension
+from hitsr_fast.cli import main
+from hitsr_fast.cli.info import Info
+
+
+def sections(text: str) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for block in text.strip().split("\n\n"):
+        title, *rows = block.splitlines()
+        found[title] = dict(row.strip().split(maxsplit=1) for row in rows)  # type: ignore[misc]
+    return found
+
+
+def test_every_op_and_backend_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Info().run() == 0
+    found = sections(capsys.readouterr().out)
+    assert found["versions"]["hitsr_fast"] == __version__
+    assert {title.removeprefix("op ") for title in found if title.startswith("op ")} == set(
+        dispatch.operations()
+    )
+    for name, operation in dispatch.operations().items():
+        assert found[f"op {name}"] == {
+            backend: reason or "can run" for backend, reason in operation.reasons().items()
+        }
+
+
+@pytest.mark.parametrize("reason", ["not built (for a test)", None])
+def test_state_of_the_extension(
+    reason: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "unavailable", lambda: reason)
+    monkeypatch.setattr(extension, "build_info", lambda: {"torch": "2.x", "cxx_standard": 202002})
+    Info().run()
+    shown = sections(capsys.readouterr().out)["extension"]["hitsr_fast._C"]
+    assert shown == (reason or "torch 2.x, cxx_standard 202002")
+
+
+def test_build_info_tells_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "unavailable", lambda: "not built")
+    with pytest.raises(RuntimeError, match=r"hitsr_fast\._C: not built"):
+        extension.build_info()
+
+
+def test_the_extension_is_missing_for_a_reason_or_was_built_with_this_torch() -> None:
+    reason = extension.unavailable()
+    if reason is not None:
+        assert reason.startswith(("not built", "built, but does not load"))
+        return
+    info = extension.build_info()
+    assert str(info["torch"]).split("+")[0] == torch.__version__.split("+")[0]
+    assert int(info["cxx_standard"]) >= 201703
+
+
+def test_the_command_exits_with_0(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["info"])
+    assert caught.value.code == 0
+    assert "op nearest_code" in capsys.readouterr().out
+
+
+def test_an_unknown_command_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["enlarge"])
+    assert caught.value.code == 2
+    assert "enlarge" in capsys.readouterr().err

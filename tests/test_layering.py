@@ -1,0 +1,86 @@
+"""The floors of the house: imports only go down, and nothing but env.py reads the environment."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "hitsr_fast"
+
+# A floor may import itself and what stands to the right of it here.
+BELOW: dict[str, tuple[str, ...]] = {
+    "reference": (),
+    "_version": (),
+    "env": (),
+    "kernels": (),
+    "extension": (),
+    "dispatch": ("env",),
+    "ops": ("reference", "dispatch", "extension", "kernels", "env"),
+    "imaging": ("env",),
+    "data": ("imaging", "env"),
+    "metrics": ("imaging", "env"),
+    "losses": ("ops", "metrics", "env"),
+    "nn": ("ops",),
+    "models": ("nn", "ops", "env"),
+    "pipeline": ("models", "nn", "ops", "imaging", "env"),
+    "evaluate": ("pipeline", "models", "metrics", "imaging", "data", "env"),
+    "train": ("models", "nn", "ops", "losses", "metrics", "data", "imaging", "env", "_version"),
+}
+TOP = ("__init__", "cli")
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def floor(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_floors(path: Path) -> set[str]:
+    """First component under hitsr_fast of every import in the file, those inside functions included."""
+    floors = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "hitsr_fast" and len(parts) > 1:
+                floors.add(parts[1])
+    return floors
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_go_down(path: Path) -> None:
+    own = floor(path)
+    if own in TOP:
+        return
+    assert own in BELOW, f"{own} has no floor: decide where it stands and add it to BELOW"
+    assert imported_floors(path) - {own} <= set(BELOW[own])
+
+
+def test_floors_have_an_order() -> None:
+    """BELOW itself has no cycle."""
+    done: set[str] = set()
+    while len(done) < len(BELOW):
+        ready = {name for name in BELOW if name not in done and set(BELOW[name]) <= done}
+        assert ready, set(BELOW) - done
+        done |= ready
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_env_reads_the_environment(path: Path) -> None:
+    if path != PACKAGE / "env.py":
+        text = path.read_text()
+        assert "os.environ" not in text
+        assert "getenv" not in text
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) < 600
+    assert path.name != "utils.py"

@@ -1,0 +1,129 @@
+"""A wheel of this checkout, installed into a fresh environment and used from another folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from hitsr_fast import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD_INPUTS = (
+    "pyproject.toml",
+    "setup.py",
+    "MANIFEST.in",
+    "README.md",
+    "LICENSE",
+    "hitsr_fast",
+    "kernels",
+    "csrc",
+)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing is left in the checkout; without the extension, for speed."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in BUILD_INPUTS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(ROOT / name, source / name)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run(
+        [*pip, "--wheel-dir", str(out), str(source)], check=True, env=_environment(HITSR_FAST_EXTENSION="0")
+    )
+    (built,) = out.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Interpreter of a fresh environment with the wheel; what it depends on is borrowed from here."""
+    environment = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    interpreter = environment / "bin" / "python"
+    (site,) = environment.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    # A top-level `kernels` as another project installs it, ours must neither hide nor be hidden by it.
+    (site / "kernels").mkdir()
+    (site / "kernels" / "__init__.py").write_text("OWNER = 'another project'\n")
+    # Read last, without its .pth files: an editable install of this checkout stays out of sight.
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return interpreter
+
+
+def _environment(**variables: str) -> dict[str, str]:
+    return {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent", **variables}
+
+
+def _run(python: Path, code: str) -> dict[str, object]:
+    """Run code from / in the fresh environment; it prints one JSON object."""
+    result = subprocess.run(
+        [str(python), "-c", code], check=True, cwd="/", env=_environment(), capture_output=True, text=True
+    )
+    answer: dict[str, object] = json.loads(result.stdout)
+    return answer
+
+
+def test_wheel_holds_what_it_must(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert f"hitsr_fast-{__version__}-" in wheel.name
+    for path in [ROOT / "hitsr_fast" / "py.typed", *(ROOT / "hitsr_fast").glob("weights/**/*")]:
+        assert path.is_dir() or str(path.relative_to(ROOT)) in names, path
+    for path in [*ROOT.glob("hitsr_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
+        inside = path.relative_to(ROOT)
+        if inside.parts[0] == "kernels":
+            inside = Path("hitsr_fast") / inside
+        assert str(inside) in names, inside
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not [name for name in names if name.startswith(("kernels/", "tests/", "csrc/"))]
+
+
+def test_wheel_works_from_another_folder(python: Path) -> None:
+    answer = _run(
+        python,
+        """
+import json
+import hitsr_fast, hitsr_fast.kernels, hitsr_fast.kernels.common, kernels
+from hitsr_fast import extension
+from hitsr_fast.ops import nearest_code
+import torch
+print(json.dumps({
+    "version": hitsr_fast.__version__,
+    "file": hitsr_fast.__file__,
+    "common": hitsr_fast.kernels.common.__file__,
+    "path": len(hitsr_fast.kernels.__path__),
+    "foreign": kernels.OWNER,
+    "code": nearest_code(torch.ones(1, 2), torch.eye(2)).item(),
+    "extension": extension.unavailable(),
+}))
+""",
+    )
+    site = str(python.parents[1])
+    assert answer["version"] == __version__
+    assert str(answer["file"]).startswith(site)
+    assert str(answer["common"]).startswith(site)
+    assert answer["path"] == 1
+    assert answer["foreign"] == "another project"
+    assert answer["code"] == 0
+    assert str(answer["extension"]).startswith("not built")
+
+
+def test_checkout_serves_its_own_kernels() -> None:
+    import hitsr_fast.kernels.common
+
+    assert Path(str(hitsr_fast.kernels.common.__file__)).parent == ROOT / "kernels" / "common"
+
+
+def test_import_is_light() -> None:
+    code = "import sys, hitsr_fast, hitsr_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
