@@ -32,13 +32,13 @@ clean:
 # torch has to be there before the package: the extension is built against the torch it will run with.
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install "torch>=2.9" "setuptools>=77" wheel ninja
+	$(PIP) install --quiet "torch>=2.9" "setuptools>=77" wheel ninja
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) install --no-build-isolation -e .
+	$(PIP) install --quiet --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch $(BUILD_INPUTS)
-	$(PIP) install --no-build-isolation -e ".[dev]"
+	$(PIP) install --quiet --no-build-isolation -e ".[dev]"
 	touch $(VENV)/.installed $@

@@ -151,6 +151,15 @@ def register_autograd(
     torch.library.register_autograd(f"hitsr_fast::{name}", run, setup_context=remember, lib=_LIBRARY)
 
 
+def register_no_gradient(name: str, reason: str) -> None:
+    """Make a backward pass through `torch.ops.hitsr_fast.<name>` an error; PyTorch alone would only warn."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"{name}: {reason}")
+
+    torch.library.register_autograd(f"hitsr_fast::{name}", refuse, lib=_LIBRARY)
+
+
 def forced_backend() -> str | None:
     """The backend that `use_backend`, or else `HITSR_FAST_BACKEND`, asks for; None leaves the choice open.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.residual_quantize as reference
-from hitsr_fast.dispatch import Backend, register, register_autograd
+from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
 from hitsr_fast.ops.nearest_code import Metric
 from hitsr_fast.ops.validation import (
     FLOATING,
@@ -400,3 +400,4 @@ register(
 )
 register_autograd("residual_quantize", _quantize_backward, _quantize_context)
 register_autograd("residual_decode", _decode_backward, _decode_context)
+register_no_gradient("residual_decode_backward", "second derivatives are not implemented")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.scale_block_attention as reference
-from hitsr_fast.dispatch import Backend, register, register_autograd
+from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
 from hitsr_fast.ops import scale_block_attention_cpu as cpu
 from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
 
@@ -185,3 +185,4 @@ register(
     fake=_step_fake,
 )
 register_autograd("scale_block_attention", _attention_backward, _attention_context)
+register_no_gradient("scale_block_attention_backward", "second derivatives are not implemented")

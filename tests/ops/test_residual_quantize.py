@@ -203,6 +203,16 @@ def test_gradcheck_of_decode() -> None:
     )
 
 
+def test_second_derivatives_are_refused() -> None:
+    codes = bank(grad=True)
+    out = residual_decode(
+        torch.zeros(1, 1, dtype=torch.int64), *codes, scales=[1], phi_index=[0], size=(2, 2)
+    )
+    (grad,) = torch.autograd.grad(out.square().sum(), codes.codebook, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
+        grad.sum().backward()
+
+
 def test_the_latent_gets_no_gradient() -> None:
     z, codes = torch.randn(1, 3, 2, 2, requires_grad=True), bank(dtype=torch.float32, grad=True)
     out = residual_quantize(z, *codes, scales=[2], phi_index=[0])

@@ -131,6 +131,14 @@ def test_cached_steps_equal_the_whole(block_lengths: list[int], room: int) -> No
     torch.testing.assert_close(torch.cat(outs, 1), expected, **TOLERANCES["float64_reordered"]._asdict())
 
 
+def test_second_derivatives_are_refused() -> None:
+    q, k, v = qkv(1, 2, 1, 2, grad=True)
+    out = scale_block_attention(q, k, v, [1, 1])
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
+        grad.sum().backward()
+
+
 def test_bad_arguments() -> None:
     q, k, v = qkv(1, 5, 2, 4)
     with pytest.raises(TypeError, match="q: expected dtype"):
