@@ -1,5 +1,1 @@
 """Training losses."""
-
-from hitsr_fast.losses.reconstruction import ReconstructionLoss, ReconstructionLossConfig
-
-__all__ = ["ReconstructionLoss", "ReconstructionLossConfig"]

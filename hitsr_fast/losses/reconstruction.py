@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.metrics.lpips import LPIPS
-
-
-@dataclass(frozen=True)
-class ReconstructionLossConfig:
-    """Weights of the terms.
-
-    HIT-VAR's own decoder loss is L2 + 5 LPIPS (section 4.1, backbone unstated): `pixel="l2"`, `vgg=5`, `alex=0`,
-    `vgg_share=1`. The defaults are what a CPU affords: VGG on a few crops, the twenty times cheaper AlexNet on all.
-
-    Args:
-        pixel: Mean absolute (`"l1"`) or squared (`"l2"`) difference, images in [-1, 1], weight 1.
-        alex: Weight of LPIPS-AlexNet.
-        vgg: Weight of LPIPS-VGG.
-        vgg_share: Share of the batch that LPIPS-VGG sees.
-        crop: Largest side in pixels of the crop that LPIPS-VGG sees.
-        jitter: LPIPS-AlexNet sees a random crop this many pixels smaller than the image, so that its stride-4 grid
-            never falls on the same pixels and leaves no pattern of its own.
-    """
-
-    pixel: Literal["l1", "l2"] = "l1"
-    alex: float = 0.3
-    vgg: float = 0.3
-    vgg_share: float = 0.25
-    crop: int = 64
-    jitter: int = 8
+from hitsr_fast.losses.config import ReconstructionLossConfig
+from hitsr_fast.metrics.lpips import LPIPS, LpipsNet
 
 
 class ReconstructionLoss(nn.Module):
@@ -43,23 +16,28 @@ class ReconstructionLoss(nn.Module):
     def __init__(self, config: ReconstructionLossConfig) -> None:
         super().__init__()
         self.config = config
-        self.vgg = LPIPS("vgg").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.alex = LPIPS("alex").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.vgg = _lpips("vgg", config.vgg)
+        self.alex = _lpips("alex", config.alex)
 
     def forward(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Loss averaged over the batch; crops are drawn from `generator` (on the CPU)."""
         config, side = self.config, target.shape[-1]
         distance = F.l1_loss if config.pixel == "l1" else F.mse_loss
         total = distance(output.float(), target.float())
-        if config.alex > 0:
+        if self.alex is not None:
             smaller = max(side - config.jitter, 31)
             total = total + config.alex * self.alex(*shared_crop(output, target, smaller, generator)).mean()
         seen = round(config.vgg_share * len(target))
-        if config.vgg > 0 and seen > 0:
+        if self.vgg is not None and seen > 0:
             chosen = torch.randperm(len(target), generator=generator)[:seen]
             a, b = shared_crop(output[chosen], target[chosen], config.crop, generator)
             total = total + config.vgg * self.vgg(a, b).mean()
         return total
+
+
+def _lpips(net: LpipsNet, weight: float) -> LPIPS | None:
+    """LPIPS on `net`, or None where it has no weight: then its parameters need not be there."""
+    return LPIPS(net).to(memory_format=torch.channels_last) if weight > 0 else None
 
 
 def shared_crop(a: Tensor, b: Tensor, side: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Loading weights: our own, and those of VAR's and Switti's releases, with errors that name what does not fit."""
+"""Loading weights, our own and those of VAR and Switti, with errors that name what does not fit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
 
 
 def load_vqvae(tokenizer: HitTokenizer, state: Mapping[str, Tensor], source: str = "state dict") -> None:
-    """Load a VAR or Switti VQVAE (`vae_ch160v4096z32` keys) into a tokenizer; each target's decoder gets the one decoder.
+    """Load a VAR or Switti VQVAE (`vae_ch160v4096z32` keys) into a tokenizer, its decoder into each target's.
 
     Args:
         tokenizer: Changed in place, only if everything fits.
@@ -79,13 +79,16 @@ def load_vqvae(tokenizer: HitTokenizer, state: Mapping[str, Tensor], source: str
 
 
 @torch.no_grad()
-def init_from_var(transformer: HitTransformer, state: Mapping[str, Tensor], source: str = "state dict") -> None:
+def init_from_var(
+    transformer: HitTransformer, state: Mapping[str, Tensor], source: str = "state dict"
+) -> None:
     """Initialise a transformer from a VAR checkpoint (`var_d16` keys).
 
-    The body, the head and the word embedding are taken as they are. What HIT-VAR has and VAR has not starts from its
-    nearest relative: the prefix embedding from the word embedding, its level from the last level; the degraded and
-    the clean class from the mean of the ImageNet classes, the class-free one from VAR's; each start token from VAR's
-    single one; the positional grid from the last scale's slice of VAR's table, enlarged bicubically.
+    The body, the head and the word embedding are taken as they are. What HIT-VAR has and VAR has not starts
+    from its nearest relative: the prefix embedding from the word embedding, its level from the last level;
+    the degraded and the clean class from the mean of the ImageNet classes, the class-free one from VAR's;
+    each start token from VAR's single one; the positional grid from the last scale's slice of VAR's table,
+    enlarged bicubically.
 
     Args:
         transformer: Changed in place, only if everything fits.
@@ -153,7 +156,7 @@ def _public_decoder_key(key: str) -> str:
 
 
 def _phi_keys(state: Mapping[str, Tensor], num_phi: int) -> list[str]:
-    """Prefixes of the phi convolutions in the layout the checkpoint has: one a step, one for all, or a shared bank."""
+    """Prefixes of the phi convolutions in the checkpoint: one a step, one for all, or a shared bank."""
     if "quantize.quant_resi.0.weight" in state:
         return [f"quantize.quant_resi.{i}" for i in range(num_phi)]
     if "quantize.quant_resi.qresi.weight" in state:

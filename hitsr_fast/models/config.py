@@ -6,9 +6,36 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 ConfigT = TypeVar("ConfigT")
+
+
+# Whole numbers may be 0 only where that means "off", shares lie in [0, 1].
+_MAY_BE_ZERO = ("colour_fix_levels",)
+_SHARES = ("phi_ratio", "class_dropout", "drop_path")
+
+
+def _check_fields(config: object) -> None:
+    """Raise ValueError where a field's value is not of its type, or out of its range."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            raise ValueError(f"{name}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
+        if hint is int and value < (0 if name in _MAY_BE_ZERO else 1):
+            raise ValueError(f"{name}: expected a positive number, found {value}")
+        if name in _SHARES and not 0 <= value <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], found {value}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint in (int, float):  # a bool is an int to Python, and a whole number may stand for a float
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)
 
 
 @dataclass(frozen=True)
@@ -21,13 +48,14 @@ class TokenizerConfig:
         channels: Base width of the convolutional autoencoder.
         channel_multipliers: Width of each level over `channels`; each level but the last halves the map.
         residual_blocks: Residual blocks in an encoder level; a decoder level has one more.
-        stem_patch: Side of the pixel-unshuffle before the first and after the last convolution; 1 is VAR's own.
+        stem_patch: Side of the pixel-unshuffle before the first and after the last convolution; 1 is VAR's
+            own.
         scales: Side of the token map at each step, ascending; the last is the latent's own side.
         targets: Side of each decodable image over the full side, ascending to 1 (HIT-VAR, section 3.1).
         num_phi: Number of phi convolutions shared by the steps (VAR, `share_quant_resi`).
         phi_ratio: Weight of the convolution in phi, `phi(h) = (1 - r) h + r conv(h)`.
-        phi_indexing: `"global"` picks phi by the step's place among all steps, so that a shared code means the
-            same thing at each target; `"per_target"` picks it by its place among the steps of its target.
+        phi_indexing: `"global"` picks phi by the step's place among all steps, so that a shared code means
+            the same thing at each target; `"per_target"` picks it by its place among the steps of its target.
         resize_mode: Antialiased filter that makes the images of the smaller targets (unstated in HIT-VAR).
     """
 
@@ -45,6 +73,7 @@ class TokenizerConfig:
     resize_mode: Literal["bicubic", "area"] = "bicubic"
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         if list(self.scales) != sorted(set(self.scales)) or not self.scales or self.scales[0] < 1:
             raise ValueError(f"scales: expected ascending sides of at least 1, got {self.scales}")
         if list(self.targets) != sorted(set(self.targets)) or not self.targets or self.targets[-1] != 1.0:
@@ -52,13 +81,14 @@ class TokenizerConfig:
         for target in self.targets:
             if not (target * self.latent_size).is_integer() or target * self.latent_size not in self.scales:
                 raise ValueError(
-                    f"targets: {target} of the latent side {self.latent_size} is no side of a scale in {self.scales}"
+                    f"targets: {target} of the side {self.latent_size} is not one of scales {self.scales}"
                 )
 
     @property
     def stride(self) -> int:
         """Pixels a latent cell covers along one side."""
-        return self.stem_patch * 2 ** (len(self.channel_multipliers) - 1)
+        halvings = len(self.channel_multipliers) - 1
+        return self.stem_patch << halvings
 
     @property
     def latent_size(self) -> int:
@@ -103,9 +133,11 @@ class TransformerConfig:
         drop_path: Stochastic depth of the last block, rising linearly from 0.
         ar_grid: `"target"` accumulates the reconstruction that feeds step k on the grid of k's own target;
             `"full"` always on the full grid (plain VAR).
-        gate_init: Initial bias of the residual gates. 0 is VAR's; a short run cannot afford to open them first.
-        prefix_injection: Also add the LR features, area-resampled to a scale's side, to that scale's tokens. Not in
-            the paper (off by default); it spares a small model the learning of where to look in the prefix.
+        gate_init: Initial bias of the residual gates. 0 is VAR's; a short run cannot afford to open them
+            first.
+        prefix_injection: Also add the LR features, area-resampled to a scale's side, to that scale's tokens.
+            Not in the paper (off by default); it spares a small model the learning of where to look in the
+            prefix.
     """
 
     depth: int = 16
@@ -123,6 +155,7 @@ class TransformerConfig:
     prefix_injection: bool = False
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of heads={self.heads}, got {self.width}")
 
@@ -142,6 +175,9 @@ class HitConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     transformer: TransformerConfig = TransformerConfig()
     colour_fix_levels: int = 5
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
 
     def to_json(self) -> str:
         """Return the configuration as indented JSON."""

@@ -16,7 +16,8 @@ class HitTokenizer(nn.Module):
     """Images to tokens and back, at each target size (HIT-VAR, section 3.1 and Algorithm 1).
 
     Images are `(B, 3, S, S)` in [-1, 1] with `S = config.image_size` (or a target's share of it); latents are
-    `(B, C, S / stride, S / stride)`; tokens `(B, T)` int64, those of a coarse target the prefix of the finer ones'.
+    `(B, C, S / stride, S / stride)`; tokens `(B, T)` int64, those of a coarse target the prefix of the finer
+    ones'.
     """
 
     def __init__(self, config: TokenizerConfig) -> None:

@@ -1,4 +1,4 @@
-"""`HitTransformer`: a VAR body that predicts an image's token pyramid from the features of its low-resolution version."""
+"""`HitTransformer`: a VAR body that predicts an image's token pyramid from the features of its LR version."""
 
 from __future__ import annotations
 
@@ -67,11 +67,18 @@ def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
+def _modulation(ada_lin: nn.Sequential) -> nn.Linear:
+    linear = ada_lin[1]
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 class HitTransformer(nn.Module):
     """Next-scale predictor of HIT-VAR (section 3.2) with the body of VAR-d16.
 
-    The sequence is one block of prefix (LR features, a row a cell of the full latent) and start tokens (as many as
-    the first scale has), then one block a further scale. A token sees its own block and all earlier ones.
+    The sequence is one block of prefix (LR features, a row a cell of the full latent) and start tokens (as
+    many as the first scale has), then one block a further scale. A token sees its own block and all earlier
+    ones.
     """
 
     def __init__(self, config: HitConfig) -> None:
@@ -90,7 +97,7 @@ class HitTransformer(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, self.scales[0] ** 2, width))
         self.position_grid = nn.Parameter(torch.empty(1, width, body.position_grid, body.position_grid))
         self.lvl_embed = nn.Embedding(len(self.scales) + 1, width)  # row 0 is the prefix's
-        self.blocks = nn.ModuleList(
+        blocks = [
             AdaLNBlock(
                 width,
                 body.heads,
@@ -99,31 +106,32 @@ class HitTransformer(nn.Module):
                 drop_path=body.drop_path * i / max(body.depth - 1, 1),
             )
             for i in range(body.depth)
-        )
+        ]
+        self.blocks = nn.ModuleList(blocks)
         self.head_nm = AdaLNBeforeHead(width)
         self.head = nn.Linear(width, tokenizer.codebook_size)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """VAR's initialisation: truncated normal of std sqrt(1 / 3C), small head and gates, scaled residual outputs."""
+        """Initialise as VAR does: std sqrt(1 / 3C), small head and gates, scaled residual outputs."""
         body = self.config.transformer
         std = math.sqrt(1.0 / (3 * body.width))
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()
+            if isinstance(module, nn.Linear) and isinstance(module.bias, nn.Parameter):
+                nn.init.zeros_(module.bias)
         for parameter in (self.pos_start, self.position_grid):
             nn.init.trunc_normal_(parameter, std=std)
         self.head.weight.mul_(0.02)
-        self.head_nm.ada_lin[1].weight.mul_(0.5)
+        _modulation(self.head_nm.ada_lin).weight.mul_(0.5)
         for block in self.blocks:
             assert isinstance(block, AdaLNBlock)
-            ada = block.ada_lin[1].weight
-            ada[2 * body.width :].mul_(0.5)
-            ada[: 2 * body.width].mul_(1e-3)
-            block.ada_lin[1].bias[: 2 * body.width].fill_(body.gate_init)
+            ada = _modulation(block.ada_lin)
+            ada.weight[2 * body.width :].mul_(0.5)
+            ada.weight[: 2 * body.width].mul_(1e-3)
+            ada.bias[: 2 * body.width].fill_(body.gate_init)
             for linear in (block.attn.proj, block.ffn.fc2):
                 linear.weight.div_(math.sqrt(2 * body.depth))
 
@@ -150,7 +158,7 @@ class HitTransformer(nn.Module):
         return embedded
 
     def injected(self, lr_features: Tensor, step: int) -> Tensor | float:
-        """LR features at a scale's side, embedded as in the prefix: `(B, L, width)`; 0 where the option is off."""
+        """LR features at a scale's side, embedded like the prefix: `(B, L, width)`; 0 with the option off."""
         if not self.config.transformer.prefix_injection:
             return 0.0
         pooled = F.adaptive_avg_pool2d(lr_features, self.scales[step])
@@ -161,9 +169,10 @@ class HitTransformer(nn.Module):
         """Logits of all tokens under teacher forcing.
 
         Args:
-            lr_features: `(B, C, h, w)` continuous latent of the up-sampled LR, `h = w` the full latent's side.
-            class_id: `(B,)` int64; the last class is the class-free one. In training a share `class_dropout` of the
-                rows is replaced by it.
+            lr_features: `(B, C, h, w)` continuous latent of the up-sampled LR, `h = w` the full latent's
+                side.
+            class_id: `(B,)` int64; the last class is the class-free one. In training a share `class_dropout`
+                of the rows is replaced by it.
             inputs: `(B, T - tokens of the first scale, C)`, see `MultiScaleQuantizer.teacher_inputs`.
 
         Returns:
@@ -193,7 +202,9 @@ class HitTransformer(nn.Module):
         body = self.config.transformer
         device = self.head.weight.device
         tokens = sum(self.block_lengths)
-        return [KVCache(batch, tokens, body.heads, body.width // body.heads, dtype, device) for _ in self.blocks]
+        return [
+            KVCache(batch, tokens, body.heads, body.width // body.heads, dtype, device) for _ in self.blocks
+        ]
 
     def step(
         self,
@@ -218,4 +229,4 @@ class HitTransformer(nn.Module):
             x = self.scale_block(inputs.flatten(2).transpose(1, 2), lr_features, step)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, condition, self.block_lengths, cache)
-        return self.logits(x[:, -self.scales[step] ** 2 :], condition)
+        return self.logits(x[:, -(self.scales[step] ** 2) :], condition)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from hitsr_fast.models.checkpoints import load_state
 from hitsr_fast.models.config import HitConfig
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_transformer import HitTransformer
@@ -20,7 +21,7 @@ SCALE = 4  # LR side to full side; the paper trains x4 only
 
 
 class HitVar(nn.Module):
-    """HIT-VAR (arXiv 2506.04990): super-resolution at all target sizes by one pass of next-scale prediction."""
+    """HIT-VAR (arXiv 2506.04990): all target sizes by one pass of next-scale prediction."""
 
     def __init__(self, config: HitConfig) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class HitVar(nn.Module):
         return tuple(round(SCALE * target) for target in self.config.tokenizer.targets)
 
     def lr_features(self, lr: Tensor) -> Tensor:
-        """Continuous latent `(B, C, h, w)` of LR tiles `(B, 3, t, t)` brought to the full side (HIT-VAR, section 4.1)."""
+        """Latent `(B, C, h, w)` of LR tiles `(B, 3, t, t)` brought to the full side (HIT-VAR, 4.1)."""
         side = self.config.tokenizer.image_size
         return self.tokenizer.encode(resize(lr, (side, side), "bilinear"))
 
@@ -61,8 +62,8 @@ class HitVar(nn.Module):
             lr_features: `(B, C, h, w)` from `lr_features`.
             class_id: `(B,)` int64: 0 degraded, 1 clean.
             targets: Stop after this many targets, coarsest first; all by default.
-            guidance: Classifier-free guidance at the last scale, rising linearly from 0 at the first (VAR); 0 runs
-                one branch only.
+            guidance: Classifier-free guidance at the last scale, rising linearly from 0 at the first (VAR); 0
+                runs one branch only.
             top_k: See `sample_codes`.
             top_p: See `sample_codes`.
             generator: See `sample_codes`.
@@ -112,8 +113,8 @@ class HitVar(nn.Module):
         Args:
             lr: `(B, 3, t, t)` in [-1, 1] with `t = lr_tile`.
             class_id: 0 for degraded input, 1 for clean bilinear or bicubic input.
-            factors: Wanted factors, out of `scale_factors`; all by default. Steps that no wanted factor needs are
-                not run.
+            factors: Wanted factors, out of `scale_factors`; all by default. Steps that no wanted factor needs
+                are not run.
             guidance: See `sample`.
             top_k: See `sample_codes`.
             top_p: See `sample_codes`.
@@ -159,15 +160,15 @@ def save_pretrained(model: HitVar, folder: Path, dtype: torch.dtype = torch.floa
     (folder / "config.json").write_text(model.config.to_json())
 
 
-def load_pretrained(folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> HitVar:
+def load_pretrained(
+    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> HitVar:
     """Read a model that `save_pretrained` wrote.
 
     Raises:
         FileNotFoundError: If a file is missing.
         CheckpointError: If keys are missing, unexpected or mis-shaped; the message names them.
     """
-    from hitsr_fast.models.checkpoints import load_state
-
     config = HitConfig.load(folder / "config.json")
     model = HitVar(config)
     state = load_file(folder / "model.safetensors")

@@ -13,16 +13,18 @@ from hitsr_fast.ops import cached_attention_step, scale_block_attention
 
 
 class KVCache:
-    """Keys and values of one layer, written in place: `k` and `v` are `(B, T, NH, D)`, the first `length` rows valid."""
+    """Keys and values of one layer, `(B, T, NH, D)`, written in place; the first `length` rows are valid."""
 
-    def __init__(self, batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ):
         self.k = torch.zeros(batch, tokens, heads, head_dim, dtype=dtype, device=device)
         self.v = torch.zeros_like(self.k)
         self.length = 0
 
 
 class SelfAttention(nn.Module):
-    """Block-causal multi-head self-attention (VAR): fused qkv without a key bias, optional l2-normalised q and k.
+    """Block-causal multi-head self-attention (VAR): qkv without a key bias, optionally l2-normalised q and k.
 
     Args:
         width: Width of a token.
@@ -45,7 +47,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, block_lengths: Sequence[int], cache: KVCache | None = None) -> Tensor:
-        """Attend within `x` `(B, T, width)`, or, with a cache, from the new rows `x` to all rows up to themselves."""
+        """Attend within `x` `(B, T, width)` or, with a cache, from the new rows `x` to all rows so far."""
         b, t, width = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         q, k, v = F.linear(x, self.mat_qkv.weight, bias).view(b, t, 3, self.heads, -1).unbind(2)

@@ -1,4 +1,4 @@
-"""VAR's convolutional autoencoder: encoder and decoder with VAR's module names, so that its weights load as they are."""
+"""VAR's convolutional autoencoder, with VAR's module names, so that its weights load as they are."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class ResidualBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -42,7 +43,8 @@ class SpatialAttention(nn.Module):
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, c, h * w).transpose(2, 3).unbind(1)
         out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
-        return x + self.proj_out(out.transpose(1, 2).reshape(b, c, h, w))
+        projected: Tensor = self.proj_out(out.transpose(1, 2).reshape(b, c, h, w))
+        return x + projected
 
 
 class Downsample(nn.Module):
@@ -84,7 +86,7 @@ class Mid(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, attention at the coarsest level, then the change of resolution if any."""
+    """One resolution: residual blocks, with attention at the coarsest, then the change of resolution."""
 
     def __init__(self, widths: list[tuple[int, int]], attention: bool) -> None:
         super().__init__()
@@ -131,7 +133,12 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, channel_multipliers: tuple[int, ...], residual_blocks: int, code_dim: int, stem_patch: int
+        self,
+        channels: int,
+        channel_multipliers: tuple[int, ...],
+        residual_blocks: int,
+        code_dim: int,
+        stem_patch: int,
     ) -> None:
         super().__init__()
         self.stem_patch = stem_patch
@@ -159,12 +166,17 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latent `(B, C, h, w)` to image `(B, 3, h * stride, w * stride)`, about [-1, 1] (VAR, VQVAE decoder).
 
-    The 3x3 `post_quant_conv` is part of it, since each target of HIT-VAR has its own. A level has one residual block
-    more than the encoder's.
+    The 3x3 `post_quant_conv` is part of it, since each target of HIT-VAR has its own. A level has one
+    residual block more than the encoder's.
     """
 
     def __init__(
-        self, channels: int, channel_multipliers: tuple[int, ...], residual_blocks: int, code_dim: int, stem_patch: int
+        self,
+        channels: int,
+        channel_multipliers: tuple[int, ...],
+        residual_blocks: int,
+        code_dim: int,
+        stem_patch: int,
     ) -> None:
         super().__init__()
         self.stem_patch = stem_patch
@@ -191,12 +203,9 @@ class Decoder(nn.Module):
 
 
 def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Resize `(B, 3, H, W)` with an antialiased filter: `"bicubic"`, `"bilinear"` or `"area"`; identity when sizes match."""
+    """Resize `(B, 3, H, W)`, antialiased, by "bicubic", "bilinear" or "area"; identity when sizes match."""
     if tuple(image.shape[-2:]) == size:
         return image
     if mode == "area":
         return F.adaptive_avg_pool2d(image, size)
     return F.interpolate(image, size=size, mode=mode, antialias=True, align_corners=False)
-
-
-__all__ = ["Decoder", "Encoder", "ResidualBlock", "SpatialAttention", "group_norm", "resize"]

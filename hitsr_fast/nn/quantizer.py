@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.models.config import TokenizerConfig
-from hitsr_fast.ops import residual_decode, residual_quantize, residual_step
-from hitsr_fast.reference.residual_quantize import phi_table
+from hitsr_fast.ops import phi_table, residual_decode, residual_quantize, residual_step
+
+
+class PyramidGeometry(Protocol):
+    """What a quantizer must know of a tokenizer; `TokenizerConfig` explains and provides it."""
+
+    @property
+    def code_dim(self) -> int: ...
+    @property
+    def codebook_size(self) -> int: ...
+    @property
+    def scales(self) -> tuple[int, ...]: ...
+    @property
+    def target_sizes(self) -> tuple[int, ...]: ...
+    @property
+    def target_steps(self) -> tuple[int, ...]: ...
+    @property
+    def num_phi(self) -> int: ...
+    @property
+    def phi_ratio(self) -> float: ...
+    @property
+    def phi_indexing(self) -> Literal["global", "per_target"]: ...
 
 
 class TokenizedPyramid(NamedTuple):
@@ -32,7 +51,7 @@ class MultiScaleQuantizer(nn.Module):
     Source: VAR, Algorithms 1 and 2; HIT-VAR, Algorithm 1 (hierarchical targets).
     """
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    def __init__(self, config: PyramidGeometry) -> None:
         super().__init__()
         self.config = config
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
@@ -84,7 +103,7 @@ class MultiScaleQuantizer(nn.Module):
         return TokenizedPyramid(indices, reconstructions)
 
     def reconstruct(self, indices: Tensor, target: int) -> Tensor:
-        """Latent `(B, C, h, w)` that the tokens `(B, >= tokens of the target)` stand for at target number `target`."""
+        """Latent `(B, C, h, w)` of tokens `(B, T)` at target number `target`; later tokens are left out."""
         steps = self.config.target_steps[target]
         return self._decode(indices, steps, target)
 
@@ -121,8 +140,8 @@ class ReconstructionWalk:
     """The reconstruction as it grows step by step: what the sampler and teacher forcing feed on.
 
     With `ar_grid="target"` a step accumulates on the grid of its own target; when a target is complete its
-    reconstruction is kept in `finished` and the tokens so far are decoded again on the next target's grid, so the
-    map that conditions a step is the one whose residual was quantized at that step.
+    reconstruction is kept in `finished` and the tokens so far are decoded again on the next target's grid, so
+    the map that conditions a step is the one whose residual was quantized at that step.
     """
 
     def __init__(self, quantizer: MultiScaleQuantizer, batch: int, *, ar_grid: str = "target") -> None:
@@ -131,7 +150,8 @@ class ReconstructionWalk:
         self.step = 0
         self.finished: list[Tensor] = []
         self._indices: list[Tensor] = []
-        self._target = 0 if ar_grid == "target" else len(quantizer.config.targets) - 1
+        self._last = len(quantizer.config.target_sizes) - 1
+        self._target = 0 if ar_grid == "target" else self._last
         size = quantizer.config.target_sizes[self._target]
         codebook = quantizer.codebook
         self._map = torch.zeros(
@@ -173,5 +193,5 @@ class ReconstructionWalk:
 
     def _completed(self, target: int) -> Tensor:
         if target == self._target:
-            return self._map.clone() if target < len(self.quantizer.config.targets) - 1 else self._map
+            return self._map
         return self.quantizer.reconstruct(torch.cat(self._indices, 1), target)

@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 
-def sample_codes(logits: Tensor, *, top_k: int = 1, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+def sample_codes(
+    logits: Tensor, *, top_k: int = 1, top_p: float = 1.0, generator: torch.Generator | None = None
+) -> Tensor:
     """Draw one code a row, greedily by default.
 
     Args:
         logits: `(..., K)` floating.
         top_k: Keep the k largest logits; 1 is greedy (the lowest index on ties), 0 keeps all.
-        top_p: Then keep the smallest set of codes whose probability reaches `top_p`; the largest always stays.
+        top_p: Then keep the smallest set of codes whose probability reaches `top_p`; the largest always
+            stays.
         generator: Source of randomness on the logits' device; unused when greedy.
 
     Returns:

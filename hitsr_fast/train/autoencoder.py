@@ -1,45 +1,23 @@
 """Stage 0: the autoencoder without quantization, which the codebook is then fitted to.
 
-A tokenizer trained quantized from scratch on little data collapses to a few codes. Where one starts from VAR's or
-Switti's released tokenizer, this stage is not needed.
+A tokenizer trained quantized from scratch on little data collapses to a few codes. Where one starts from
+VAR's or Switti's released tokenizer, this stage is not needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from hitsr_fast.losses import ReconstructionLoss, ReconstructionLossConfig
+from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.metrics import psnr_y
 from hitsr_fast.metrics.lpips import lpips
+from hitsr_fast.metrics.lpips_weights import weights_path
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.train.batches import PairBatches
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """Recipe of the autoencoder stage.
-
-    Args:
-        batch: Crops a step.
-        lr: Peak learning rate of AdamW.
-        weight_decay: Weight decay of all trained parameters.
-        loss: Terms of the reconstruction loss.
-        lr_share: Share of crops that are replaced by their own degraded, up-sampled low-resolution version, so that
-            the encoder also knows the images whose features condition the transformer.
-        latent_noise: Largest standard deviation, relative to the latent's own, of the Gaussian noise on the latent;
-            stands in for the quantization error to come.
-    """
-
-    batch: int = 16
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
-    lr_share: float = 0.25
-    latent_noise: float = 0.3
+from hitsr_fast.train.config import AutoencoderConfig
 
 
 class AutoencoderStage:
@@ -96,19 +74,24 @@ class AutoencoderStage:
 
 
 class ImageScore:
-    """Running means of PSNR-Y and LPIPS-alex over batches of images in [-1, 1]."""
+    """Running means of PSNR-Y, and of LPIPS-alex where its weights are there, on images in [-1, 1]."""
 
     def __init__(self) -> None:
         self.psnr, self.lpips, self.count = 0.0, 0.0, 0
+        self.has_lpips = weights_path().is_file()
 
     def add(self, output: Tensor, target: Tensor) -> None:
         output = output.float().clamp(-1, 1)
         self.psnr += psnr_y((output + 1) / 2, (target + 1) / 2).sum().item()
-        self.lpips += lpips(output, target).sum().item()
+        if self.has_lpips:
+            self.lpips += lpips(output, target).sum().item()
         self.count += len(target)
 
     def means(self, prefix: str = "held_out") -> dict[str, float]:
-        return {f"{prefix}_psnr_y": self.psnr / self.count, f"{prefix}_lpips_alex": self.lpips / self.count}
+        means = {f"{prefix}_psnr_y": self.psnr / self.count}
+        if self.has_lpips:
+            means[f"{prefix}_lpips_alex"] = self.lpips / self.count
+        return means
 
 
 def evaluation_images(held_out: PairBatches, *, batches: int = 2, size: int = 16) -> Iterator[Tensor]:

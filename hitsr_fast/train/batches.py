@@ -13,8 +13,9 @@ from hitsr_fast.nn.autoencoder import resize
 class PairBatches:
     """Callable `(step, size) -> (hr, upsampled, class_id)`.
 
-    `hr` is `(size, 3, S, S)` in [-1, 1]; `upsampled` its degraded (class 0) or clean (class 1) quarter-size version,
-    8-bit, bilinearly brought back to `S`; `class_id` `(size,)` int64. The same step gives the same batch.
+    `hr` is `(size, 3, S, S)` in [-1, 1]; `upsampled` its degraded (class 0) or clean (class 1) quarter-size
+    version, 8-bit, bilinearly brought back to `S`; `class_id` `(size,)` int64. The same step gives the same
+    batch.
 
     Args:
         photos: Source of crops.
@@ -24,7 +25,12 @@ class PairBatches:
     """
 
     def __init__(
-        self, photos: PhotoFolder, *, seed: int = 0, clean_prob: float = 0.25, device: torch.device | str = "cpu"
+        self,
+        photos: PhotoFolder,
+        *,
+        seed: int = 0,
+        clean_prob: float = 0.25,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.photos = photos
         self.seed = seed
@@ -38,5 +44,5 @@ class PairBatches:
 
 
 def upsample_lr(lr: Tensor, side: int) -> Tensor:
-    """Bring LR `(B, 3, h, w)` to the side the encoder takes: bilinear, as HIT-VAR conditions on (section 4.1)."""
+    """Bring LR `(B, 3, h, w)` to the encoder's side: bilinear, as HIT-VAR conditions on (section 4.1)."""
     return resize(lr, (side, side), "bilinear")

@@ -24,8 +24,9 @@ def fill_codebook(
 ) -> dict[str, float]:
     """Replace the codebook by k-means centres and set every phi convolution to the identity.
 
-    The residual that a scale sees depends on the codes of the scales before it. So the first round quantizes as if
-    every pooled residual were a code of its own, and each further round with the codebook of the round before.
+    The residual that a scale sees depends on the codes of the scales before it. So the first round quantizes
+    as if every pooled residual were a code of its own, and each further round with the codebook of the round
+    before.
 
     Args:
         quantizer: Changed in place.
@@ -71,7 +72,7 @@ def fill_codebook(
 def _pooled_residuals(
     quantizer: MultiScaleQuantizer, latents: Sequence[Tensor], codebook: Tensor | None
 ) -> list[Tensor]:
-    """The rows `(N * h * w, C)` that are searched at each scale; with no codebook each row is its own code."""
+    """Rows `(N * h * w, C)` that are searched at each scale; with no codebook each row is its own code."""
     maps: list[Tensor] = []
     rows: list[Tensor] = []
     for target, latent in enumerate(latents):

@@ -1,43 +1,20 @@
 """Stage 3: the decoders learn to decode what the transformer really predicts.
 
-HiTokSR (arXiv 2606.01157) ends with this stage: the decoder is tuned on sampled tokens, everything else frozen. It is
-not part of HIT-VAR; `steps=0` leaves it out.
+HiTokSR (arXiv 2606.01157) ends with this stage: the decoder is tuned on sampled tokens, everything else
+frozen. It is not part of HIT-VAR; `steps=0` leaves it out.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
 
-from hitsr_fast.losses import ReconstructionLoss, ReconstructionLossConfig
+from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_var import HitVar
 from hitsr_fast.train.autoencoder import ImageScore
 from hitsr_fast.train.batches import PairBatches
-
-
-@dataclass(frozen=True)
-class DecoderTrainConfig:
-    """Recipe of the decoder stage.
-
-    Args:
-        batch: Samples a step.
-        lr: Peak learning rate of AdamW.
-        weight_decay: Weight decay.
-        loss: Terms of the loss.
-        sampled: Share of samples decoded from tokens that the transformer sampled itself, all scales in a row; the
-            rest are decoded from the HR image's own tokens.
-        top_k: Codes that the sampled tokens are drawn from; 1 is greedy.
-    """
-
-    batch: int = 12
-    lr: float = 4e-4
-    weight_decay: float = 0.01
-    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
-    sampled: float = 0.75
-    top_k: int = 1
+from hitsr_fast.train.config import DecoderTrainConfig
 
 
 class DecoderStage:

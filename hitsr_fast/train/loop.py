@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,33 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """How long and how to train.
-
-    Args:
-        steps: Optimiser steps.
-        minutes: Training time after which the run ends even if steps are left; the schedule follows whichever of the
-            two is nearer its end. Time spent before a resume counts.
-        warmup: Share of the run over which the learning rate rises from 0.
-        final_lr: Learning rate at the end over the peak; cosine in between.
-        clip: Largest norm of the gradient.
-        ema: Decay of the averaged weights, which are what the stage yields.
-        checkpoint_minutes: Time between checkpoints.
-        log_every: Steps between log lines.
-        eval_every: Steps between evaluations; 0 for none.
-    """
-
-    steps: int = 10_000
-    minutes: float = math.inf
-    warmup: float = 0.02
-    final_lr: float = 0.02
-    clip: float = 1.0
-    ema: float = 0.995
-    checkpoint_minutes: float = 3.0
-    log_every: int = 10
-    eval_every: int = 200
+from hitsr_fast.train.config import LoopConfig
 
 
 class Stage(Protocol):
@@ -59,8 +32,8 @@ class Stage(Protocol):
 def train(stage: Stage, config: LoopConfig, folder: Path) -> nn.Module:
     """Run `stage` to its end, resuming from `folder` if it holds a checkpoint, and return the averaged model.
 
-    Every step's data is a function of the step number, so a resumed run sees what an unbroken one would have seen.
-    A finished stage is not run again.
+    Every step's data is a function of the step number, so a resumed run sees what an unbroken one would have
+    seen. A finished stage is not run again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stage.name}.pt"
@@ -73,16 +46,16 @@ def train(stage: Stage, config: LoopConfig, folder: Path) -> nn.Module:
         step, elapsed = _restore(path, stage.model, average, optimizers)
     started = saved = time.monotonic()
     before = elapsed
-    sums: dict[str, float] = {}
+    recent: list[dict[str, float]] = []
 
-    while (progress := max(step / config.steps, elapsed / (60 * config.minutes))) < 1.0:
+    while (progress := _progress(step, elapsed, config)) < 1.0:
         for optimizer, lrs in zip(optimizers, peaks, strict=True):
             for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * learning_rate(progress, config)
         loss, metrics = stage.loss(step)
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"{stage.name}: the loss is {loss.item()} at step {step}; {metrics}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         metrics["grad_norm"] = float(nn.utils.clip_grad_norm_(parameters, config.clip))
         for optimizer in optimizers:
             optimizer.step()
@@ -91,12 +64,11 @@ def train(stage: Stage, config: LoopConfig, folder: Path) -> nn.Module:
         step += 1
         elapsed = before + time.monotonic() - started
 
-        for key, value in {"loss": loss.item(), **metrics}.items():
-            sums[key] = sums.get(key, 0.0) + value
+        recent.append({"loss": loss.item(), **metrics})
         if step % config.log_every == 0:
-            means = {key: value / config.log_every for key, value in sums.items()}
+            means = {key: sum(entry[key] for entry in recent) / len(recent) for key in recent[0]}
             _log(folder, {"stage": stage.name, "step": step, "minutes": elapsed / 60, **means})
-            sums = {}
+            recent = []
         if config.eval_every and step % config.eval_every == 0:
             _log(folder, {"stage": stage.name, "step": step, **_evaluated(stage, average.module)})
         if time.monotonic() - saved > 60 * config.checkpoint_minutes:
@@ -110,6 +82,13 @@ def train(stage: Stage, config: LoopConfig, folder: Path) -> nn.Module:
     return model
 
 
+def _progress(step: int, elapsed: float, config: LoopConfig) -> float:
+    """Share of the run that is done, by steps or by time; a run of no steps is done before it starts."""
+    if config.steps == 0:
+        return 1.0
+    return max(step / config.steps, elapsed / (60 * config.minutes))
+
+
 def learning_rate(progress: float, config: LoopConfig) -> float:
     """Learning rate over its peak at a share `progress` of the run: linear warm-up, then cosine."""
     if progress < config.warmup:
@@ -118,13 +97,17 @@ def learning_rate(progress: float, config: LoopConfig) -> float:
     return config.final_lr + (1.0 - config.final_lr) * 0.5 * (1.0 + math.cos(math.pi * min(along, 1.0)))
 
 
+# Parts of the names of what is no matrix, whatever its shape.
+_NEVER_DECAYED = ("emb", "codebook", "position", "start", "scale_mul")
+
+
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Two groups for AdamW: matrices and kernels decay, vectors and embeddings do not."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in named:
         if parameter.requires_grad:
-            keep = parameter.ndim < 2 or any(part in name for part in ("embed", "codebook", "position", "start"))
+            keep = parameter.ndim < 2 or any(part in name for part in _NEVER_DECAYED)
             (plain if keep else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
@@ -172,6 +155,5 @@ def _restore(
 def _log(folder: Path, entry: dict[str, Any]) -> None:
     with (folder / "log.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
-    print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items()), flush=True)
-
-
+    words = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in entry.items())
+    print(*words, flush=True)

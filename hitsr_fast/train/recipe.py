@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,13 +11,15 @@ from hitsr_fast.data.folder import DEFAULT_HOLDOUT, PhotoFolder, photo_names, sp
 from hitsr_fast.models.config import PRESETS, HitConfig
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_var import HitVar, save_pretrained
-from hitsr_fast.train.autoencoder import AutoencoderConfig, AutoencoderStage
+from hitsr_fast.train.autoencoder import AutoencoderStage
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.codebook import fill_codebook
-from hitsr_fast.train.decoder import DecoderStage, DecoderTrainConfig
-from hitsr_fast.train.loop import LoopConfig, train
-from hitsr_fast.train.tokenizer import TokenizerStage, TokenizerTrainConfig
-from hitsr_fast.train.transformer import TransformerStage, TransformerTrainConfig
+from hitsr_fast.train.config import LoopConfig as LoopConfig
+from hitsr_fast.train.config import Recipe as Recipe
+from hitsr_fast.train.decoder import DecoderStage
+from hitsr_fast.train.loop import train
+from hitsr_fast.train.tokenizer import TokenizerStage
+from hitsr_fast.train.transformer import TransformerStage
 
 # The photos that the package shows, and their neighbours, are held out beside the default ones.
 HOLDOUT = (
@@ -28,41 +29,6 @@ HOLDOUT = (
     "budgie-backgrounds__perched-osprey",
     "budgie-backgrounds__tea-gardens",
 )
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that a run depends on beside the photos.
-
-    Args:
-        preset: Name of the model's preset.
-        holdout: Stems of the photos that are never trained on.
-        seed: Seed of the initial weights, the crops and the degradations.
-        clean_prob: Share of clean bilinear pairs.
-        codebook_images: Crops whose latents fill the codebook.
-        autoencoder: Stage 0.
-        autoencoder_loop: Its loop.
-        tokenizer: Stage 1.
-        tokenizer_loop: Its loop.
-        transformer: Stage 2.
-        transformer_loop: Its loop.
-        decoder: Stage 3.
-        decoder_loop: Its loop.
-    """
-
-    preset: str = "hit-tiny"
-    holdout: tuple[str, ...] = HOLDOUT
-    seed: int = 0
-    clean_prob: float = 0.25
-    codebook_images: int = 768
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    autoencoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1800))
-    tokenizer: TokenizerTrainConfig = field(default_factory=lambda: TokenizerTrainConfig(train_encoder=True))
-    tokenizer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600))
-    transformer: TransformerTrainConfig = field(default_factory=TransformerTrainConfig)
-    transformer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=900))
-    decoder: DecoderTrainConfig = field(default_factory=DecoderTrainConfig)
-    decoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=500))
 
 
 def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device | str = "cpu") -> HitVar:
@@ -79,7 +45,7 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
     model = HitVar(config).to(device)
     tokenizer: HitTokenizer = model.tokenizer
     for part in (tokenizer.encoder, tokenizer.quant_conv, tokenizer.decoders):
-        part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        part.to(memory_format=torch.channels_last)
     batches, held_out = pair_batches(recipe, config, photos, device)
 
     stage = AutoencoderStage(tokenizer, batches, held_out, recipe.autoencoder)
@@ -102,7 +68,8 @@ def pair_batches(
     recipe: Recipe, config: HitConfig, photos: Path, device: torch.device | str
 ) -> tuple[PairBatches, PairBatches]:
     """Training and held-out batches, split by photo."""
-    trained, held = split(photo_names(photos), recipe.holdout)
+    holdout = HOLDOUT if recipe.holdout is None else recipe.holdout
+    trained, held = split(photo_names(photos), holdout)
     crop = config.tokenizer.image_size
 
     def make(names: list[str], seed: int) -> PairBatches:

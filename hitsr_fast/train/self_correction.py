@@ -1,8 +1,8 @@
 """Tokens with mistakes in them, and the labels that would mend the mistakes.
 
 Under teacher forcing a next-scale model never sees a wrong token, at inference it sees its own. Infinity
-(arXiv 2412.04431, section 3.3) flips some of the input tokens in training and quantizes what is then left over, so
-that later scales learn to correct earlier ones.
+(arXiv 2412.04431, section 3.3) flips some of the input tokens in training and quantizes what is then left
+over, so that later scales learn to correct earlier ones.
 """
 
 from __future__ import annotations

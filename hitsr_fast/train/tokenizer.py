@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.losses import ReconstructionLoss, ReconstructionLossConfig
+from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.train.autoencoder import ImageScore, evaluation_images
 from hitsr_fast.train.batches import PairBatches
-
-
-@dataclass(frozen=True)
-class TokenizerTrainConfig:
-    """Recipe of the tokenizer stage.
-
-    Args:
-        batch: Crops a step.
-        lr: Peak learning rate of AdamW.
-        weight_decay: Weight decay of all trained parameters but the codebook.
-        loss: Terms of the decoders' loss.
-        train_encoder: Also train the encoder, through the quantizer by straight-through and with the commitment
-            term. HIT-VAR freezes the encoder of a trained tokenizer (False); one made here learns it first.
-        commitment: Weight of the commitment term beside the codebook term (VAR: 0.25); used with `train_encoder`.
-        codebook_weight: Weight of the codebook's own term, the squared error of the reconstructed latent relative to
-            the latent's variance.
-        continuous_prob: Chance that a sample's decoder sees the continuous latent instead (HART; HIT-VAR: 0.5).
-    """
-
-    batch: int = 16
-    lr: float = 5e-4
-    weight_decay: float = 0.01
-    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
-    train_encoder: bool = False
-    commitment: float = 0.25
-    codebook_weight: float = 0.5
-    continuous_prob: float = 0.25
+from hitsr_fast.train.config import TokenizerTrainConfig
 
 
 class TokenizerStage:

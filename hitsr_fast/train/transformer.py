@@ -1,8 +1,6 @@
-"""Stage 2: the transformer learns the tokens of the HR image from the features of the LR image (HIT-VAR, section 3.2)."""
+"""Stage 2: the transformer learns the HR image's tokens from the LR image's features (HIT-VAR, 3.2)."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,34 +9,9 @@ from torch import Tensor, nn
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_transformer import HitTransformer
 from hitsr_fast.train.batches import PairBatches
+from hitsr_fast.train.config import TransformerTrainConfig
 from hitsr_fast.train.loop import parameter_groups
 from hitsr_fast.train.self_correction import code_neighbours, tokenize_with_mistakes
-
-
-@dataclass(frozen=True)
-class TransformerTrainConfig:
-    """Recipe of the transformer stage.
-
-    Args:
-        batch: Samples a step.
-        lr: Peak learning rate of AdamW (embeddings, head, vectors).
-        muon_lr: Peak learning rate of Muon, which trains the blocks' matrices; 0 trains them with AdamW too.
-        weight_decay: Weight decay of matrices (HIT-VAR: 0.005).
-        label_smoothing: Of the cross entropy.
-        head_from_codebook: Start the classifier so that its logits are negative squared distances of a random
-            projection of the token to the codes: near codes then share what is learned from the first step on.
-        mistakes: Largest rate of wrong input tokens (see `self_correction`); 0 is plain teacher forcing.
-        mistake_codes: A wrong token is one of this many nearest codes.
-    """
-
-    batch: int = 16
-    lr: float = 2e-3
-    muon_lr: float = 1e-2
-    weight_decay: float = 0.005
-    label_smoothing: float = 0.0
-    head_from_codebook: bool = True
-    mistakes: float = 0.3
-    mistake_codes: int = 64
 
 
 class TransformerStage:
@@ -130,7 +103,7 @@ class TransformerStage:
 
 @torch.no_grad()
 def init_head(model: HitTransformer, codebook: Tensor, seed: int = 0) -> None:
-    """Start the classifier at logits `(p . e_k - |e_k|^2 / 2) / var`, with `p` a random projection of the token.
+    """Start the classifier at logits `(p . e_k - |e_k|^2 / 2) / var`, `p` a random projection of the token.
 
     `var` is the mean of `|e_k|^2 / 2`, so logits start at the order of one.
     """
