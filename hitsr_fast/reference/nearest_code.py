@@ -47,11 +47,11 @@ def _search_rows(x: Tensor, codes: Tensor, metric: str) -> Tensor:
 
     The screen is `s_k = |e_k|^2 / 2 - x.e_k`, half the squared distance less a term of the row alone.
     With u = 2^-53, E = max |e_k| and R = (|x| + E)^2, to first order in u: rounding moves s by at most
-    (C+2) u R / 2 whatever the order of its sums, and a directly summed distance by at most (C+2) u R. So the
-    code of least direct distance, and every code that ties with it, has s within 2 (C+2) u R of the least s.
-    For cosine s is the direct sum in another order: with R = |x| both move by at most (C+2) u R, and the
-    winners lie within 4 (C+2) u R. The slack is 4 (C+4) u R; the rest of it covers the higher orders and the
-    rounding of R, and `tiny` covers underflow.
+    (2C+1) u R / 2 whatever the order of its sums, and a directly summed distance by at most (C+2) u R. So the
+    code of least direct distance, and every code that ties with it, has s within (3C+3) u R of the least s.
+    For cosine s is the direct sum in another order: with R = |x| both move by at most C u R, and the winners
+    lie within 4 C u R. The slack is 4 (C+4) u R; the rest of it covers the higher orders and the rounding of
+    R, and `tiny` covers underflow.
     """
     finite = x.isfinite().all(dim=1)
     x = torch.where(finite[:, None], x, 0.0)
