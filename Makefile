@@ -12,8 +12,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 .PHONY: demo test lint slow clean
 
 demo: $(VENV)/.installed
-	$(BIN)/hitsr-fast upscale examples/budgie-*.jpg -o out --overwrite
-	@echo "the photo restored, twice and four times as large:" && ls -1 out/budgie-*
+	$(BIN)/hitsr-fast upscale examples/budgie-osprey.jpg -o out --overwrite
+	$(BIN)/python examples/before_after.py examples/budgie-osprey.jpg out/budgie-osprey_x4.png out/before_after.png
+	@echo "the photo restored, twice and four times as large, and a comparison:" && ls -1 out/*.png
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"

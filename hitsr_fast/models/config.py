@@ -21,7 +21,8 @@ def _check_fields(config: object) -> None:
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
         if not _fits(value, hint):
-            raise ValueError(f"{name}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
+            expected = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"{name}: expected {expected}, found {value!r}")
         if hint is int and value < (0 if name in _MAY_BE_ZERO else 1):
             raise ValueError(f"{name}: expected a positive number, found {value}")
         if name in _SHARES and not 0 <= value <= 1:
@@ -50,6 +51,9 @@ class TokenizerConfig:
         residual_blocks: Residual blocks in an encoder level; a decoder level has one more.
         stem_patch: Side of the pixel-unshuffle before the first and after the last convolution; 1 is VAR's
             own.
+        linear_skip: Add to the latent a linear map of each stride x stride patch of the image, and to the image a
+            linear map of each latent cell, so that the convolutions learn only what a linear transform cannot
+            (DC-AE, arXiv 2410.10733, section 3.2, with learned instead of fixed shortcuts). VAR has none.
         scales: Side of the token map at each step, ascending; the last is the latent's own side.
         targets: Side of each decodable image over the full side, ascending to 1 (HIT-VAR, section 3.1).
         num_phi: Number of phi convolutions shared by the steps (VAR, `share_quant_resi`).
@@ -65,6 +69,7 @@ class TokenizerConfig:
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     residual_blocks: int = 2
     stem_patch: int = 1
+    linear_skip: bool = False
     scales: tuple[int, ...] = (4, 6, 8, 10, 14, 16, 20, 24, 28, 32)
     targets: tuple[float, ...] = (0.25, 0.5, 1.0)
     num_phi: int = 4
@@ -222,6 +227,7 @@ HIT_TINY = HitConfig(
         channel_multipliers=(3, 4),
         residual_blocks=1,
         stem_patch=4,
+        linear_skip=True,
         scales=(2, 3, 4, 5, 7, 8, 10, 12, 14, 16),
     ),
     transformer=TransformerConfig(

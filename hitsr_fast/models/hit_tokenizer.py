@@ -23,13 +23,18 @@ class HitTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        widths = (config.channels, config.channel_multipliers, config.residual_blocks)
-        self.encoder = Encoder(*widths, config.code_dim, config.stem_patch)
+        geometry = (
+            config.channels,
+            config.channel_multipliers,
+            config.residual_blocks,
+            config.code_dim,
+            config.stem_patch,
+            config.linear_skip,
+        )
+        self.encoder = Encoder(*geometry)
         self.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
         self.quantize = MultiScaleQuantizer(config)
-        self.decoders = nn.ModuleList(
-            Decoder(*widths, config.code_dim, config.stem_patch) for _ in config.targets
-        )
+        self.decoders = nn.ModuleList(Decoder(*geometry) for _ in config.targets)
 
     def pyramid(self, image: Tensor) -> list[Tensor]:
         """The image at each target size, coarsest first: `(B, 3, s S, s S)` for `s` in `config.targets`."""

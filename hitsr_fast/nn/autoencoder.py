@@ -130,6 +130,7 @@ class Encoder(nn.Module):
         residual_blocks: Residual blocks of a level.
         code_dim: Width of the latent.
         stem_patch: Side of the pixel-unshuffle before the first convolution.
+        linear_skip: Add a linear map of each stride x stride patch to the latent (see `TokenizerConfig`).
     """
 
     def __init__(
@@ -139,6 +140,7 @@ class Encoder(nn.Module):
         residual_blocks: int,
         code_dim: int,
         stem_patch: int,
+        linear_skip: bool,
     ) -> None:
         super().__init__()
         self.stem_patch = stem_patch
@@ -154,13 +156,15 @@ class Encoder(nn.Module):
         self.mid = Mid(width)
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, code_dim, 3, padding=1)
+        self.stride = stem_patch * 2 ** (len(levels) - 1)
+        self.skip = nn.Conv2d(3 * self.stride**2, code_dim, 1) if linear_skip else None
 
     def forward(self, image: Tensor) -> Tensor:
         x = self.conv_in(F.pixel_unshuffle(image, self.stem_patch))
         for level in self.down:
             x = level(x)
         out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
-        return out
+        return out if self.skip is None else out + self.skip(F.pixel_unshuffle(image, self.stride))
 
 
 class Decoder(nn.Module):
@@ -177,6 +181,7 @@ class Decoder(nn.Module):
         residual_blocks: int,
         code_dim: int,
         stem_patch: int,
+        linear_skip: bool,
     ) -> None:
         super().__init__()
         self.stem_patch = stem_patch
@@ -193,13 +198,16 @@ class Decoder(nn.Module):
         self.up = nn.ModuleList(up)
         self.norm_out = group_norm(width)
         self.conv_out = nn.Conv2d(width, 3 * stem_patch**2, 3, padding=1)
+        self.stride = stem_patch * 2 ** (len(levels) - 1)
+        self.skip = nn.Conv2d(code_dim, 3 * self.stride**2, 1) if linear_skip else None
 
     def forward(self, latent: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(self.post_quant_conv(latent)))
+        latent = self.post_quant_conv(latent)
+        x = self.mid(self.conv_in(latent))
         for level in reversed(self.up):
             x = level(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return F.pixel_shuffle(x, self.stem_patch)
+        image = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.stem_patch)
+        return image if self.skip is None else image + F.pixel_shuffle(self.skip(latent), self.stride)
 
 
 def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:

@@ -162,13 +162,13 @@ class Recipe:
         clean_prob: Share of clean bilinear pairs.
         codebook_images: Crops whose latents fill the codebook.
         autoencoder: Stage 0.
-        autoencoder_loop: Its loop.
+        autoencoder_loop: Length and pace of stage 0.
         tokenizer: Stage 1.
-        tokenizer_loop: Its loop.
+        tokenizer_loop: Length and pace of stage 1.
         transformer: Stage 2.
-        transformer_loop: Its loop.
+        transformer_loop: Length and pace of stage 2.
         decoder: Stage 3.
-        decoder_loop: Its loop.
+        decoder_loop: Length and pace of stage 3.
     """
 
     preset: str = "hit-tiny"
@@ -184,3 +184,8 @@ class Recipe:
     transformer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=900))
     decoder: DecoderTrainConfig = field(default_factory=DecoderTrainConfig)
     decoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=500))
+
+    @property
+    def losses(self) -> tuple[ReconstructionLossConfig, ...]:
+        """The image losses of the stages that have one."""
+        return (self.autoencoder.loss, self.tokenizer.loss, self.decoder.loss)

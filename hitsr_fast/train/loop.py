@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from hitsr_fast.train.config import LoopConfig
 
@@ -39,7 +39,7 @@ def train(stage: Stage, config: LoopConfig, folder: Path) -> nn.Module:
     path = folder / f"{stage.name}.pt"
     optimizers = stage.optimizers()
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    average = AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema))
+    average = AveragedModel(stage.model, multi_avg_fn=moving_average(config.ema))
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
     step, elapsed = 0, 0.0
     if path.exists():
@@ -99,6 +99,17 @@ def learning_rate(progress: float, config: LoopConfig) -> float:
 
 # Parts of the names of what is no matrix, whatever its shape.
 _NEVER_DECAYED = ("emb", "codebook", "position", "start", "scale_mul")
+
+
+def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Exponential moving average whose decay rises from 0.1 to `decay`, so that it soon forgets the first weights."""
+
+    @torch.no_grad()
+    def update(averaged: Any, current: Any, count: Any) -> None:
+        now = min(decay, (1.0 + float(count)) / (10.0 + float(count)))
+        torch._foreach_lerp_(averaged, current, 1.0 - now)
+
+    return update
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:

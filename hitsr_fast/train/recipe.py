@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hitsr_fast.data.folder import DEFAULT_HOLDOUT, PhotoFolder, photo_names, split
+from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
 from hitsr_fast.models.config import PRESETS, HitConfig
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_var import HitVar, save_pretrained
@@ -17,6 +18,7 @@ from hitsr_fast.train.codebook import fill_codebook
 from hitsr_fast.train.config import LoopConfig as LoopConfig
 from hitsr_fast.train.config import Recipe as Recipe
 from hitsr_fast.train.decoder import DecoderStage
+from hitsr_fast.train.linear_start import start_linear
 from hitsr_fast.train.loop import train
 from hitsr_fast.train.tokenizer import TokenizerStage
 from hitsr_fast.train.transformer import TransformerStage
@@ -39,8 +41,18 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
         photos: Folder of training photos.
         folder: Checkpoints and log; an interrupted run resumes from it.
         device: Where to train.
+
+    Returns:
+        The trained model, in evaluation mode.
+
+    Raises:
+        ValueError: The preset is unknown, or the folder has no photos of either part.
+        LpipsWeightsNotFoundError: A loss has a perceptual part, and its weights were not fetched.
+        FloatingPointError: A loss is not finite; the last checkpoint is from before that step.
     """
-    config = PRESETS[recipe.preset]
+    config = model_config(recipe)
+    if any(loss.alex > 0 or loss.vgg > 0 for loss in recipe.losses):
+        require_weights(weights_path())  # now, not hours later at the first stage that needs them
     torch.manual_seed(recipe.seed)
     model = HitVar(config).to(device)
     tokenizer: HitTokenizer = model.tokenizer
@@ -48,6 +60,8 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
         part.to(memory_format=torch.channels_last)
     batches, held_out = pair_batches(recipe, config, photos, device)
 
+    if config.tokenizer.linear_skip:
+        print("variance kept by the linear start:", start_linear(tokenizer, image_sample(tokenizer, batches)))
     stage = AutoencoderStage(tokenizer, batches, held_out, recipe.autoencoder)
     adopt(tokenizer, train(stage, recipe.autoencoder_loop, folder))
     if not (folder / f"{TokenizerStage.name}.pt").exists():
@@ -64,12 +78,23 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
     return model
 
 
+def model_config(recipe: Recipe) -> HitConfig:
+    """The configuration of the recipe's preset; raises `ValueError` if there is none of that name."""
+    if recipe.preset not in PRESETS:
+        raise ValueError(f"preset: expected one of {sorted(PRESETS)}, found {recipe.preset!r}")
+    return PRESETS[recipe.preset]
+
+
+def photo_split(recipe: Recipe, photos: Path) -> tuple[list[str], list[str]]:
+    """Names of the photos to train on and of those held out; raises `ValueError` if none are held out."""
+    return split(photo_names(photos), HOLDOUT if recipe.holdout is None else recipe.holdout)
+
+
 def pair_batches(
     recipe: Recipe, config: HitConfig, photos: Path, device: torch.device | str
 ) -> tuple[PairBatches, PairBatches]:
     """Training and held-out batches, split by photo."""
-    holdout = HOLDOUT if recipe.holdout is None else recipe.holdout
-    trained, held = split(photo_names(photos), holdout)
+    trained, held = photo_split(recipe, photos)
     crop = config.tokenizer.image_size
 
     def make(names: list[str], seed: int) -> PairBatches:
@@ -81,6 +106,11 @@ def pair_batches(
         )
 
     return make(trained, recipe.seed), make(held, recipe.seed + 1)
+
+
+def image_sample(tokenizer: HitTokenizer, batches: PairBatches, images: int = 256) -> list[Tensor]:
+    """The first training crops at each target size."""
+    return tokenizer.pyramid(batches(0, images)[0])
 
 
 @torch.no_grad()
