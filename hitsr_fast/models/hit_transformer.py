@@ -140,8 +140,9 @@ class HitTransformer(nn.Module):
         if self.config.transformer.position_resample == "area":
             grid = F.adaptive_avg_pool2d(self.position_grid, side)
         else:
-            grid = F.interpolate(self.position_grid, (side, side), mode="bicubic", antialias=True)
-        return grid.flatten(2).transpose(1, 2)
+            # In float32: the antialiased filter has no 16-bit version on the CPU.
+            grid = F.interpolate(self.position_grid.float(), (side, side), mode="bicubic", antialias=True)
+        return grid.flatten(2).transpose(1, 2).to(self.position_grid.dtype)
 
     def first_block(self, lr_features: Tensor, condition: Tensor) -> Tensor:
         """Prefix and start tokens: `(B, prefix + first scale, width)`."""

@@ -42,7 +42,9 @@ class HitVar(nn.Module):
     def lr_features(self, lr: Tensor) -> Tensor:
         """Latent `(B, C, h, w)` of LR tiles `(B, 3, t, t)` brought to the full side (HIT-VAR, 4.1)."""
         side = self.config.tokenizer.image_size
-        return self.tokenizer.encode(resize(lr, (side, side), "bilinear"))
+        # Enlarged in the images' own dtype: the antialiased filter has no 16-bit version on the CPU.
+        enlarged = resize(lr, (side, side), "bilinear")
+        return self.tokenizer.encode(enlarged.to(self.tokenizer.quant_conv.weight.dtype))
 
     @torch.no_grad()
     def sample(
@@ -133,7 +135,7 @@ class HitVar(nn.Module):
             raise ValueError(f"factors: expected some of {self.scale_factors}, got {wanted}")
         numbers = {factor: self.scale_factors.index(factor) for factor in wanted}
         dtype = self.tokenizer.quant_conv.weight.dtype
-        features = self.lr_features(lr.to(dtype))
+        features = self.lr_features(lr)
         classes = torch.full((len(lr),), class_id, dtype=torch.int64, device=lr.device)
         _, latents = self.sample(
             features,

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from hitsr_fast.models.config import HIT_D16, HIT_TINY, PRESETS, HitConfig, TokenizerConfig, TransformerConfig
+from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from tests.models.micro import MICRO
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), MICRO], ids=lambda config: config.name)
+def test_json_round_trip(config: HitConfig) -> None:
+    assert HitConfig.from_json(config.to_json()) == config
+
+
+def test_presets_go_by_their_names() -> None:
+    assert PRESETS == {"hit-d16": HIT_D16, "hit-tiny": HIT_TINY}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("wings",), 2, r"config: unknown keys \['wings'\]"),
+        (("tokenizer", "wings"), 2, r"config\.tokenizer: unknown keys \['wings'\]"),
+        (("transformer", "Depth"), 2, r"config\.transformer: unknown keys \['Depth'\]"),
+        (("transformer",), 3, "config.transformer: expected an object, got int"),
+        (("transformer", "depth"), "six", "depth: expected int, found 'six'"),
+        (("transformer", "depth"), 0, "depth: expected a positive number, found 0"),
+        (("transformer", "depth"), True, "depth: expected int, found True"),
+        (("transformer", "ar_grid"), "ful", "ar_grid: expected .*'full'.*found 'ful'"),
+        (("transformer", "position_resample"), "bilinear", "position_resample: expected"),
+        (("transformer", "prefix_injection"), 1, "prefix_injection: expected bool, found 1"),
+        (("transformer", "class_dropout"), 1.5, r"class_dropout: expected a number in \[0, 1\], found 1.5"),
+        (("transformer", "heads"), 7, "width: expected a multiple of heads=7"),
+        (("tokenizer", "phi_indexing"), "local", "phi_indexing: expected"),
+        (("tokenizer", "resize_mode"), "lanczos", "resize_mode: expected"),
+        (("tokenizer", "scales"), [4, 2, 8], "scales: expected ascending sides"),
+        (("tokenizer", "scales"), [], "scales: expected ascending sides"),
+        (("tokenizer", "scales"), [1.5, 8], "scales: expected .*found"),
+        (("tokenizer", "scales"), 8, "scales: expected .*found 8"),
+        (("tokenizer", "targets"), [0.5], "targets: expected ascending fractions that end at 1"),
+        (("tokenizer", "targets"), [0.3, 1.0], "targets: 0.3 of the side 32"),
+        (("name",), 5, "name: expected str, found 5"),
+    ],
+)
+def test_wrong_keys_and_values_are_errors(path: tuple[str, ...], value: object, message: str) -> None:
+    values = json.loads(HIT_D16.to_json())
+    inner = values
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    with pytest.raises(ValueError, match=message):
+        HitConfig.from_json(json.dumps(values))
+
+
+def test_a_whole_number_may_stand_for_a_share() -> None:
+    assert TransformerConfig(drop_path=0).drop_path == 0
+
+
+def test_geometry_of_the_paper() -> None:
+    tokenizer = HIT_D16.tokenizer
+    assert (tokenizer.stride, tokenizer.latent_size, tokenizer.image_size) == (16, 32, 512)
+    assert tokenizer.target_sizes == (8, 16, 32)
+    assert tokenizer.target_steps == (3, 6, 10)
+    assert tokenizer.num_tokens == 3452
+
+
+def test_geometry_of_hit_tiny() -> None:
+    tokenizer = HIT_TINY.tokenizer
+    assert (tokenizer.stride, tokenizer.latent_size, tokenizer.image_size) == (8, 16, 128)
+    assert tokenizer.target_sizes == (4, 8, 16)
+    assert tokenizer.target_steps == (3, 6, 10)
+    assert tokenizer.num_tokens == 863
+
+
+# A bank of the default size, over little else.
+SMALL = TokenizerConfig(code_dim=2, codebook_size=4, num_phi=4)
+
+
+def test_global_phi_index_is_the_same_at_each_target() -> None:
+    quantizer = MultiScaleQuantizer(SMALL)
+    table = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    assert quantizer.phi_index(2) == table
+    assert [quantizer.phi_index(target) for target in (0, 1)] == [table[:3], table[:6]]
+
+
+def test_phi_index_per_target_starts_anew() -> None:
+    quantizer = MultiScaleQuantizer(replace(SMALL, phi_indexing="per_target"))
+    assert quantizer.phi_index(0) == [0, 2, 3]
+    assert quantizer.phi_index(1) == [0, 0, 1, 2, 3, 3]
+    assert quantizer.phi_index(2) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+
+
+def test_one_phi_a_step() -> None:
+    assert MultiScaleQuantizer(replace(SMALL, num_phi=10)).phi_index(2) == list(range(10))

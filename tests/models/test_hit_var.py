@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hitsr_fast.models.checkpoints import CheckpointError
+from hitsr_fast.models.config import HitConfig
+from hitsr_fast.models.hit_var import HitVar, load_pretrained, save_pretrained
+from tests.models.micro import MICRO, micro_model
+
+OPTIONS = [
+    MICRO,
+    replace(MICRO, transformer=replace(MICRO.transformer, ar_grid="full", prefix_injection=True)),
+]
+
+BICUBIC = replace(MICRO, transformer=replace(MICRO.transformer, position_resample="bicubic"))
+
+
+def lr_tiles(batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+def test_geometry() -> None:
+    model = micro_model()
+    assert model.lr_tile == 8
+    assert model.scale_factors == (1, 2, 4)
+
+
+@pytest.mark.parametrize("config", OPTIONS, ids=["target grid", "full grid"])
+def test_super_resolve(config: HitConfig) -> None:
+    out = micro_model(config).super_resolve(lr_tiles())
+    assert {factor: tuple(image.shape) for factor, image in out.items()} == {
+        factor: (2, 3, 8 * factor, 8 * factor) for factor in (1, 2, 4)
+    }
+    for image in out.values():
+        assert image.dtype == torch.float32 and image.abs().max() <= 1 and image.std() > 0
+
+
+@pytest.mark.parametrize("config", OPTIONS, ids=["target grid", "full grid"])
+@pytest.mark.parametrize("factors", [(1,), (2,), (4,), (1, 2), (4, 1)])
+def test_some_factors_give_the_images_of_all(config: HitConfig, factors: tuple[int, ...]) -> None:
+    model = micro_model(config)
+    every = model.super_resolve(lr_tiles(), guidance=1.0)
+    some = model.super_resolve(lr_tiles(), guidance=1.0, factors=factors)
+    assert tuple(some) == factors
+    for factor, image in some.items():
+        assert torch.equal(image, every[factor])
+
+
+def test_steps_that_no_factor_needs_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = micro_model()
+    steps: list[int] = []
+    real = model.transformer.step
+    monkeypatch.setattr(
+        model.transformer, "step", lambda step, *args: steps.append(step) or real(step, *args)
+    )
+    model.super_resolve(lr_tiles(1), factors=[2])
+    assert steps == [0, 1, 2, 3]
+
+
+def test_class_matters() -> None:
+    model = micro_model()
+    degraded, clean = (model.super_resolve(lr_tiles(), class_id=i)[4] for i in (0, 1))
+    assert not torch.equal(degraded, clean)
+
+
+@pytest.mark.parametrize("config", [MICRO, BICUBIC], ids=["area", "bicubic"])
+def test_bfloat16_weights_give_float32_images(config: HitConfig) -> None:
+    out = micro_model(config, torch.bfloat16).super_resolve(lr_tiles(), guidance=1.0, factors=[1, 4])
+    assert all(image.dtype == torch.float32 and image.isfinite().all() for image in out.values())
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 9), (1, 3, 32, 32), (3, 8, 8), (1, 1, 8, 8)])
+def test_wrong_tiles_are_errors(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"lr: expected \(B, 3, 8, 8\), got"):
+        micro_model().super_resolve(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("factors", [(3,), (), (1, 8)])
+def test_wrong_factors_are_errors(factors: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"factors: expected some of \(1, 2, 4\), got"):
+        micro_model().super_resolve(lr_tiles(), factors=factors)
+
+
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_k": 5, "top_p": 0.0}, {"top_p": 1.5}])
+def test_wrong_sampling_options_are_errors(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"top_[kp]: expected"):
+        micro_model().super_resolve(lr_tiles(), **options)  # type: ignore[arg-type]
+
+
+def test_save_and_load_round_trip(tmp_path: Path) -> None:
+    model = micro_model()
+    save_pretrained(model, tmp_path / "model", torch.float32)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+    loaded = load_pretrained(tmp_path / "model")
+    assert loaded.config == model.config
+    assert not loaded.training
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    before, after = model.super_resolve(lr_tiles()), loaded.super_resolve(lr_tiles())
+    assert all(torch.equal(before[factor], after[factor]) for factor in (1, 2, 4))
+
+
+def test_weights_are_stored_in_half_precision(tmp_path: Path) -> None:
+    model = micro_model()
+    save_pretrained(model, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    loaded = load_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {value.dtype for value in loaded.state_dict().values()} == {torch.bfloat16}
+
+
+def test_loading_errors(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        load_pretrained(tmp_path)
+    save_pretrained(micro_model(), tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    head = stored.pop("transformer.head.bias")
+    save_file(stored | {"wings": head}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        CheckpointError,
+        match=r"does not fit the model; missing keys: \['transformer\.head\.bias'\]; unexpected keys: \['wings'\]",
+    ):
+        load_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"wings": 2}))
+    with pytest.raises(ValueError, match=r"unknown keys \['wings'\]"):
+        load_pretrained(tmp_path)
+
+
+def test_state_dict_round_trip() -> None:
+    model, other = micro_model(), HitVar(MICRO)
+    other.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert set(dict(model.named_parameters())) == set(model.state_dict()), "no hidden buffers are saved"
