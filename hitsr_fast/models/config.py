@@ -231,7 +231,7 @@ HIT_TINY = HitConfig(
         scales=(2, 3, 4, 5, 7, 8, 10, 12, 14, 16),
     ),
     transformer=TransformerConfig(
-        depth=6, width=256, heads=4, position_grid=24, drop_path=0.0, gate_init=0.5, prefix_injection=True
+        depth=4, width=256, heads=4, position_grid=24, drop_path=0.0, gate_init=0.5, prefix_injection=True
     ),
 )
 

@@ -117,9 +117,10 @@ class TransformerTrainConfig:
             on.
         mistakes: Largest rate of wrong input tokens (see `self_correction`); 0 is plain teacher forcing.
         mistake_codes: A wrong token is one of this many nearest codes.
+        compile: Run the model through `torch.compile`; needs a C++ compiler on the CPU.
     """
 
-    batch: int = 16
+    batch: int = 8
     lr: float = 2e-3
     muon_lr: float = 1e-2
     weight_decay: float = 0.005
@@ -127,6 +128,7 @@ class TransformerTrainConfig:
     head_from_codebook: bool = True
     mistakes: float = 0.3
     mistake_codes: int = 64
+    compile: bool = False
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ _NEVER_DECAYED = ("emb", "codebook", "position", "start", "scale_mul")
 
 
 def moving_average(decay: float) -> Callable[[Any, Any, Any], None]:
-    """Exponential moving average whose decay rises from 0.1 to `decay`, so that it soon forgets the first weights."""
+    """Exponential moving average whose decay rises from 0.1 to `decay`: it soon forgets the first weights."""
 
     @torch.no_grad()
     def update(averaged: Any, current: Any, count: Any) -> None:

@@ -37,6 +37,7 @@ class TransformerStage:
         self.neighbours = code_neighbours(codebook, config.mistake_codes)
         if config.head_from_codebook:
             init_head(model, codebook)
+        self.score = torch.compile(self._score) if config.compile else self._score
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
@@ -83,12 +84,18 @@ class TransformerStage:
         )
         torch.manual_seed(step)
         with torch.autocast(features.device.type, torch.bfloat16):
-            logits = self.model(features, class_id, inputs)
+            loss, accuracy = self.score(features, class_id, inputs, indices)
+        return loss, {"accuracy": accuracy.item()}
+
+    def _score(
+        self, features: Tensor, class_id: Tensor, inputs: Tensor, indices: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Cross entropy and accuracy of the model's logits."""
+        logits = self.model(features, class_id, inputs)
         loss = F.cross_entropy(
             logits.flatten(0, 1), indices.flatten(), label_smoothing=self.config.label_smoothing
         )
-        accuracy = (logits.detach().argmax(-1) == indices).float().mean().item()
-        return loss, {"accuracy": accuracy}
+        return loss, (logits.detach().argmax(-1) == indices).float().mean()
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         total, accuracy, count = 0.0, 0.0, 4
