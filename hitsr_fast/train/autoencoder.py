@@ -97,4 +97,4 @@ class ImageScore:
 def evaluation_images(held_out: PairBatches, *, batches: int = 2, size: int = 16) -> Iterator[Tensor]:
     """The fixed held-out crops on which the tokenizer stages report."""
     for i in range(batches):
-        yield held_out(i, size)[0]
+        yield held_out.hr(i, size)

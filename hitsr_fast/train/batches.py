@@ -38,9 +38,16 @@ class PairBatches:
         self.device = device
 
     def __call__(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        hr = self.photos.batch(step * size, size).to(self.device)
+        hr = self._crops(step, size)
         lr, class_id = lr_pair(hr, self.seed, first_index=step * size, clean_prob=self.clean_prob)
         return hr * 2 - 1, upsample_lr(lr, hr.shape[-1]) * 2 - 1, class_id
+
+    def hr(self, step: int, size: int) -> Tensor:
+        """The `hr` of a batch alone; nothing is degraded."""
+        return self._crops(step, size) * 2 - 1
+
+    def _crops(self, step: int, size: int) -> Tensor:
+        return self.photos.batch(step * size, size).to(self.device)
 
 
 def upsample_lr(lr: Tensor, side: int) -> Tensor:

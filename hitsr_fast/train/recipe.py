@@ -110,7 +110,7 @@ def pair_batches(
 
 def image_sample(tokenizer: HitTokenizer, batches: PairBatches, images: int = 256) -> list[Tensor]:
     """The first training crops at each target size."""
-    return tokenizer.pyramid(batches(0, images)[0])
+    return tokenizer.pyramid(batches.hr(0, images))
 
 
 @torch.no_grad()
@@ -118,8 +118,7 @@ def latent_sample(tokenizer: HitTokenizer, batches: PairBatches, images: int, si
     """Latents of the first `images` training crops at each target size."""
     levels: list[list[Tensor]] = [[] for _ in tokenizer.config.targets]
     for i in range(max(images // size, 1)):
-        hr = batches(i, size)[0]
-        for level, image in zip(levels, tokenizer.pyramid(hr), strict=True):
+        for level, image in zip(levels, tokenizer.pyramid(batches.hr(i, size)), strict=True):
             with torch.autocast(image.device.type, torch.bfloat16):
                 level.append(tokenizer.encode(image).float())
     return [torch.cat(level) for level in levels]

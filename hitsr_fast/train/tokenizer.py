@@ -33,17 +33,21 @@ class TokenizerStage:
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         config = self.config
-        codebook = self.tokenizer.quantize.codebook
-        others = [p for p in self.model.parameters() if p.requires_grad and p is not codebook]
+        quantizer = list(self.tokenizer.quantize.parameters())
+        others = [
+            p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and not name.startswith("quantize.")
+        ]
         groups = [
             {"params": others, "weight_decay": config.weight_decay},
-            {"params": [codebook], "weight_decay": 0.0},
+            {"params": quantizer, "lr": config.codebook_lr, "weight_decay": 0.0},
         ]
         return [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95))]
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         config = self.config
-        images, _, _ = self.batches(step, config.batch)
+        images = self.batches.hr(step, config.batch)
         generator = torch.Generator().manual_seed(step)
         levels = [
             level.contiguous(memory_format=torch.channels_last) for level in self.tokenizer.pyramid(images)

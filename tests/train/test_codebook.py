@@ -1,0 +1,162 @@
+"""What is done with a codebook: filling it, making mistakes with it, starting the classifier from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.ops import nearest_code, residual_decode
+from hitsr_fast.train.codebook import fill_codebook
+from hitsr_fast.train.self_correction import code_neighbours, tokenize_with_mistakes
+from hitsr_fast.train.transformer import init_head
+from tests.models.micro import MICRO, micro_model
+from tests.tolerances import TOLERANCES
+
+CONFIG = MICRO.tokenizer
+CLOSE = TOLERANCES["float32_reordered"]._asdict()
+
+
+def random_latents(batch: int, seed: int = 0) -> list[Tensor]:
+    """Latents of some correlation from place to place, as images have."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, CONFIG.code_dim, 3, 3, generator=generator)
+    return [
+        torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+        + 0.3 * torch.randn(batch, CONFIG.code_dim, size, size, generator=generator)
+        for size in CONFIG.target_sizes
+    ]
+
+
+@torch.no_grad()
+def relative_error(quantizer: MultiScaleQuantizer, latents: list[Tensor]) -> float:
+    _, reconstructions = quantizer.tokenize(latents)
+    return float((reconstructions[-1] - latents[-1]).square().mean() / latents[-1].var())
+
+
+def test_fill_codebook_uses_most_codes_and_lowers_the_error() -> None:
+    quantizer = MultiScaleQuantizer(CONFIG)
+    latents, unseen = random_latents(32), random_latents(8, seed=1)
+    before = relative_error(quantizer, unseen)
+    report = fill_codebook(quantizer, latents)
+    assert report["codes_used"] > 0.9
+    assert quantizer.tokenize(latents).indices.unique().numel() > 0.9 * CONFIG.codebook_size
+    assert relative_error(quantizer, unseen) < 0.5 * before
+
+
+def test_fill_codebook_sets_phi_to_the_identity() -> None:
+    quantizer = MultiScaleQuantizer(CONFIG)
+    fill_codebook(quantizer, random_latents(16), rounds=1, iterations=1)
+    indices = torch.randint(CONFIG.codebook_size, (1, 64))
+    plain = residual_decode(
+        indices,
+        quantizer.codebook,
+        quantizer.phi_weight,
+        quantizer.phi_bias,
+        scales=[8],
+        phi_index=[2],
+        size=(8, 8),
+    )
+    codes = quantizer.codebook[indices[0]].T.reshape(1, -1, 8, 8)
+    torch.testing.assert_close(plain, codes, **CLOSE)
+
+
+def test_fill_codebook_repeats_with_its_seed() -> None:
+    books = []
+    for seed in (0, 0, 1):
+        quantizer = MultiScaleQuantizer(CONFIG)
+        fill_codebook(quantizer, random_latents(16), rounds=2, iterations=2, seed=seed)
+        books.append(quantizer.codebook.detach().clone())
+    assert torch.equal(books[0], books[1])
+    assert not torch.equal(books[0], books[2])
+
+
+def test_more_rounds_fit_better() -> None:
+    """Later rounds know the residuals that the codes of earlier scales really leave."""
+    errors = []
+    for rounds in (1, 3):
+        quantizer = MultiScaleQuantizer(CONFIG)
+        fill_codebook(quantizer, random_latents(32), rounds=rounds)
+        errors.append(relative_error(quantizer, random_latents(32)))
+    assert errors[1] < errors[0]
+
+
+def test_neighbours_are_the_nearest_other_codes() -> None:
+    codebook = torch.randn(20, 6)
+    found = code_neighbours(codebook, 5)
+    assert found.shape == (20, 5)
+    for code, neighbours in enumerate(found.tolist()):
+        distance = (codebook - codebook[code]).norm(dim=1)
+        assert set(neighbours) == set(distance.argsort()[1:6].tolist())
+
+
+@torch.no_grad()
+def test_no_mistakes_is_plain_tokenizing() -> None:
+    quantizer = micro_model().tokenizer.quantize
+    latents = random_latents(3)
+    labels, tokens = tokenize_with_mistakes(
+        quantizer, latents, code_neighbours(quantizer.codebook, 5), 0.0, torch.Generator()
+    )
+    assert torch.equal(labels, tokens)
+    assert torch.equal(labels, quantizer.tokenize(latents).indices)
+
+
+@torch.no_grad()
+def test_labels_mend_the_mistakes() -> None:
+    """At each step the label is the code nearest to what the tokens so far, mistakes and all, leave over."""
+    quantizer = micro_model().tokenizer.quantize
+    latents = random_latents(3)
+    neighbours = code_neighbours(quantizer.codebook, 5)
+    generator = torch.Generator().manual_seed(0)
+    labels, tokens = tokenize_with_mistakes(quantizer, latents, neighbours, 0.6, generator)
+    assert labels.shape == tokens.shape == (3, CONFIG.num_tokens)
+    wrong = labels != tokens
+    assert 0.05 < wrong.float().mean() < 0.6
+    assert (neighbours[labels[wrong]] == tokens[wrong][:, None]).any(1).all()
+    assert not torch.equal(labels, quantizer.tokenize(latents).indices)
+
+    for step in (2, 5):
+        target = 0 if step < 2 else 1 if step < 4 else 2
+        start, end = quantizer.token_offset(step), quantizer.token_offset(step + 1)
+        so_far = quantizer._decode(tokens, step, target)
+        pooled = torch.nn.functional.adaptive_avg_pool2d(latents[target] - so_far, CONFIG.scales[step])
+        rows = pooled.permute(0, 2, 3, 1).reshape(-1, CONFIG.code_dim)
+        nearest = nearest_code(rows, quantizer.codebook).view(3, -1)
+        # A rounding difference may decide a near tie the other way.
+        assert (nearest == labels[:, start:end]).float().mean() > 0.98
+
+
+@torch.no_grad()
+def test_mistakes_come_at_the_drawn_rate() -> None:
+    """Rates are even in [0, max], one a sample: the mean is half of it, and samples differ."""
+    quantizer = micro_model().tokenizer.quantize
+    latents = [latent[:1].expand(200, -1, -1, -1) for latent in random_latents(1)]
+    neighbours = code_neighbours(quantizer.codebook, 5)
+    generator = torch.Generator().manual_seed(0)
+    labels, tokens = tokenize_with_mistakes(quantizer, latents, neighbours, 0.4, generator)
+    rates = (labels != tokens).float().mean(1)
+    assert rates.mean().item() == pytest.approx(0.2, abs=0.03)
+    assert rates.min() < 0.05 and 0.33 < rates.max() < 0.55
+
+
+@torch.no_grad()
+def test_the_head_starts_from_the_codebook() -> None:
+    """Its logits are negative squared distances to a projection of the token: the nearest code wins."""
+    transformer = HitTransformer(MICRO)
+    codebook = torch.randn(MICRO.tokenizer.codebook_size, MICRO.tokenizer.code_dim)
+    init_head(transformer, codebook)
+    tokens = torch.randn(100, MICRO.transformer.width)
+    logits = transformer.head(tokens)
+    scale = codebook.square().sum(1).mean() / 2
+    points = (
+        torch.linalg.lstsq(codebook * scale.rsqrt(), transformer.head.weight @ tokens.T).solution.T
+        * scale.sqrt()
+    )
+    expected = -(points[:, None] - codebook).square().sum(-1) / (2 * scale)
+    difference = logits - expected
+    torch.testing.assert_close(
+        difference, difference[:, :1].expand_as(difference), **TOLERANCES["float32_reordered"]._asdict()
+    )
+    assert 0.1 < logits.std() < 10

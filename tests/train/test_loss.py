@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from hitsr_fast.losses.config import ReconstructionLossConfig
+from hitsr_fast.losses.reconstruction import ReconstructionLoss, shared_crop
+from hitsr_fast.metrics.lpips_weights import LpipsWeightsNotFoundError
+
+PIXELS = ReconstructionLossConfig(alex=0.0, vgg=0.0)
+
+
+@pytest.fixture(autouse=True)
+def _without_lpips_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HITSR_FAST_CACHE", str(tmp_path / "empty"))
+
+
+def test_pixel_terms_need_no_lpips_weights() -> None:
+    a, b = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    generator = torch.Generator()
+    assert torch.equal(ReconstructionLoss(PIXELS)(a, b, generator), (a - b).abs().mean())
+    l2 = ReconstructionLossConfig(pixel="l2", alex=0.0, vgg=0.0)
+    assert torch.equal(ReconstructionLoss(l2)(a, b, generator), (a - b).square().mean())
+
+
+@pytest.mark.parametrize("weights", [{"alex": 0.1, "vgg": 0.0}, {"alex": 0.0, "vgg": 0.1}])
+def test_a_perceptual_term_says_what_it_needs(weights: dict[str, float]) -> None:
+    with pytest.raises(LpipsWeightsNotFoundError, match="hitsr-fast weights lpips"):
+        ReconstructionLoss(ReconstructionLossConfig(**weights))  # type: ignore[arg-type]
+
+
+class Recorder(torch.nn.Module):
+    """In place of LPIPS: a distance per image, and what it was shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(a + 1, b), "the same crop of both"
+        self.seen.append(a)
+        return torch.full((len(a),), 2.0)
+
+
+def test_perceptual_terms_see_crops_and_are_weighted() -> None:
+    loss = ReconstructionLoss(PIXELS)
+    loss.config = ReconstructionLossConfig(alex=0.5, vgg=0.25, vgg_share=0.5, crop=20, jitter=8)
+    loss.alex, loss.vgg = Recorder(), Recorder()  # type: ignore[assignment]
+    output = torch.arange(4 * 3 * 48 * 48.0).view(4, 3, 48, 48)
+    total = loss(output, output + 1, torch.Generator().manual_seed(0))
+    assert total.item() == pytest.approx(1 + 0.5 * 2 + 0.25 * 2)
+    assert loss.alex.seen[0].shape == (4, 3, 40, 40)
+    assert loss.vgg.seen[0].shape == (2, 3, 20, 20)
+    repeated = loss(output, output + 1, torch.Generator().manual_seed(0))
+    assert repeated == total
+    assert torch.equal(loss.vgg.seen[0], loss.vgg.seen[1]), "crops are the generator's"
+
+
+def test_shared_crop() -> None:
+    image = torch.rand(2, 3, 10, 12)
+    generator = torch.Generator().manual_seed(0)
+    places = set()
+    for _ in range(200):
+        a, b = shared_crop(image, image + 1, 8, generator)
+        assert a.shape == (2, 3, 8, 8) and torch.equal(a + 1, b)
+        places.add(a[0, 0, 0, 0].item())
+    assert places == set(image[0, 0, :3, :5].flatten().tolist()), "every place comes up"
+    whole, _ = shared_crop(image, image, 64, generator)
+    assert torch.equal(whole, image)
