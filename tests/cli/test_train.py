@@ -38,12 +38,12 @@ def test_defaults_are_the_recipe() -> None:
 def test_values_of_the_recipe_are_options() -> None:
     command = parse(
         *("photos", "run", "--seed", "3", "--holdout", "a", "b", "--transformer.lr", "0.1"),
-        *("--decoder-loop.steps", "0", "--tokenizer.loss.vgg", "0.5", "--tokenizer.no-train-encoder"),
+        *("--decoder-loop.steps", "0", "--tokenizer.loss.vgg", "0.5", "--tokenizer.train-encoder"),
     )
     found = command.recipe
     assert (found.seed, found.holdout) == (3, ("a", "b"))
     assert (found.transformer.lr, found.decoder_loop.steps, found.tokenizer.loss.vgg) == (0.1, 0, 0.5)
-    assert not found.tokenizer.train_encoder
+    assert found.tokenizer.train_encoder
 
 
 def test_the_recipe_reaches_the_training(
