@@ -78,12 +78,13 @@ class TokenizerTrainConfig:
 
     Args:
         batch: Crops a step.
-        lr: Peak learning rate of AdamW.
-        weight_decay: Weight decay of all trained parameters but the codebook.
+        lr: Peak learning rate of AdamW for the convolutions.
+        codebook_lr: The same for codebook and phi. 0 keeps them at the k-means optimum: a short run only moves
+            them away from it.
+        weight_decay: Weight decay of all trained parameters but codebook and phi.
         loss: Terms of the decoders' loss.
         train_encoder: Also train the encoder, through the quantizer by straight-through and with the
-            commitment term. HIT-VAR freezes the encoder of a trained tokenizer (False); one made here learns
-            it first.
+            commitment term. HIT-VAR freezes the encoder of a trained tokenizer.
         commitment: Weight of the commitment term beside the codebook term (VAR: 0.25); used with
             `train_encoder`.
         codebook_weight: Weight of the codebook's own term, the squared error of the reconstructed latent
@@ -94,6 +95,7 @@ class TokenizerTrainConfig:
 
     batch: int = 16
     lr: float = 5e-4
+    codebook_lr: float = 0.0
     weight_decay: float = 0.01
     loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
     train_encoder: bool = False
@@ -177,10 +179,10 @@ class Recipe:
     holdout: tuple[str, ...] | None = None
     seed: int = 0
     clean_prob: float = 0.25
-    codebook_images: int = 768
+    codebook_images: int = 2048
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     autoencoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1800))
-    tokenizer: TokenizerTrainConfig = field(default_factory=lambda: TokenizerTrainConfig(train_encoder=True))
+    tokenizer: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
     tokenizer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600))
     transformer: TransformerTrainConfig = field(default_factory=TransformerTrainConfig)
     transformer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=900))
