@@ -11,8 +11,6 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 ConfigT = TypeVar("ConfigT")
 
 
-# Whole numbers may be 0 only where that means "off", shares lie in [0, 1].
-_MAY_BE_ZERO = ("colour_fix_levels",)
 _SHARES = ("phi_ratio", "class_dropout", "drop_path")
 
 
@@ -23,7 +21,7 @@ def _check_fields(config: object) -> None:
         if not _fits(value, hint):
             expected = hint.__name__ if isinstance(hint, type) else hint
             raise ValueError(f"{name}: expected {expected}, found {value!r}")
-        if hint is int and value < (0 if name in _MAY_BE_ZERO else 1):
+        if hint is int and value < 1:
             raise ValueError(f"{name}: expected a positive number, found {value}")
         if name in _SHARES and not 0 <= value <= 1:
             raise ValueError(f"{name}: expected a number in [0, 1], found {value}")
@@ -51,8 +49,8 @@ class TokenizerConfig:
         residual_blocks: Residual blocks in an encoder level; a decoder level has one more.
         stem_patch: Side of the pixel-unshuffle before the first and after the last convolution; 1 is VAR's
             own.
-        linear_skip: Add to the latent a linear map of each stride x stride patch of the image, and to the image a
-            linear map of each latent cell, so that the convolutions learn only what a linear transform cannot
+        linear_skip: Add to the latent a linear map of each stride x stride patch of the image, and to the
+            image a linear map of each latent cell: the convolutions learn only what a linear transform cannot
             (DC-AE, arXiv 2410.10733, section 3.2, with learned instead of fixed shortcuts). VAR has none.
         scales: Side of the token map at each step, ascending; the last is the latent's own side.
         targets: Side of each decodable image over the full side, ascending to 1 (HIT-VAR, section 3.1).
@@ -173,13 +171,14 @@ class HitConfig:
         name: Name of the preset.
         tokenizer: Geometry of the tokenizer.
         transformer: Geometry of the transformer.
-        colour_fix_levels: Levels of the wavelet colour fix that suits the model; 0 turns it off.
+        colour_fix_levels: Dyadic levels of the wavelet colour fix that stay the model's own, a target each,
+            coarsest first; what is coarser comes from the input. StableSR and VARSR take 5 at x4.
     """
 
     name: str = "hit-d16"
     tokenizer: TokenizerConfig = TokenizerConfig()
     transformer: TransformerConfig = TransformerConfig()
-    colour_fix_levels: int = 5
+    colour_fix_levels: tuple[int, ...] = (3, 4, 5)
 
     def __post_init__(self) -> None:
         _check_fields(self)
