@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
@@ -25,7 +25,8 @@ from hitsr_fast.imaging.tiles import RowBlender, TilePlan
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-# What counts as low frequency is measured in input pixels: one level less for each halving of the factor.
+# Levels of the colour fix where a model does not say. What counts as low frequency is measured in input pixels: one
+# level less for each halving of the factor.
 COLOUR_FIX_LEVELS = {1: 3, 2: 4, 4: 5}
 
 # A bicubic output pixel depends on input rows at most two away; the third is margin.
@@ -121,10 +122,17 @@ class HitSR:
     Args:
         model: see `SuperResolver`; already on `device`.
         device: where tiles are run and blended.
+        colour_fix_levels: of each factor, see `hitsr_fast.imaging.colour`.
     """
 
-    def __init__(self, model: SuperResolver, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        model: SuperResolver,
+        device: torch.device | str = "cpu",
+        colour_fix_levels: Mapping[int, int] = COLOUR_FIX_LEVELS,
+    ) -> None:
         self.model = model
+        self.colour_fix_levels = dict(colour_fix_levels)
         self.device = torch.device(device)
         self._float32_model: SuperResolver | None = None
 
@@ -323,7 +331,7 @@ class HitSR:
         plan = self.plan(height, width, options)
         generator = torch.Generator(self.device).manual_seed(options.seed)
         blenders = {factor: RowBlender(plan, factor) for factor in options.scales}
-        fixes = {factor: RowColourFix(COLOUR_FIX_LEVELS[factor]) for factor in options.scales}
+        fixes = {factor: RowColourFix(self.colour_fix_levels[factor]) for factor in options.scales}
         tops = dict.fromkeys(options.scales, 0)
         for band, top in enumerate(plan.tops):
             last = band + 1 == len(plan.tops)

@@ -19,7 +19,7 @@ def fill_codebook(
     *,
     rounds: int = 3,
     iterations: int = 8,
-    per_scale: int = 12_000,
+    per_scale: int = 24_000,
     seed: int = 0,
 ) -> dict[str, float]:
     """Replace the codebook by k-means centres and set every phi convolution to the identity.
