@@ -25,8 +25,8 @@ from hitsr_fast.imaging.tiles import RowBlender, TilePlan
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-# Levels of the colour fix where a model does not say. What counts as low frequency is measured in input pixels: one
-# level less for each halving of the factor.
+# Levels of the colour fix where a model does not say. What counts as low frequency is measured in input
+# pixels: one level less for each halving of the factor.
 COLOUR_FIX_LEVELS = {1: 3, 2: 4, 4: 5}
 
 # A bicubic output pixel depends on input rows at most two away; the third is margin.

@@ -79,8 +79,8 @@ class TokenizerTrainConfig:
     Args:
         batch: Crops a step.
         lr: Peak learning rate of AdamW for the convolutions.
-        codebook_lr: The same for codebook and phi. 0 keeps them at the k-means optimum: a short run only moves
-            them away from it.
+        codebook_lr: The same for codebook and phi. 0 keeps them at the k-means optimum, where a short run has
+            little to gain.
         weight_decay: Weight decay of all trained parameters but codebook and phi.
         loss: Terms of the decoders' loss.
         train_encoder: Also train the encoder, through the quantizer by straight-through and with the
