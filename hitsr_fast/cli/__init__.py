@@ -10,6 +10,7 @@ import tyro
 from hitsr_fast.cli.eval import Eval
 from hitsr_fast.cli.info import Info
 from hitsr_fast.cli.photos import Photos
+from hitsr_fast.cli.train import Train
 from hitsr_fast.cli.upscale import Upscale
 from hitsr_fast.cli.weights import Weights
 
@@ -19,6 +20,7 @@ Command = (
     | Annotated[Weights, tyro.conf.subcommand("weights")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Photos, tyro.conf.subcommand("photos")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
 )
 
 
