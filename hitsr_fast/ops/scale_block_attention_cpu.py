@@ -18,10 +18,16 @@ def supports(q: Tensor, *_rest: Any) -> str | None:
     return None if q.device.type == "cpu" else f"needs CPU tensors, found {q.device.type}"
 
 
+def _readable(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with their last axis dense: the kernel reads it as if it were, and does not check."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
 def scale_block_attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, block_lengths: Sequence[int], softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
     """As `reference.scale_block_attention`."""
+    q, k, v = _readable(q, k, v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
     for length, end in zip(block_lengths, accumulate(block_lengths), strict=True):
@@ -43,6 +49,7 @@ def scale_block_attention_backward_cpu(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.scale_block_attention_backward`; sums over blocks run in float32 at least."""
+    grad, q, k, v, out = _readable(grad, q, k, v, out)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (
         torch.zeros_like(t, dtype=lse.dtype, memory_format=torch.contiguous_format) for t in (k, v)

@@ -105,6 +105,21 @@ def test_strided_input(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_last_axis_with_a_stride(backend: str, dtype: torch.dtype) -> None:
+    q, k, v = (t.mT.contiguous().mT.requires_grad_() for t in qkv(2, 7, 3, 8, dtype=dtype))
+    assert q.stride(-1) != 1
+    with use_backend(backend):
+        out = scale_block_attention(q, k, v, [3, 4])
+    expected = dense(q, k, v, [3, 4])
+    tolerance = TOLERANCES["float64_reordered" if dtype == torch.float64 else "bfloat16"]._asdict()
+    torch.testing.assert_close(out.double(), expected, **tolerance)
+    grads, expected_grads = (torch.autograd.grad(t.sum(), (q, k, v)) for t in (out, expected))
+    for actual, want in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(actual, want, **tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_lse_is_the_log_of_the_denominator(backend: str) -> None:
     q, k, v = qkv(1, 5, 2, 4)
     with use_backend(backend):
