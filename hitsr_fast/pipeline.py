@@ -7,6 +7,7 @@ memory in use besides the images themselves does not grow with their height.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -100,12 +101,16 @@ class UpscaleOptions:
     def __post_init__(self) -> None:
         if self.batch < 1:
             raise ValueError(f"batch: expected at least 1, got {self.batch}")
-        if self.guidance < 0:
-            raise ValueError(f"guidance: expected at least 0, got {self.guidance}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected 0 <= seed < 2^63, got {self.seed}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance: expected a finite number of at least 0, got {self.guidance}")
         if self.top_k < 0:
             raise ValueError(f"top_k: expected at least 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+        if self.class_id not in (0, 1):
+            raise ValueError(f"class_id: expected 0 or 1, got {self.class_id}")
 
 
 class Rows(NamedTuple):
@@ -163,9 +168,11 @@ class HitSR:
         if dtype is None:
             dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         try:
-            return cls(load_pretrained(folder, device, dtype), device)
+            model = load_pretrained(folder, device, dtype)
         except SafetensorError as error:
             raise ValueError(f"model: {folder / 'model.safetensors'} is broken: {error}") from error
+        levels = model.config.colour_fix_levels
+        return cls(model, device, dict(zip(model.scale_factors, levels, strict=True)))
 
     def plan(self, height: int, width: int, options: UpscaleOptions) -> TilePlan:
         """The tiles of a `height x width` image.

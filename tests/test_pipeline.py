@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from hitsr_fast import pipeline
 from hitsr_fast.imaging.colour import wavelet_colour_fix
 from hitsr_fast.imaging.io import Picture
+from hitsr_fast.models.hit_var import save_pretrained
 from hitsr_fast.pipeline import (
     COLOUR_FIX_LEVELS,
     HitSR,
@@ -28,6 +30,7 @@ from hitsr_fast.pipeline import (
     pick_device,
 )
 from tests.imaging.nearest_model import NearestModel
+from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
 
 
@@ -131,6 +134,10 @@ def test_a_tile_that_stays_nan_is_named() -> None:
         ({"guidance": -1.0}, "guidance: "),
         ({"top_k": -1}, "top_k: "),
         ({"top_p": 0.0}, "top_p: "),
+        ({"guidance": float("nan")}, "guidance: "),
+        ({"seed": -1}, "seed: "),
+        ({"seed": 2**63}, "seed: "),
+        ({"class_id": 2}, "class_id: expected 0 or 1, got 2"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
@@ -201,6 +208,7 @@ MEMORY = """
 import resource, torch
 from hitsr_fast.pipeline import HitSR, UpscaleOptions
 from tests.imaging.nearest_model import NearestModel
+from tests.models.micro import MICRO, micro_model
 torch.set_num_threads(1)
 sr, row = HitSR(NearestModel()), torch.rand(1, 3, 1, 64)
 def peak(height):
@@ -229,6 +237,26 @@ def test_devices() -> None:
     if expected == "cpu":
         with pytest.raises(ValueError, match="device: cuda was asked for"):
             pick_device("cuda")
+
+
+def test_a_saved_model_is_loaded_with_its_colour_fix(tmp_path: Path) -> None:
+    save_pretrained(micro_model(replace(MICRO, colour_fix_levels=(0, 2, 6))), tmp_path)
+    sr = HitSR.from_pretrained(tmp_path, "cpu")
+    assert sr.colour_fix_levels == {1: 0, 2: 2, 4: 6}
+    image = torch.rand(1, 3, 11, 9)
+    out = sr.upscale(image, scales=(1, 4))
+    assert out.x1 is not None and out.x4 is not None and out.x4.shape == (1, 3, 44, 36)
+    close(out.x1, image)  # with no level of its own x1 is the input
+
+
+def test_broken_models_are_named(tmp_path: Path) -> None:
+    save_pretrained(micro_model(), tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"^model: .*model\.safetensors is broken: "):
+        HitSR.from_pretrained(tmp_path, "cpu")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: "):
+        HitSR.from_pretrained(tmp_path, "cpu")
 
 
 def test_where_models_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

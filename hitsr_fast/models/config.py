@@ -182,6 +182,11 @@ class HitConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        if len(self.colour_fix_levels) != len(self.tokenizer.targets) or min(self.colour_fix_levels) < 0:
+            raise ValueError(
+                f"colour_fix_levels: expected {len(self.tokenizer.targets)} numbers of at least 0, "
+                f"got {self.colour_fix_levels}"
+            )
 
     def to_json(self) -> str:
         """Return the configuration as indented JSON."""
@@ -194,8 +199,11 @@ class HitConfig:
 
     @staticmethod
     def load(path: Path) -> HitConfig:
-        """Read the configuration file at `path`."""
-        return HitConfig.from_json(path.read_text())
+        """Read the configuration file at `path`; raises `ValueError` with its name where it is wrong."""
+        try:
+            return HitConfig.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _build(cls: type[ConfigT], values: Any, where: str) -> ConfigT:

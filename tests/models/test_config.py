@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,8 @@ def test_presets_go_by_their_names() -> None:
         (("tokenizer", "targets"), [0.5], "targets: expected ascending fractions that end at 1"),
         (("tokenizer", "targets"), [0.3, 1.0], "targets: 0.3 of the side 32"),
         (("name",), 5, "name: expected str, found 5"),
+        (("colour_fix_levels",), [5], r"colour_fix_levels: expected 3 numbers of at least 0, got \(5,\)"),
+        (("colour_fix_levels",), [3, 4, -1], "colour_fix_levels: expected 3 numbers"),
     ],
 )
 def test_wrong_keys_and_values_are_errors(path: tuple[str, ...], value: object, message: str) -> None:
@@ -53,6 +56,14 @@ def test_wrong_keys_and_values_are_errors(path: tuple[str, ...], value: object, 
     inner[path[-1]] = value
     with pytest.raises(ValueError, match=message):
         HitConfig.from_json(json.dumps(values))
+
+
+def test_a_file_that_is_wrong_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for text in ("{", '{"wings": 2}', "[]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json: "):
+            HitConfig.load(path)
 
 
 def test_a_whole_number_may_stand_for_a_share() -> None:
