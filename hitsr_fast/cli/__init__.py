@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -25,8 +26,16 @@ Command = (
 
 
 def main(args: list[str] | None = None) -> None:
-    """Parse the command line, run the command and exit with its code."""
+    """Parse the command line, run the command and exit with its code; 130 when it is interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid in the locale's encoding
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdout else "backslashreplace")
     command: Command = tyro.cli(
         Command, prog="hitsr-fast", description="Image super-resolution by next-scale prediction.", args=args
     )
-    sys.exit(command.run())
+    try:
+        code = command.run()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -114,6 +114,7 @@ class Eval:
     def _evaluate(self, sets: list[EvalSet]) -> Report:
         import torch
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import Progress
 
         from hitsr_fast import __version__
@@ -136,7 +137,7 @@ class Eval:
             task = progress.add_task("", total=sum(len(eval_set.pairs) for eval_set in sets))
 
             def step(image: str) -> None:
-                progress.update(task, description=image, advance=1)
+                progress.update(task, description=escape(image), advance=1)
 
             report = evaluate(sets, methods, scales=self.scales, device=device, progress=step)
         return replace(report, settings=settings)
@@ -160,6 +161,7 @@ def _print(report: Report) -> None:
     """Print the means as a table, then the notes."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from hitsr_fast.evaluate import format_mean
 
@@ -167,8 +169,8 @@ def _print(report: Report) -> None:
     for column in table.columns[3:]:
         column.justify = "right"
     for score in report.means():
-        table.add_row(*format_mean(score))
+        table.add_row(*(Text(cell) for cell in format_mean(score)))
     console = Console()
     console.print(table)
     for note in report.notes:
-        console.print(note, markup=False, highlight=False)
+        console.print(note, markup=False, emoji=False, highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ class Upscale:
         console = Console(stderr=True)
         if not self.inputs:
             return _complain(console, "inputs: expected at least one file, folder or pattern")
-        if self.output.exists() and not self.output.is_dir():
+        if os.path.isfile(self.output):
             return _complain(console, f"{self.output}: is a file; the outputs need a folder")
 
         import torch
@@ -112,6 +113,11 @@ class Upscale:
         jobs, errors = find_jobs(self.inputs, self.output, self.scales, self.format)
         for fault in errors:
             _complain(console, str(fault))
+        if jobs:
+            try:
+                self.output.mkdir(parents=True, exist_ok=True)
+            except OSError as error:  # said before the work, not after it
+                return _complain(console, f"{self.output}: cannot be made: {error.strerror}")
         failed = len(errors) + self._run_jobs(sr, jobs, options, console)
         print(f"{len(jobs) + len(errors) - failed} upscaled into {self.output}, {failed} failed")
         return 2 if failed else 0
@@ -139,12 +145,10 @@ class Upscale:
         self, sr: HitSR, job: Job, options: UpscaleOptions, console: Console, progress: Progress
     ) -> bool:
         """Upscale one image; whether it went well."""
-        import torch
-
         from hitsr_fast.pipeline import NonFiniteOutputError
 
         try:
-            existing = [target for target in job.targets.values() if target.exists()]
+            existing = [target for target in job.targets.values() if os.path.exists(target)]
             if existing and not self.overwrite:
                 raise ImageFileError(job.source, f"{existing[0]} exists already (--overwrite replaces it)")
             picture = read_picture(job.source, max_pixels=self.max_pixels)
@@ -157,10 +161,22 @@ class Upscale:
         except ImageFileError as error:
             _complain(console, str(error))
             return False
-        except (NonFiniteOutputError, MemoryError, torch.OutOfMemoryError) as error:
-            _complain(console, f"{job.source}: {error or 'not enough memory'}")
+        except NonFiniteOutputError as error:
+            _complain(console, f"{job.source}: {error}")
+            return False
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            _complain(console, f"{job.source}: not enough memory")
             return False
         return True
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out; on the CPU torch says so with a plain RuntimeError."""
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _complain(console: Console, text: str) -> int:
@@ -170,5 +186,5 @@ def _complain(console: Console, text: str) -> int:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(" ".join(text.split()), soft_wrap=True, markup=False, highlight=False)
+    console.print(" ".join(text.splitlines()), soft_wrap=True, markup=False, emoji=False, highlight=False)
     sys.stderr.flush()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
+import stat
 import struct
 import threading
 import zlib
@@ -139,9 +141,12 @@ def read_picture(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Picture:
         ImageFileError: missing, empty, not an image, truncated, too large, or not supported.
     """
     path = Path(path)
-    if path.is_dir():
-        raise ImageFileError(path, "is a folder, not an image")
     try:
+        kind = path.stat().st_mode
+        if stat.S_ISDIR(kind):
+            raise ImageFileError(path, "is a folder, not an image")
+        if not stat.S_ISREG(kind):  # to read a pipe or a device could take forever
+            raise ImageFileError(path, "is not a regular file")
         data = path.read_bytes()
     except FileNotFoundError:
         raise ImageFileError(path, "no such file") from None
@@ -318,9 +323,10 @@ def write_picture(path: Path | str, picture: Picture, format: Format, *, overwri
         ImageFileError: the file exists, or cannot be written.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise ImageFileError(path, "exists already")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Not made of the file's own name, which may already be as long as names can be.
+    temporary = path.with_name(f".hitsr-fast-{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -6,6 +6,7 @@ import glob
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from os.path import exists, isdir, realpath
 from pathlib import Path
 
 from hitsr_fast.imaging.io import Format, ImageFileError
@@ -43,16 +44,16 @@ def find_jobs(
     jobs: list[Job] = []
     errors: list[ImageFileError] = []
     taken: dict[Path, Path] = {}  # target -> source
-    seen: set[Path] = set()
+    seen: set[str] = set()
     found = [pair for text in inputs for pair in _images_of(text, output, errors)]
-    named = {source.resolve() for source, within in found if within is None}
+    named = {realpath(source) for source, within in found if within is None}
     outputs = {
-        target.resolve(): source
+        realpath(target): source
         for source, within in found
         for target in _targets(source, within, output, scales, format).values()
     }
     for source, within in found:
-        resolved = source.resolve()
+        resolved = realpath(source)
         if resolved in seen:
             continue
         seen.add(resolved)
@@ -64,7 +65,7 @@ def find_jobs(
             errors.append(
                 ImageFileError(source, f"its outputs would have the same names as those of {others[0]}")
             )
-        elif any(target.resolve() in named for target in targets.values()):
+        elif any(realpath(target) in named for target in targets.values()):
             errors.append(ImageFileError(source, f"its outputs in {output} would replace an input"))
         else:
             taken.update(dict.fromkeys(targets.values(), source))
@@ -82,12 +83,17 @@ def _targets(
 def _images_of(text: str, output: Path, errors: list[ImageFileError]) -> list[tuple[Path, Path | None]]:
     """(image, its folder below the input folder, or None for a file that was named) of one argument."""
     path = Path(text)
-    if path.is_dir():
-        images = _images_in(path, output)
-        if not images:
+    if not text:
+        errors.append(ImageFileError("''", "is no name of a file or folder"))
+        return []
+    # os.path rather than Path, here and below: no exception for names too long or loops of links.
+    if isdir(text):
+        faults = len(errors)
+        images = _images_in(path, output, errors)
+        if not images and len(errors) == faults:
             errors.append(ImageFileError(path, "no images in this folder"))
         return images
-    if not path.exists() and glob.has_magic(text):
+    if not exists(text) and glob.has_magic(text):
         matches = sorted(glob.glob(text, recursive=True))
         if not matches:
             errors.append(ImageFileError(path, "no file matches this pattern"))
@@ -95,14 +101,18 @@ def _images_of(text: str, output: Path, errors: list[ImageFileError]) -> list[tu
     return [(path, None)]
 
 
-def _images_in(folder: Path, output: Path) -> list[tuple[Path, Path | None]]:
+def _images_in(folder: Path, output: Path, errors: list[ImageFileError]) -> list[tuple[Path, Path | None]]:
     images: list[tuple[Path, Path | None]] = []
-    for here, folders, files in os.walk(folder):
+
+    def unreadable(error: OSError) -> None:
+        errors.append(ImageFileError(error.filename, f"cannot be read: {error.strerror}"))
+
+    for here, folders, files in os.walk(folder, onerror=unreadable):
         place = Path(here)
         folders[:] = sorted(
             name
             for name in folders
-            if not name.startswith(".") and name != "__MACOSX" and not _same(place / name, output)
+            if not name.startswith(".") and name != "__MACOSX" and realpath(place / name) != realpath(output)
         )
         images += [
             (place / name, place.relative_to(folder))
@@ -110,7 +120,3 @@ def _images_in(folder: Path, output: Path) -> list[tuple[Path, Path | None]]:
             if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES
         ]
     return images
-
-
-def _same(a: Path, b: Path) -> bool:
-    return a.resolve() == b.resolve()

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import tyro
 from PIL import Image
 
+from hitsr_fast.cli import main
 from hitsr_fast.cli.upscale import Upscale
-from hitsr_fast.imaging.io import read_picture
+from hitsr_fast.imaging.io import Picture, read_picture, write_picture
 from hitsr_fast.pipeline import HitSR
 from tests.imaging.nearest_model import NearestModel
 
@@ -99,6 +105,104 @@ def test_unwritable_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "is a file; the outputs need a folder" in capsys.readouterr().err
 
 
+def test_a_target_that_cannot_be_made_is_said_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HitSR, "upscale_picture", lambda *_: pytest.fail("work was done"))
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out") == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/out: cannot be made: File exists\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_fails_its_image_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    whole = HitSR.upscale_picture
+
+    def limited(self: HitSR, picture: Picture, *rest: Any) -> dict[int, Picture]:
+        if picture.width > 100:
+            raise error
+        return whole(self, picture, *rest)
+
+    monkeypatch.setattr(HitSR, "upscale_picture", limited)
+    wide = photo(tmp_path / "wide.png", (101, 4))
+    assert upscale(wide, photo(tmp_path / "cat.png"), "-o", tmp_path / "out", "--scales", 1) == 2
+    assert files(tmp_path / "out") == ["cat_x1.png"]
+    assert capsys.readouterr().err == f"error: {wide}: not enough memory\n"
+
+
+def test_a_fault_of_the_code_surfaces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(HitSR, "upscale_picture", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out")
+
+
+def test_odd_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("two  spaces.png", ":cat:[bold].png"):
+        (tmp_path / name).write_bytes(b"")
+        assert upscale(tmp_path / name, "-o", tmp_path / "out") == 2
+        assert capsys.readouterr().err == f"error: {tmp_path / name}: the file is empty\n"
+
+
+def test_names_may_be_as_long_as_they_can_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fits, long = "y" * (255 - len("_x1.png")), "z" * 251
+    for name in (fits, long):
+        photo(tmp_path / f"{name}.png")
+    missing = "m" * 300
+    arguments = [tmp_path / f"{fits}.png", tmp_path / f"{long}.png", missing]
+    assert upscale(*arguments, "-o", tmp_path / "out", "--scales", 1) == 2
+    assert files(tmp_path / "out") == [f"{fits}_x1.png"]
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["File name too long", "File name too long"]
+
+
+def test_interruption_is_one_line_and_leaves_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", interrupted)
+    cat = tmp_path / "cat.ppm"
+    cat.write_bytes(b"P6 1 1 255 abc")
+    with pytest.raises(SystemExit) as stop:
+        main(["upscale", str(cat), "-o", str(tmp_path / "out")])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
+    assert files(tmp_path / "out") == []
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path: Path) -> None:
+    """In a process of its own: pytest's streams are not those of a terminal."""
+    code = "\n".join(
+        [
+            "import os",
+            "from hitsr_fast import cli, pipeline",
+            "from tests.imaging.nearest_model import NearestModel",
+            "pipeline.HitSR.from_pretrained = lambda *_: pipeline.HitSR(NearestModel())",
+            r"cli.main(['upscale', os.fsdecode(b'\xff.png'), '-o', 'out'])",
+        ]
+    )
+    photo(tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff.png"))
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=True
+    )
+    assert b"out/\xff_x4.png  80 x 40" in done.stdout
+
+
 def test_equal_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo(tmp_path / "in/a.png")
     photo(tmp_path / "in/a.jpg")
@@ -139,8 +243,6 @@ def test_animation_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_sixteen_bit_colour_keeps_its_depth(tmp_path: Path) -> None:
-    from hitsr_fast.imaging.io import Picture, write_picture
-
     pixels = np.random.default_rng(0).integers(0, 65536, (9, 7, 3), dtype=np.uint16)
     write_picture(tmp_path / "deep.tiff", Picture(pixels), "tiff")
     assert upscale(tmp_path / "deep.tiff", "-o", tmp_path / "out", "--no-colour-fix") == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -281,6 +282,12 @@ def test_decompression_bomb_is_refused_before_decoding(tmp_path: Path) -> None:
 def test_folder_is_not_an_image(tmp_path: Path) -> None:
     with pytest.raises(ImageFileError, match="is a folder"):
         read_picture(tmp_path)
+
+
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ImageFileError, match="is not a regular file"):
+        read_picture(tmp_path / "pipe.png")
 
 
 def test_writing_leaves_nothing_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,3 +105,30 @@ def test_an_input_is_never_replaced(tmp_path: Path) -> None:
 def test_a_folder_without_images(tmp_path: Path) -> None:
     jobs, errors = find_jobs([str(tmp_path)], tmp_path / "o", (4,), "png")
     assert not jobs and [error.reason for error in errors] == ["no images in this folder"]
+
+
+def test_loops_of_links_and_long_names_stop_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    jobs, errors = find_jobs([str(tmp_path), "x" * 300], tmp_path / "o", (4,), "png")
+    assert len(jobs) >= 2 and not errors  # reading them says what is wrong
+
+
+def test_no_name_is_not_the_current_folder(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(photos)
+    jobs, errors = find_jobs([""], Path("o"), (4,), "png")
+    assert not jobs and [str(error) for error in errors] == ["'': is no name of a file or folder"]
+
+
+def test_a_folder_that_cannot_be_read_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if str(path).endswith("er"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    jobs, errors = find_jobs([str(photos)], photos / "o", (4,), "png")
+    assert [job.source.name for job in jobs] == ["a.PNG", "b.jpg"]
+    assert [str(error) for error in errors] == [f"{photos / 'deep/er'}: cannot be read: Permission denied"]
