@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ def extension() -> dict[str, Any]:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         print(f"hitsr_fast: no C++ compiler ({compiler}), the C++ extension is left out")
+        return {}
+    headers = Path(sysconfig.get_path("include"))
+    if not (headers / "Python.h").is_file():
+        print(f"hitsr_fast: no Python.h in {headers} (Debian: python3-dev), the C++ extension is left out")
         return {}
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension

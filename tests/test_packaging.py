@@ -127,3 +127,17 @@ def test_checkout_serves_its_own_kernels() -> None:
 def test_import_is_light() -> None:
     code = "import sys, hitsr_fast, hitsr_fast.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_without_python_headers_the_extension_is_left_out() -> None:
+    """Debian has them in a package of its own, python3-dev."""
+    code = """
+import runpy, sys, sysconfig
+get_path = sysconfig.get_path
+sysconfig.get_path = lambda name, *rest: "/nowhere" if name == "include" else get_path(name, *rest)
+sys.argv = ["setup.py", "--name"]
+runpy.run_path("setup.py")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "no Python.h in /nowhere" in done.stdout
+    assert done.stdout.splitlines()[-1] == "hitsr-fast"
