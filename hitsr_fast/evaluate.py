@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from hitsr_fast.data.degradation import degrade
+from hitsr_fast.imaging.io import ImageFileError, read_picture, to_eight_bit
 from hitsr_fast.metrics import imresize, lpips, psnr_y, ssim_y
 from hitsr_fast.metrics.lpips import MIN_SIDE
 from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
@@ -421,16 +423,16 @@ def _quantize(image: Tensor) -> Tensor:
     return (image.clamp(0, 1) * 255).round() / 255
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def _to_tensor(image: Image.Image | npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
 
 
 def _read(path: Path) -> Tensor:
     try:
-        with Image.open(path) as image:
-            return _to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise EvaluationError(f"{path}: cannot read the image: {error}") from error
+        pixels = to_eight_bit(read_picture(path)).pixels
+    except ImageFileError as error:
+        raise EvaluationError(str(error)) from error
+    return _to_tensor(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
 
 
 def _images(folder: Path) -> list[Path]:

@@ -143,6 +143,15 @@ def test_scores_are_those_of_the_metrics(tmp_path: Path) -> None:
     assert report.scores[0].psnr_y > report.scores[1].psnr_y > report.scores[2].psnr_y
 
 
+def test_sixteen_bits_and_grey_are_read_as_the_same_in_eight_bit_colour(tmp_path: Path) -> None:
+    grey = photo(0, 40, 40)[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "a_HR.png")
+    Image.fromarray(grey[:10, :10]).save(tmp_path / "a_LR.png")
+    hr, lr = find_set("set", tmp_path).load(0)
+    assert torch.equal(hr, to_tensor(grey[..., None].repeat(3, 2)))
+    assert torch.equal(lr, hr[..., :10, :10])
+
+
 def test_degraded_set(tmp_path: Path) -> None:
     folder = tmp_path / "HR"
     folder.mkdir()
@@ -257,7 +266,7 @@ def test_clear_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     Image.new("RGB", (30, 33)).save(lr / "1.png")
     assert "1.png: expected 1/4 of" in fails(capsys, "--hr", hr, "--lr", lr)
     (lr / "1.png").write_bytes((hr / "1.png").read_bytes()[:100])
-    assert "1.png: cannot read the image" in fails(capsys, "--hr", hr, "--lr", lr)
+    assert "1.png: is not an image" in fails(capsys, "--hr", hr, "--lr", lr)
     (lr / "1.png").rename(lr / "7.png")
     error = fails(capsys, "--hr", hr, "--lr", lr)
     assert "without a partner" in error
