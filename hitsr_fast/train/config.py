@@ -117,6 +117,8 @@ class TransformerTrainConfig:
         head_from_codebook: Start the classifier so that its logits are negative squared distances of a random
             projection of the token to the codes: near codes then share what is learned from the first step
             on.
+        scale_balance: A token of a scale with L tokens weighs L ** -scale_balance, over the mean. 0 is the
+            paper's equal weight, under which all steps of x1 together have a thirtieth of the loss.
         mistakes: Largest rate of wrong input tokens (see `self_correction`); 0 is plain teacher forcing.
         mistake_codes: A wrong token is one of this many nearest codes.
         compile: Run the model through `torch.compile`; needs a C++ compiler on the CPU.
@@ -128,6 +130,7 @@ class TransformerTrainConfig:
     weight_decay: float = 0.005
     label_smoothing: float = 0.0
     head_from_codebook: bool = True
+    scale_balance: float = 0.75
     mistakes: float = 0.3
     mistake_codes: int = 64
     compile: bool = False

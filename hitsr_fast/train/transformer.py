@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from hitsr_fast.train.self_correction import code_neighbours, tokenize_with_mist
 
 
 class TransformerStage:
-    """Cross entropy over all tokens of the pyramid, every token equal; tokenizer frozen; bf16 autocast."""
+    """Cross entropy over all tokens of the pyramid; tokenizer frozen; bf16 autocast."""
 
     name = "transformer"
 
@@ -35,6 +37,7 @@ class TransformerStage:
         self.config = config
         codebook = tokenizer.quantize.codebook
         self.neighbours = code_neighbours(codebook, config.mistake_codes)
+        self.token_weight = token_weights(model.scales, config.scale_balance).to(codebook.device)
         if config.head_from_codebook:
             init_head(model, codebook)
         self.score = torch.compile(self._score) if config.compile else self._score
@@ -90,11 +93,15 @@ class TransformerStage:
     def _score(
         self, features: Tensor, class_id: Tensor, inputs: Tensor, indices: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Cross entropy and accuracy of the model's logits."""
+        """Weighted cross entropy and plain accuracy of the model's logits."""
         logits = self.model(features, class_id, inputs)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), indices.flatten(), label_smoothing=self.config.label_smoothing
+        losses = F.cross_entropy(
+            logits.flatten(0, 1),
+            indices.flatten(),
+            label_smoothing=self.config.label_smoothing,
+            reduction="none",
         )
+        loss = (losses.view_as(indices) * self.token_weight).mean()
         return loss, (logits.detach().argmax(-1) == indices).float().mean()
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -106,6 +113,12 @@ class TransformerStage:
             total += F.cross_entropy(logits.flatten(0, 1), indices.flatten()).item()
             accuracy += (logits.argmax(-1) == indices).float().mean().item()
         return {"held_out_loss": total / count, "held_out_accuracy": accuracy / count}
+
+
+def token_weights(scales: Sequence[int], balance: float) -> Tensor:
+    """Weight of each token in the loss, `(T,)` of mean one: `L ** -balance` for a scale of L tokens."""
+    weights = torch.cat([torch.full((side * side,), float(side * side) ** -balance) for side in scales])
+    return weights / weights.mean()
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import torch
 from hitsr_fast.losses.config import ReconstructionLossConfig
 from hitsr_fast.losses.reconstruction import ReconstructionLoss, shared_crop
 from hitsr_fast.metrics.lpips_weights import LpipsWeightsNotFoundError
+from hitsr_fast.train.transformer import token_weights
+from tests.tolerances import TOLERANCES
 
 PIXELS = ReconstructionLossConfig(alex=0.0, vgg=0.0)
 
@@ -69,3 +71,15 @@ def test_shared_crop() -> None:
     assert places == set(image[0, 0, :3, :5].flatten().tolist()), "every place comes up"
     whole, _ = shared_crop(image, image, 64, generator)
     assert torch.equal(whole, image)
+
+
+def test_token_weights_even_out_the_scales() -> None:
+    scales = (2, 3, 4)
+    weights = token_weights(scales, balance=1.0)
+    assert weights.shape == (29,)
+    parts = weights.split([side * side for side in scales])
+    for part in parts:
+        torch.testing.assert_close(
+            part.sum(), torch.tensor(29 / 3), **TOLERANCES["float32_reordered"]._asdict()
+        )
+    assert token_weights(scales, balance=0.0).eq(1).all()
