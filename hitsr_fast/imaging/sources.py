@@ -8,8 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os.path import exists, isdir, realpath
 from pathlib import Path
+from typing import get_args
 
 from hitsr_fast.imaging.io import Format, ImageFileError
+
+SCALES = (1, 2, 4)
 
 # In a folder only these are taken for images; a file that is named is tried whatever its name.
 SUFFIXES = frozenset(
@@ -47,10 +50,12 @@ def find_jobs(
     seen: set[str] = set()
     found = [pair for text in inputs for pair in _images_of(text, output, errors)]
     named = {realpath(source) for source, within in found if within is None}
+    # Of any scale and format: an earlier run may have been given others.
     outputs = {
         realpath(target): source
         for source, within in found
-        for target in _targets(source, within, output, scales, format).values()
+        for known in get_args(Format)
+        for target in _targets(source, within, output, (*SCALES, *scales), known).values()
     }
     for source, within in found:
         resolved = realpath(source)

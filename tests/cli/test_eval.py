@@ -266,7 +266,7 @@ def test_clear_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     Image.new("RGB", (30, 33)).save(lr / "1.png")
     assert "1.png: expected 1/4 of" in fails(capsys, "--hr", hr, "--lr", lr)
     (lr / "1.png").write_bytes((hr / "1.png").read_bytes()[:100])
-    assert "1.png: is not an image" in fails(capsys, "--hr", hr, "--lr", lr)
+    assert "LR/1.png: broken or unsupported image" in fails(capsys, "--hr", hr, "--lr", lr)
     (lr / "1.png").rename(lr / "7.png")
     error = fails(capsys, "--hr", hr, "--lr", lr)
     assert "without a partner" in error

@@ -94,6 +94,15 @@ def test_outputs_inside_the_input_folder_are_not_inputs(photos: Path) -> None:
             job.targets[4].write_bytes(b"")
 
 
+def test_outputs_of_other_scales_and_formats_are_not_inputs(tmp_path: Path) -> None:
+    for name in ("cat.png", "cat_x1.png", "cat_x2.webp", "dog_x2.png"):
+        (tmp_path / name).write_bytes(b"")
+    jobs, errors = find_jobs([str(tmp_path)], tmp_path, (4,), "png")
+    assert [job.source.name for job in jobs] == ["cat.png", "dog_x2.png"] and not errors
+    elsewhere, _ = find_jobs([str(tmp_path)], tmp_path / "o", (4,), "png")
+    assert len(elsewhere) == 4  # where no output goes they are images like others
+
+
 def test_an_input_is_never_replaced(tmp_path: Path) -> None:
     for name in ("cat.png", "cat_x4.png"):
         (tmp_path / name).write_bytes(b"")
