@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from typing import Annotated
 
@@ -26,7 +27,7 @@ Command = (
 
 
 def main(args: list[str] | None = None) -> None:
-    """Parse the command line, run the command and exit with its code; 130 when it is interrupted."""
+    """Parse the command line, run the command and exit with its code; 130 if interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid in the locale's encoding
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdout else "backslashreplace")
@@ -35,7 +36,11 @@ def main(args: list[str] | None = None) -> None:
     )
     try:
         code = command.run()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code)

@@ -18,6 +18,8 @@ SCALES = (1, 2, 4)
 SUFFIXES = frozenset(
     {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".j2k", ".webp", ".avif", ".tif", ".tiff"}
     | {".gif", ".bmp", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"}
+    # Not read without help, but photos all the same: named as errors, not passed over.
+    | {".heic", ".heif", ".jxl"}
 )
 
 

@@ -183,6 +183,17 @@ def test_interruption_is_one_line_and_leaves_no_file(
     assert files(tmp_path / "out") == []
 
 
+def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
+    code = "import sys; from hitsr_fast.cli import main; main(['info'])"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
+
+
 def test_a_name_that_is_no_text_is_printed(tmp_path: Path) -> None:
     """In a process of its own: pytest's streams are not those of a terminal."""
     code = "\n".join(

@@ -111,6 +111,12 @@ def test_an_input_is_never_replaced(tmp_path: Path) -> None:
     assert "would replace an input" in str(errors[0])
 
 
+def test_photos_that_cannot_be_read_are_not_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "phone.HEIC").write_bytes(b"")
+    jobs, errors = find_jobs([str(tmp_path)], tmp_path / "o", (4,), "png")
+    assert [job.source.name for job in jobs] == ["phone.HEIC"] and not errors
+
+
 def test_a_folder_without_images(tmp_path: Path) -> None:
     jobs, errors = find_jobs([str(tmp_path)], tmp_path / "o", (4,), "png")
     assert not jobs and [error.reason for error in errors] == ["no images in this folder"]
