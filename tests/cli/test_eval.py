@@ -20,22 +20,8 @@ from hitsr_fast.data.degradation import degrade
 from hitsr_fast.evaluate import Bicubic, EvalSet, EvaluationError, evaluate, find_set
 from hitsr_fast.metrics import imresize, lpips, psnr_y, ssim_y
 from hitsr_fast.pipeline import HitSR, ModelNotFoundError
+from tests.imaging.nearest_model import NearestModel
 from tests.tolerances import TOLERANCES
-
-
-class NearestModel:
-    """A model of 16-pixel tiles that repeats pixels."""
-
-    lr_tile = 16
-    scale_factors = (1, 2, 4)
-
-    def super_resolve(
-        self, lr: Tensor, *, factors: Sequence[int] = (1, 2, 4), **options: object
-    ) -> dict[int, Tensor]:
-        return {factor: functional.interpolate(lr, scale_factor=factor) for factor in factors}
-
-    def to(self, dtype: torch.dtype) -> NearestModel:
-        return self
 
 
 @pytest.fixture(autouse=True)
