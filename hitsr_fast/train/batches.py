@@ -38,9 +38,14 @@ class PairBatches:
         self.device = device
 
     def __call__(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        hr, lr, class_id = self.pairs(step, size)
+        return hr, upsample_lr(lr, hr.shape[-1]), class_id
+
+    def pairs(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The same batch with the LR images `(size, 3, S / 4, S / 4)` as they are."""
         hr = self._crops(step, size)
         lr, class_id = lr_pair(hr, self.seed, first_index=step * size, clean_prob=self.clean_prob)
-        return hr * 2 - 1, upsample_lr(lr, hr.shape[-1]) * 2 - 1, class_id
+        return hr * 2 - 1, lr * 2 - 1, class_id
 
     def hr(self, step: int, size: int) -> Tensor:
         """The `hr` of a batch alone; nothing is degraded."""

@@ -148,14 +148,17 @@ class DecoderTrainConfig:
         sampled: Share of samples decoded from tokens that the transformer sampled itself, all scales in a
             row; the rest are decoded from the HR image's own tokens.
         top_k: Codes that the sampled tokens are drawn from; 1 is greedy.
+        colour_fixed: Share of samples whose loss is taken after the colour fix, as inference applies it by
+            default; the rest keep the bare output sound.
     """
 
     batch: int = 12
     lr: float = 4e-4
     weight_decay: float = 0.01
     loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
-    sampled: float = 0.75
+    sampled: float = 0.9
     top_k: int = 1
+    colour_fixed: float = 0.5
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,10 @@ frozen. It is not part of HIT-VAR; `steps=0` leaves it out.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hitsr_fast.imaging.colour import wavelet_colour_fix
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_var import HitVar
@@ -42,12 +44,12 @@ class DecoderStage:
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         config, tokenizer = self.config, self.whole.tokenizer
-        images, upsampled, class_id = self.batches(step, config.batch)
+        images, lr, class_id = self.batches.pairs(step, config.batch)
         generator = torch.Generator().manual_seed(step)
         levels = [level.contiguous(memory_format=torch.channels_last) for level in tokenizer.pyramid(images)]
         sampled = round(config.sampled * config.batch)
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
-            features = tokenizer.encode(upsampled[:sampled]).float()
+            features = self.whole.lr_features(lr[:sampled]).float()
             _, predicted = self.whole.sample(
                 features, class_id[:sampled], top_k=config.top_k, generator=generator
             )
@@ -57,10 +59,20 @@ class DecoderStage:
         for target, (image, a, b) in enumerate(zip(levels, predicted, own, strict=True)):
             latent = torch.cat([a, b])
             with torch.autocast(images.device.type, torch.bfloat16):
-                loss = self.distance(tokenizer.decode(latent, target), image, generator)
+                output = tokenizer.decode(latent, target)
+            output = self._partly_fixed(output.float(), lr, target, generator)
+            with torch.autocast(images.device.type, torch.bfloat16):
+                loss = self.distance(output, image, generator)
             total = total + loss / len(levels)
             metrics[f"image_{image.shape[-1]}"] = loss.item()
         return total, metrics
+
+    def _partly_fixed(self, output: Tensor, lr: Tensor, target: int, generator: torch.Generator) -> Tensor:
+        """The output, for a share of the samples after the colour fix that inference applies."""
+        source = F.interpolate(lr, size=output.shape[-2:], mode="bicubic", align_corners=False)
+        fixed = wavelet_colour_fix(output, source, self.whole.config.colour_fix_levels[target])
+        chosen = torch.rand(len(output), 1, 1, 1, generator=generator) < self.config.colour_fixed
+        return torch.where(chosen.to(output.device), fixed, output)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         assert isinstance(model, HitTokenizer)
