@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
 from hitsr_fast.imaging.io import (
     Format,
@@ -249,6 +249,20 @@ def test_bad_files_are_named_in_one_line(tmp_path: Path, content: bytes | None, 
     with pytest.raises(ImageFileError, match=reason) as error:
         read_picture(path)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("Failed to decode frame 0"), SyntaxError("bad"), EOFError()])
+def test_whatever_a_decoder_raises_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    path = tmp_path / "a.png"
+    path.write_bytes(photo_bytes())
+    monkeypatch.setattr(ImageFile.ImageFile, "load", broken)
+    with pytest.raises(ImageFileError, match=r"a\.png: broken or unsupported image: ."):
+        read_picture(path)
 
 
 def test_truncated_sixteen_bit_file(tmp_path: Path) -> None:
