@@ -170,7 +170,9 @@ def read_picture(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Picture:
     except UnidentifiedImageError:
         raise ImageFileError(path, "is not an image, or of a format that cannot be read") from None
     except _DECODE_ERRORS as error:
-        raise ImageFileError(path, f"broken or unsupported image: {str(error) or type(error).__name__}") from error
+        raise ImageFileError(
+            path, f"broken or unsupported image: {str(error) or type(error).__name__}"
+        ) from error
 
 
 @contextmanager
