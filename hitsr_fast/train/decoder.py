@@ -48,16 +48,21 @@ class DecoderStage:
         generator = torch.Generator().manual_seed(step)
         levels = [level.contiguous(memory_format=torch.channels_last) for level in tokenizer.pyramid(images)]
         sampled = round(config.sampled * config.batch)
+        sources: list[list[Tensor]] = []
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
-            features = self.whole.lr_features(lr[:sampled]).float()
-            _, predicted = self.whole.sample(
-                features, class_id[:sampled], top_k=config.top_k, generator=generator
-            )
-            _, own = tokenizer.quantize.tokenize([tokenizer.encode(level[sampled:]) for level in levels])
+            if sampled > 0:
+                features = self.whole.lr_features(lr[:sampled]).float()
+                classes = class_id[:sampled]
+                sources.append(
+                    self.whole.sample(features, classes, top_k=config.top_k, generator=generator)[1]
+                )
+            if sampled < config.batch:
+                own = [tokenizer.encode(level[sampled:]) for level in levels]
+                sources.append(tokenizer.quantize.tokenize(own).reconstructions)
         total = images.new_zeros(())
         metrics: dict[str, float] = {}
-        for target, (image, a, b) in enumerate(zip(levels, predicted, own, strict=True)):
-            latent = torch.cat([a, b])
+        for target, image in enumerate(levels):
+            latent = torch.cat([source[target] for source in sources])
             with torch.autocast(images.device.type, torch.bfloat16):
                 output = tokenizer.decode(latent, target)
             output = self._partly_fixed(output.float(), lr, target, generator)

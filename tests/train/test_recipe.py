@@ -36,7 +36,7 @@ RECIPE = Recipe(
     codebook_images=32,
     autoencoder=AutoencoderConfig(batch=4, loss=PIXELS),
     autoencoder_loop=LOOP,
-    tokenizer=TokenizerTrainConfig(batch=4, loss=PIXELS, train_encoder=True),
+    tokenizer=TokenizerTrainConfig(batch=4, loss=PIXELS, train_encoder=True, codebook_lr=1e-4),
     tokenizer_loop=LOOP,
     transformer=TransformerTrainConfig(batch=4, mistake_codes=8),
     transformer_loop=LOOP,
