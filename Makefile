@@ -32,7 +32,7 @@ clean:
 
 # torch has to be there before the package: the extension is built against the torch it will run with.
 $(VENV)/.torch:
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet "torch>=2.9" "setuptools>=77" wheel ninja
 	touch $@
 
