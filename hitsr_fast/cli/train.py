@@ -35,7 +35,9 @@ class Train:
 
     def run(self) -> int:
         """Train; return the exit code: 0, or 2 when the arguments are at fault or the loss is not finite."""
+        from hitsr_fast.data.folder import NoPhotosError
         from hitsr_fast.pipeline import pick_device
+        from hitsr_fast.train.loop import ResumeError
         from hitsr_fast.train.recipe import model_config, photo_split, train_model
 
         try:
@@ -47,7 +49,7 @@ class Train:
             return 2
         try:
             train_model(self.recipe, self.photos, self.run_folder, device)
-        except (OSError, FloatingPointError) as error:
+        except (OSError, FloatingPointError, NoPhotosError, ResumeError) as error:
             print(f"hitsr-fast train: {error}", file=sys.stderr)
             return 2
         print(f"wrote {self.run_folder / 'model'}")

@@ -43,6 +43,10 @@ _SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff",
 _Pixels = npt.NDArray[np.uint8]
 
 
+class NoPhotosError(ValueError):
+    """No photo of a folder can be trained on."""
+
+
 def photo_names(folder: str | Path) -> list[str]:
     """List the image files of a folder and its subfolders by their suffix.
 
@@ -101,7 +105,8 @@ class PhotoFolder(Dataset[Tensor]):
             or shared by many processes. By default decoded photos are held in memory, 3 bytes a pixel.
 
     Raises:
-        ValueError: if an argument is out of range or no photo is usable.
+        ValueError: if an argument is out of range.
+        NoPhotosError: if no photo is usable.
 
     Notes:
         A file that cannot be read, or is smaller than a crop, is left out with a warning that names it.
@@ -136,25 +141,28 @@ class PhotoFolder(Dataset[Tensor]):
         names = photo_names(folder) if names is None else names
         self.names: list[str] = []
         self._photos: list[_Pixels] = []
+        left_out: list[str] = []
         for name in names:
             path = Path(folder) / name
             try:
                 pixels = _decode(path) if cache is None else _decode_cached(path, Path(cache))
             except ImageFileError as error:
-                warnings.warn(f"photo left out: {error}", stacklevel=2)
+                left_out.append(str(error))
                 continue
             if min(pixels.shape[:2]) < crop:
                 size = f"{pixels.shape[1]} x {pixels.shape[0]}"
-                warnings.warn(
-                    f"photo left out: {path}: {size} is smaller than a crop of {crop}", stacklevel=2
-                )
+                left_out.append(f"{path}: {size} is smaller than a crop of {crop}")
                 continue
             self.names.append(name)
             self._photos.append(pixels)
         if not self._photos:
-            raise ValueError(
-                f"folder: expected photos of at least {crop} x {crop}, found none in {str(folder)!r}"
+            first = f" ({left_out[0]})" if left_out else ""
+            raise NoPhotosError(
+                f"folder: expected photos of at least {crop} x {crop}, "
+                f"found none among {len(left_out)} in {str(folder)!r}{first}"
             )
+        for reason in left_out:
+            warnings.warn(f"photo left out: {reason}", stacklevel=2)
         areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in self._photos])
         self._cumulative_area = np.cumsum(areas)
         self._length = length or max(1, int(areas.sum()) // crop**2)

@@ -6,7 +6,7 @@ VAR's or Switti's released tokenizer, this stage is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,29 @@ class ImageScore:
         if self.has_lpips:
             means[f"{prefix}_lpips_alex"] = self.lpips / self.count
         return means
+
+
+class PyramidScore:
+    """`ImageScore` of what a tokenizer decodes at each target; bf16 autocast."""
+
+    def __init__(self, model: HitTokenizer) -> None:
+        self.model = model
+        self.scores = [ImageScore() for _ in model.config.targets]
+
+    def add(self, latents: Sequence[Tensor], images: Tensor) -> None:
+        """Decode the latent `(B, C, h, w)` of each target, and compare with `images` at that size."""
+        with torch.autocast(images.device.type, torch.bfloat16):
+            outputs = [self.model.decode(latent, target) for target, latent in enumerate(latents)]
+        for score, output, level in zip(self.scores, outputs, self.model.pyramid(images), strict=True):
+            score.add(output, level)
+
+    def means(self) -> dict[str, float]:
+        config = self.model.config
+        return {
+            key: value
+            for score, size in zip(self.scores, config.target_sizes, strict=True)
+            for key, value in score.means(f"held_out_{size * config.stride}").items()
+        }
 
 
 def evaluation_images(held_out: PairBatches, *, batches: int = 2, size: int = 16) -> Iterator[Tensor]:

@@ -8,6 +8,23 @@ from dataclasses import dataclass, field
 from hitsr_fast.losses.config import ReconstructionLossConfig
 
 
+def _require(config: object, low: float, high: float, *names: str) -> None:
+    """Raise `ValueError` unless low <= value <= high for each named field; NaN is in no range."""
+    for name in names:
+        value = getattr(config, name)
+        if not low <= value <= high:
+            expected = f"a value in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
+            raise ValueError(f"{name}: expected {expected}, found {value}")
+
+
+def _require_positive(config: object, *names: str) -> None:
+    """Raise `ValueError` unless each named field is above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not value > 0:
+            raise ValueError(f"{name}: expected a value above 0, found {value}")
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """How long and how to train.
@@ -36,17 +53,14 @@ class LoopConfig:
     eval_every: int = 200
 
     def __post_init__(self) -> None:
-        if self.steps < 0 or self.minutes <= 0:
-            raise ValueError(
-                f"steps, minutes: expected at least 0 and above 0, found {self.steps}, {self.minutes}"
-            )
-        if not 0 <= self.warmup < 1 or not 0 <= self.ema < 1:
-            raise ValueError(f"warmup, ema: expected values in [0, 1), found {self.warmup}, {self.ema}")
-        if self.log_every < 1 or self.eval_every < 0:
-            raise ValueError(
-                "log_every, eval_every: expected at least 1 and at least 0, "
-                f"found {self.log_every}, {self.eval_every}"
-            )
+        _require(self, 0, math.inf, "steps", "checkpoint_minutes", "eval_every")
+        _require(self, 1, math.inf, "log_every")
+        _require(self, 0, 1, "final_lr")
+        _require_positive(self, "minutes", "clip")
+        for name in ("warmup", "ema"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}: expected a value in [0, 1), found {value}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,12 @@ class AutoencoderConfig:
     loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
     lr_share: float = 0.25
     latent_noise: float = 0.3
+
+    def __post_init__(self) -> None:
+        _require(self, 1, math.inf, "batch")
+        _require_positive(self, "lr")
+        _require(self, 0, math.inf, "weight_decay", "latent_noise")
+        _require(self, 0, 1, "lr_share")
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,12 @@ class TokenizerTrainConfig:
     codebook_weight: float = 0.5
     continuous_prob: float = 0.25
 
+    def __post_init__(self) -> None:
+        _require(self, 1, math.inf, "batch")
+        _require_positive(self, "lr")
+        _require(self, 0, math.inf, "codebook_lr", "weight_decay", "commitment", "codebook_weight")
+        _require(self, 0, 1, "continuous_prob")
+
 
 @dataclass(frozen=True)
 class TransformerTrainConfig:
@@ -135,6 +161,12 @@ class TransformerTrainConfig:
     mistake_codes: int = 64
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        _require(self, 1, math.inf, "batch", "mistake_codes")
+        _require_positive(self, "lr")
+        _require(self, 0, math.inf, "muon_lr", "weight_decay", "scale_balance")
+        _require(self, 0, 1, "label_smoothing", "mistakes")
+
 
 @dataclass(frozen=True)
 class DecoderTrainConfig:
@@ -147,7 +179,7 @@ class DecoderTrainConfig:
         loss: Terms of the loss.
         sampled: Share of samples decoded from tokens that the transformer sampled itself, all scales in a
             row; the rest are decoded from the HR image's own tokens.
-        top_k: Codes that the sampled tokens are drawn from; 1 is greedy.
+        top_k: Codes that the sampled tokens are drawn from; 1 is greedy, 0 draws from all.
         colour_fixed: Share of samples whose loss is taken after the colour fix, as inference applies it by
             default; the rest keep the bare output sound.
     """
@@ -159,6 +191,12 @@ class DecoderTrainConfig:
     sampled: float = 0.9
     top_k: int = 1
     colour_fixed: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(self, 1, math.inf, "batch")
+        _require_positive(self, "lr")
+        _require(self, 0, math.inf, "weight_decay", "top_k")
+        _require(self, 0, 1, "sampled", "colour_fixed")
 
 
 @dataclass(frozen=True)
@@ -194,6 +232,11 @@ class Recipe:
     transformer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=900))
     decoder: DecoderTrainConfig = field(default_factory=DecoderTrainConfig)
     decoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=500))
+
+    def __post_init__(self) -> None:
+        _require(self, 0, math.inf, "seed")
+        _require(self, 0, 1, "clean_prob")
+        _require(self, 1, math.inf, "codebook_images")
 
     @property
     def losses(self) -> tuple[ReconstructionLossConfig, ...]:

@@ -14,7 +14,7 @@ from hitsr_fast.imaging.colour import wavelet_colour_fix
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_var import HitVar
-from hitsr_fast.train.autoencoder import ImageScore
+from hitsr_fast.train.autoencoder import PyramidScore
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import DecoderTrainConfig
 
@@ -52,10 +52,11 @@ class DecoderStage:
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
             if sampled > 0:
                 features = self.whole.lr_features(lr[:sampled]).float()
-                classes = class_id[:sampled]
-                sources.append(
-                    self.whole.sample(features, classes, top_k=config.top_k, generator=generator)[1]
+                draws = torch.Generator(features.device).manual_seed(step)
+                _, latents = self.whole.sample(
+                    features, class_id[:sampled], top_k=config.top_k, generator=draws
                 )
+                sources.append(latents)
             if sampled < config.batch:
                 own = [tokenizer.encode(level[sampled:]) for level in levels]
                 sources.append(tokenizer.quantize.tokenize(own).reconstructions)
@@ -81,16 +82,10 @@ class DecoderStage:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         assert isinstance(model, HitTokenizer)
-        scores = [ImageScore() for _ in model.config.targets]
+        score = PyramidScore(model)
         for i in range(2):
             images, upsampled, class_id = self.held_out(i, 16)
             with torch.autocast(images.device.type, torch.bfloat16):
                 _, latents = self.whole.sample(model.encode(upsampled).float(), class_id)
-                outputs = [model.decode(z, target) for target, z in enumerate(latents)]
-            for score, output, level in zip(scores, outputs, model.pyramid(images), strict=True):
-                score.add(output, level)
-        return {
-            key: value
-            for score, size in zip(scores, model.config.target_sizes, strict=True)
-            for key, value in score.means(f"held_out_{size * model.config.stride}").items()
-        }
+            score.add(latents, images)
+        return score.means()

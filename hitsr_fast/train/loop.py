@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,11 +31,31 @@ class Stage(Protocol):
     def evaluate(self, model: nn.Module) -> dict[str, float]: ...
 
 
-def train(stage: Stage, config: LoopConfig, folder: Path) -> nn.Module:
+class ResumeError(ValueError):
+    """A checkpoint of the run folder is not of this run."""
+
+
+def train(
+    stage: Stage, config: LoopConfig, folder: Path, made_with: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Run `stage` to its end, resuming from `folder` if it holds a checkpoint, and return the averaged model.
 
     Every step's data is a function of the step number, so a resumed run sees what an unbroken one would have
     seen. A finished stage is not run again.
+
+    Args:
+        stage: What to train.
+        config: How long and how.
+        folder: Checkpoints and log; made if it is not there.
+        made_with: What the stage's outcome depends on, as JSON values in nested mappings; kept in the
+            checkpoint, and a resumed run must have the same.
+
+    Returns:
+        The averaged model.
+
+    Raises:
+        ResumeError: The checkpoint in `folder` was made with other values, or does not fit the model.
+        FloatingPointError: The loss is not finite; the last checkpoint is from before that step.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{stage.name}.pt"
@@ -43,7 +65,7 @@ def train(stage: Stage, config: LoopConfig, folder: Path) -> nn.Module:
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
     step, elapsed = 0, 0.0
     if path.exists():
-        step, elapsed = _restore(path, stage.model, average, optimizers)
+        step, elapsed = _restore(path, stage.model, average, optimizers, made_with)
     started = saved = time.monotonic()
     before = elapsed
     recent: list[dict[str, float]] = []
@@ -72,11 +94,11 @@ def train(stage: Stage, config: LoopConfig, folder: Path) -> nn.Module:
         if config.eval_every and step % config.eval_every == 0:
             _log(folder, {"stage": stage.name, "step": step, **_evaluated(stage, average.module)})
         if time.monotonic() - saved > 60 * config.checkpoint_minutes:
-            _save(path, stage.model, average, optimizers, step, elapsed)
+            _save(path, stage.model, average, optimizers, step, elapsed, made_with)
             saved = time.monotonic()
 
     if elapsed > before:
-        _save(path, stage.model, average, optimizers, step, elapsed)
+        _save(path, stage.model, average, optimizers, step, elapsed, made_with)
         _log(folder, {"stage": stage.name, "step": step, "done": 1.0, **_evaluated(stage, average.module)})
     model: nn.Module = average.module
     return model
@@ -139,6 +161,7 @@ def _save(
     optimizers: list[torch.optim.Optimizer],
     step: int,
     elapsed: float,
+    made_with: Mapping[str, Any] | None,
 ) -> None:
     temporary = path.with_suffix(".tmp")
     state = {
@@ -148,19 +171,57 @@ def _save(
         "step": step,
         "elapsed": elapsed,
     }
+    if made_with is not None:
+        state["made_with"] = json.dumps(made_with)
     torch.save(state, temporary)
     temporary.replace(path)
 
 
 def _restore(
-    path: Path, model: nn.Module, average: AveragedModel, optimizers: list[torch.optim.Optimizer]
+    path: Path,
+    model: nn.Module,
+    average: AveragedModel,
+    optimizers: list[torch.optim.Optimizer],
+    made_with: Mapping[str, Any] | None,
 ) -> tuple[int, float]:
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return int(state["step"]), float(state["elapsed"])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ResumeError(f"{path}: expected a checkpoint, found a file that is none") from error
+    if made_with is not None and "made_with" in state:  # checkpoints did not always keep it
+        _require_same(path, json.loads(state["made_with"]), json.loads(json.dumps(made_with)))
+    try:
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return int(state["step"]), float(state["elapsed"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise ResumeError(f"{path}: expected a checkpoint of this model and recipe: {reason}") from error
+
+
+def _require_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], shown: int = 4) -> None:
+    """Raise `ResumeError` that names what differs, unless a checkpoint was made with what is asked for."""
+    then, now = _flat(found), _flat(expected)
+    # A value that only one of them has is of another version of the package, whose default keeps the old way.
+    names = [name for name in now if name in then and then[name] != now[name]]
+    if names:
+        differences = [f"{name}={then[name]!r}, not {now[name]!r}" for name in names[:shown]]
+        if len(names) > shown:
+            differences.append(f"and {len(names) - shown} more")
+        raise ResumeError(
+            f"{path}: was made with {'; '.join(differences)}; "
+            "resume it with the same values or train in another folder"
+        )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def _log(folder: Path, entry: dict[str, Any]) -> None:

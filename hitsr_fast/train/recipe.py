@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hitsr_fast.data.folder import DEFAULT_HOLDOUT, PhotoFolder, photo_names, split
+from hitsr_fast.data.folder import DEFAULT_HOLDOUT, NoPhotosError, PhotoFolder, photo_names, split
 from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
 from hitsr_fast.models.config import PRESETS, HitConfig
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
@@ -19,7 +21,7 @@ from hitsr_fast.train.config import LoopConfig as LoopConfig
 from hitsr_fast.train.config import Recipe as Recipe
 from hitsr_fast.train.decoder import DecoderStage
 from hitsr_fast.train.linear_start import start_linear
-from hitsr_fast.train.loop import train
+from hitsr_fast.train.loop import Stage, train
 from hitsr_fast.train.tokenizer import TokenizerStage
 from hitsr_fast.train.transformer import TransformerStage
 
@@ -46,7 +48,9 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
         The trained model, in evaluation mode.
 
     Raises:
-        ValueError: The preset is unknown, or the folder has no photos of either part.
+        ValueError: The preset is unknown, or no photo is held out.
+        NoPhotosError: No photo is left to train on, or the photos of a part are smaller than a crop.
+        ResumeError: `folder` has a checkpoint of another model or recipe.
         LpipsWeightsNotFoundError: A loss has a perceptual part, and its weights were not fetched.
         FloatingPointError: A loss is not finite; the last checkpoint is from before that step.
     """
@@ -60,20 +64,23 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
         part.to(memory_format=torch.channels_last)
     batches, held_out = pair_batches(recipe, config, photos, device)
 
+    def finish(stage: Stage, loop: LoopConfig) -> nn.Module:
+        return train(stage, loop, folder, made_with(recipe, stage.name))
+
     if config.tokenizer.linear_skip:
         print("variance kept by the linear start:", start_linear(tokenizer, image_sample(tokenizer, batches)))
     stage = AutoencoderStage(tokenizer, batches, held_out, recipe.autoencoder)
-    adopt(tokenizer, train(stage, recipe.autoencoder_loop, folder))
+    adopt(tokenizer, finish(stage, recipe.autoencoder_loop))
     if not (folder / f"{TokenizerStage.name}.pt").exists():
         for decoder in tokenizer.decoders[1:]:
             decoder.load_state_dict(tokenizer.decoders[0].state_dict())
         print(fill_codebook(tokenizer.quantize, latent_sample(tokenizer, batches, recipe.codebook_images)))
     tokenizer_stage = TokenizerStage(tokenizer, batches, held_out, recipe.tokenizer)
-    adopt(tokenizer, train(tokenizer_stage, recipe.tokenizer_loop, folder))
+    adopt(tokenizer, finish(tokenizer_stage, recipe.tokenizer_loop))
     transformer_stage = TransformerStage(model.transformer, tokenizer, batches, held_out, recipe.transformer)
-    adopt(model.transformer, train(transformer_stage, recipe.transformer_loop, folder))
+    adopt(model.transformer, finish(transformer_stage, recipe.transformer_loop))
     decoder_stage = DecoderStage(model, batches, held_out, recipe.decoder)
-    adopt(tokenizer, train(decoder_stage, recipe.decoder_loop, folder))
+    adopt(tokenizer, finish(decoder_stage, recipe.decoder_loop))
     save_pretrained(model.eval(), folder / "model")
     return model
 
@@ -85,9 +92,43 @@ def model_config(recipe: Recipe) -> HitConfig:
     return PRESETS[recipe.preset]
 
 
+# Values that change how long or how quickly a stage is trained, not what it learns in a step.
+_FREE_ON_RESUME = frozenset(("steps", "minutes", "checkpoint_minutes", "log_every", "eval_every", "compile"))
+
+
+def made_with(recipe: Recipe, stage: str) -> dict[str, Any]:
+    """All values that the outcome of a stage depends on: a resumed run must have the same.
+
+    Args:
+        recipe: What to train and how.
+        stage: `"autoencoder"`, `"tokenizer"`, `"transformer"` or `"decoder"`.
+
+    Returns:
+        JSON values by name, in nested dicts; the preset with all of the model's configuration.
+    """
+    values = asdict(recipe)
+    parts = {
+        part: {name: value for name, value in values[part].items() if name not in _FREE_ON_RESUME}
+        for part in (stage, f"{stage}_loop")
+    }
+    shared = {name: values[name] for name in ("preset", "holdout", "seed", "clean_prob", "codebook_images")}
+    return {**shared, **parts, "model": asdict(model_config(recipe))}
+
+
 def photo_split(recipe: Recipe, photos: Path) -> tuple[list[str], list[str]]:
-    """Names of the photos to train on and of those held out; raises `ValueError` if none are held out."""
-    return split(photo_names(photos), HOLDOUT if recipe.holdout is None else recipe.holdout)
+    """Split the names of the photos into those to train on and those held out.
+
+    Raises:
+        ValueError: If `photos` is no folder, or none are held out.
+        NoPhotosError: If there are none at all, or none to train on.
+    """
+    names = photo_names(photos)
+    if not names:
+        raise NoPhotosError(f"photos: expected a folder with image files, found none in {str(photos)!r}")
+    trained, held = split(names, HOLDOUT if recipe.holdout is None else recipe.holdout)
+    if not trained:
+        raise NoPhotosError(f"holdout: expected photos left to train on, found all {len(held)} held out")
+    return trained, held
 
 
 def pair_batches(

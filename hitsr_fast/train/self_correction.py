@@ -18,8 +18,22 @@ from hitsr_fast.ops import residual_quantize
 
 @torch.no_grad()
 def code_neighbours(codebook: Tensor, count: int) -> Tensor:
-    """The `count` nearest other codes of each code: `(K, count)` int64."""
-    return torch.cdist(codebook.float(), codebook.float()).topk(count + 1, largest=False).indices[:, 1:]
+    """Find the nearest other codes of each code.
+
+    Args:
+        codebook: `(K, C)` floating.
+        count: Neighbours of a code, at most K - 1.
+
+    Returns:
+        `(K, count)` int64, nearest first; a code's equal under another index counts as another code.
+
+    Raises:
+        ValueError: If `count` is out of range.
+    """
+    if not 1 <= count < len(codebook):
+        raise ValueError(f"count: expected a value in [1, {len(codebook) - 1}], found {count}")
+    distance = torch.cdist(codebook.float(), codebook.float())
+    return distance.fill_diagonal_(torch.inf).topk(count, largest=False).indices
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.train.autoencoder import ImageScore, evaluation_images
+from hitsr_fast.train.autoencoder import PyramidScore, evaluation_images
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import TokenizerTrainConfig
 
@@ -75,15 +75,9 @@ class TokenizerStage:
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         assert isinstance(model, HitTokenizer)
-        scores = [ImageScore() for _ in model.config.targets]
-        for image in evaluation_images(self.held_out):
-            with torch.autocast(image.device.type, torch.bfloat16):
-                _, reconstructions = model.tokenize(image)
-                outputs = [model.decode(z, target) for target, z in enumerate(reconstructions)]
-            for score, output, level in zip(scores, outputs, model.pyramid(image), strict=True):
-                score.add(output, level)
-        return {
-            key: value
-            for score, size in zip(scores, model.config.target_sizes, strict=True)
-            for key, value in score.means(f"held_out_{size * model.config.stride}").items()
-        }
+        score = PyramidScore(model)
+        for images in evaluation_images(self.held_out):
+            with torch.autocast(images.device.type, torch.bfloat16):
+                _, reconstructions = model.tokenize(images)
+            score.add(reconstructions, images)
+        return score.means()
