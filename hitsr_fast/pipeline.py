@@ -121,6 +121,14 @@ class Rows(NamedTuple):
     image: Tensor
 
 
+class PictureRows(NamedTuple):
+    """Finished rows of an output picture from row `top`."""
+
+    factor: int
+    top: int
+    picture: Picture
+
+
 class HitSR:
     """A super-resolution model and the way of images to it and back.
 
@@ -271,13 +279,30 @@ class HitSR:
     def upscale_picture(
         self, picture: Picture, options: UpscaleOptions, progress: Progress | None = None
     ) -> dict[int, Picture]:
+        """Upscale a decoded image file into pictures held whole; see `stream_picture`.
+
+        Returns:
+            A picture for each of `options.scales`. For the errors see `upscale`.
+        """
+        outputs = {factor: _blank(picture, factor) for factor in options.scales}
+        for factor, top, rows in self.stream_picture(picture, options, progress):
+            output = outputs[factor].rows(top, top + rows.height)
+            output.pixels[:] = rows.pixels
+            if output.alpha is not None:
+                output.alpha[:] = rows.alpha
+        return outputs
+
+    def stream_picture(
+        self, picture: Picture, options: UpscaleOptions, progress: Progress | None = None
+    ) -> Iterator[PictureRows]:
         """Upscale a decoded image file: 16 bits stay 16, grey stays grey, alpha goes its own way.
 
         Colours are premultiplied for the model, so that what lies under a transparent pixel cannot bleed into
         its neighbours; alpha itself is enlarged by bicubic interpolation.
 
-        Returns:
-            A picture for each of `options.scales`. For the errors see `upscale`.
+        Yields:
+            Rows of each of `options.scales`, from its top downwards, each row once. For the errors see
+            `upscale`.
         """
         height, width, peak = picture.height, picture.width, picture.max_value
 
@@ -290,29 +315,16 @@ class HitSR:
             rows = torch.from_numpy(pixels).permute(2, 0, 1)[None].expand(-1, 3, -1, -1)
             return rows if picture.alpha is None else rows * read_alpha(begin, end)
 
-        outputs = {
-            factor: replace(
-                picture,
-                pixels=np.empty(
-                    (height * factor, width * factor, picture.pixels.shape[2]), picture.pixels.dtype
-                ),
-                alpha=None
-                if picture.alpha is None
-                else np.empty((height * factor, width * factor), picture.alpha.dtype),
-            )
-            for factor in options.scales
-        }
         for factor, top, image in self.stream(read_rows, height, width, options, progress):
-            output, end = outputs[factor], top + image.shape[2]
-            image = image.cpu()
-            if output.alpha is not None:
-                alpha = enlarged_rows(read_alpha, top, end, height, factor).clamp(0, 1)
-                output.alpha[top:end] = _quantised(alpha[0, 0], output)
+            image, quantised_alpha = image.cpu(), None
+            if picture.alpha is not None:
+                alpha = enlarged_rows(read_alpha, top, top + image.shape[2], height, factor).clamp(0, 1)
+                quantised_alpha = _quantised(alpha[0, 0], picture)
                 image = (image / alpha.clamp_min(1 / peak)).clamp(max=1)
-            if output.pixels.shape[2] == 1:
+            if picture.pixels.shape[2] == 1:
                 image = image.mean(dim=1, keepdim=True)
-            output.pixels[top:end] = _quantised(image[0].permute(1, 2, 0), output)
-        return outputs
+            pixels = _quantised(image[0].permute(1, 2, 0), picture)
+            yield PictureRows(factor, top, replace(picture, pixels=pixels, alpha=quantised_alpha))
 
     def stream(
         self,
@@ -420,6 +432,17 @@ def _non_finite(outputs: dict[int, Tensor]) -> list[int]:
 
 def _quantised(x: Tensor, like: Picture) -> np.ndarray[Any, Any]:
     return (x * like.max_value).round().numpy().astype(like.pixels.dtype)
+
+
+def _blank(picture: Picture, factor: int) -> Picture:
+    """A picture `factor` times as large, whose samples are not set."""
+    height, width, channels = picture.pixels.shape
+    size, dtype = (height * factor, width * factor), picture.pixels.dtype
+    return replace(
+        picture,
+        pixels=np.empty((*size, channels), dtype),
+        alpha=None if picture.alpha is None else np.empty(size, dtype),
+    )
 
 
 def enlarged_rows(read_rows: ReadRows, begin: int, end: int, height: int, factor: int) -> Tensor:

@@ -49,7 +49,7 @@ class Eval:
     seed: int = 0
     """Seed of the degradation, and of the models' draws where top-k is not 1."""
 
-    class_id: int = 0
+    class_id: Literal[0, 1] = 0
     """Class the models are told: 0 for photos as they come, 1 for inputs that were only made smaller."""
 
     guidance: float = 0.0
@@ -118,6 +118,7 @@ class Eval:
         from rich.progress import Progress
 
         from hitsr_fast import __version__
+        from hitsr_fast.dispatch import forced_backend
         from hitsr_fast.evaluate import Bicubic, EvaluationError, Method, evaluate
         from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
         from hitsr_fast.pipeline import pick_device
@@ -125,6 +126,7 @@ class Eval:
         # Before the models are loaded: what is missing is said at once.
         require_weights(weights_path())
         try:
+            forced_backend()
             device = pick_device(self.device)
             methods: list[Method] = [Bicubic(), *(self._load(model, device) for model in self.model)]
         except ValueError as error:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from hitsr_fast.imaging.io import MAX_PIXELS, Format, ImageFileError, read_picture, write_picture
+from hitsr_fast.imaging.io import MAX_PIXELS, Format, ImageFileError, read_picture
+from hitsr_fast.imaging.writing import picture_writers
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +37,8 @@ class Upscale:
     """Which outputs to write."""
 
     format: Format = "png"
-    """File format of the outputs. png and tiff keep 16 bits."""
+    """File format of the outputs. png and tiff keep 16 bits and are written row by row; jpg and webp are held
+    in memory until they are whole."""
 
     model: str = "hit-tiny"
     """Packaged model, local folder, or hub id (with the `hub` extra)."""
@@ -71,6 +73,9 @@ class Upscale:
     colour_fix: bool = True
     """Take colours (the low frequencies) from the input."""
 
+    class_id: Literal[0, 1] = 0
+    """Class the model is told: 0 for photos as they come, 1 for inputs that were only made smaller."""
+
     max_pixels: int = MAX_PIXELS
     """Refuse larger inputs."""
 
@@ -89,6 +94,7 @@ class Upscale:
 
         import torch
 
+        from hitsr_fast.dispatch import forced_backend
         from hitsr_fast.imaging.sources import find_jobs
         from hitsr_fast.pipeline import HitSR, UpscaleOptions
 
@@ -104,7 +110,9 @@ class Upscale:
                 top_k=self.top_k,
                 top_p=self.top_p,
                 colour_fix=self.colour_fix,
+                class_id=self.class_id,
             )
+            forced_backend()
             sr = HitSR.from_pretrained(self.model, self.device, dtype)
             sr.plan(1, 1, options)  # options that do not suit the model are one error, not one for each image
         except ValueError as error:
@@ -154,10 +162,11 @@ class Upscale:
             picture = read_picture(job.source, max_pixels=self.max_pixels)
             for note in picture.notes:
                 _say(console, f"note: {job.source}: {note}")
-            for factor, output in sr.upscale_picture(picture, options, progress).items():
-                target = job.targets[factor]
-                write_picture(target, output, self.format, overwrite=self.overwrite)
-                print(f"{target}  {output.width} x {output.height}", flush=True)
+            with picture_writers(job.targets, picture, self.format, overwrite=self.overwrite) as writers:
+                for factor, _, rows in sr.stream_picture(picture, options, progress):
+                    writers[factor].add_rows(rows)
+            for factor, target in job.targets.items():
+                print(f"{target}  {picture.width * factor} x {picture.height * factor}", flush=True)
         except ImageFileError as error:
             _complain(console, str(error))
             return False

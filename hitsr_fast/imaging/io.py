@@ -1,10 +1,8 @@
-"""Image files in and out, with what a photo carries besides its colours: alpha, depth, ICC profile, EXIF."""
+"""Image files in, with what a photo carries besides its colours: alpha, depth, ICC profile, EXIF."""
 
 from __future__ import annotations
 
 import io
-import os
-import secrets
 import stat
 import struct
 import threading
@@ -13,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
-from hitsr_fast.imaging.sixteen_bit import Array, is_sixteen_bit, read_sixteen_bit, write_png16, write_tiff
+from hitsr_fast.imaging.sixteen_bit import Array, is_sixteen_bit, read_sixteen_bit
 
 Format = Literal["png", "jpg", "webp", "tiff"]
 
@@ -41,8 +39,7 @@ _DECODE_ERRORS = (
     zlib.error,
 )
 
-_ORIENTATION, _EXIF_IFD, _GPS_IFD = 274, 0x8769, 0x8825
-_EXIF_WIDTH, _EXIF_HEIGHT = 0xA002, 0xA003
+_ORIENTATION = 274
 # TIFF tags that describe how the samples lie in a file, which a new file states anew, and blocks that
 # describe the old pixels.
 _LAYOUT_TAGS = frozenset(
@@ -123,6 +120,14 @@ class Picture:
             self.pixels
             if self.alpha is None
             else np.concatenate([self.pixels, self.alpha[..., None]], axis=-1)
+        )
+
+    def rows(self, begin: int, end: int) -> Picture:
+        """Those rows, as a view."""
+        return replace(
+            self,
+            pixels=self.pixels[begin:end],
+            alpha=None if self.alpha is None else self.alpha[begin:end],
         )
 
 
@@ -286,13 +291,17 @@ def picture_to_pil(picture: Picture) -> Image.Image:
     """
     if picture.max_value == 65535 and (picture.pixels.shape[2] == 3 or picture.alpha is not None):
         picture = to_eight_bit(picture)
-    samples = picture.samples
-    image = Image.fromarray(np.ascontiguousarray(samples[..., 0] if samples.shape[-1] == 1 else samples))
+    image = samples_to_pil(picture.samples)
     if picture.icc_profile:
         image.info["icc_profile"] = picture.icc_profile
     if picture.exif:
         image.info["exif"] = picture.exif
     return image
+
+
+def samples_to_pil(samples: Array) -> Image.Image:
+    """A PIL image of (H, W, C) samples: uint8, or uint16 where C is 1."""
+    return Image.fromarray(np.ascontiguousarray(samples[..., 0] if samples.shape[-1] == 1 else samples))
 
 
 def to_eight_bit(picture: Picture) -> Picture:
@@ -309,76 +318,3 @@ def to_eight_bit(picture: Picture) -> Picture:
         pixels=reduced(picture.pixels),
         alpha=None if picture.alpha is None else reduced(picture.alpha),
     )
-
-
-def write_picture(path: Path | str, picture: Picture, format: Format, *, overwrite: bool = False) -> None:
-    """Write a picture, whole or not at all: under a temporary name in the same folder, then renamed.
-
-    Args:
-        path: the file; missing folders above it are made.
-        picture: what to write. PNG and TIFF keep 16 bits; JPEG and WebP reduce to 8, and JPEG lays alpha
-            over white.
-        format: of the file, whatever its name says.
-        overwrite: replace an existing file.
-
-    Raises:
-        ImageFileError: the file exists, or cannot be written.
-    """
-    path = Path(path)
-    if os.path.exists(path) and not overwrite:
-        raise ImageFileError(path, "exists already")
-    # Not made of the file's own name, which may already be as long as names can be.
-    temporary = path.with_name(f".hitsr-fast-{secrets.token_hex(8)}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("xb") as file:
-                _encode(file, picture, format)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise ImageFileError(path, f"cannot be written: {error.strerror or error}") from error
-    except (ValueError, struct.error) as error:
-        raise ImageFileError(path, f"cannot be written as {format}: {error}") from error
-
-
-def _encode(file: IO[bytes], picture: Picture, format: Format) -> None:
-    exif = _exif_for_size(picture)
-    if picture.max_value == 65535 and format == "png":
-        write_png16(
-            file, picture.samples, icc_profile=picture.icc_profile, exif=exif.tobytes() if exif else None
-        )
-    elif format == "tiff":
-        tags = {
-            tag: exif.get_ifd(tag) if tag in (_EXIF_IFD, _GPS_IFD) else value for tag, value in exif.items()
-        }
-        samples = picture.samples
-        if samples.dtype == np.uint16 and samples.shape[-1] == 2:
-            # Few readers, and Pillow not among them, know 16-bit grey with alpha in a TIFF.
-            samples = samples[..., [0, 0, 0, 1]]
-        write_tiff(file, samples, icc_profile=picture.icc_profile, exif=tags)
-    else:
-        image = picture_to_pil(to_eight_bit(picture))
-        if format == "jpg" and picture.alpha is not None:
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image.convert("RGBA")).convert(image.mode[:-1])
-        options: dict[str, Any] = {"icc_profile": picture.icc_profile}
-        if exif:
-            options["exif"] = exif
-        if format == "png":
-            image.save(file, "PNG", **options)
-        elif format == "jpg":
-            image.save(file, "JPEG", quality=95, subsampling="4:4:4", **options)
-        else:
-            image.save(file, "WEBP", quality=95, **options)
-
-
-def _exif_for_size(picture: Picture) -> Image.Exif:
-    """The picture's EXIF, its record of the image size brought up to date."""
-    exif = Image.Exif()
-    if picture.exif:
-        exif.load(picture.exif)
-        if _EXIF_IFD in exif and _EXIF_WIDTH in (sizes := exif.get_ifd(_EXIF_IFD)):
-            sizes[_EXIF_WIDTH], sizes[_EXIF_HEIGHT] = picture.width, picture.height
-    return exif

@@ -268,3 +268,14 @@ def test_missing_lpips_weights_name_the_command(
     write_pairs(tmp_path / "HR", tmp_path / "LR", "{}.png", "{}.png", 1)
     (lpips_weights / "lpips.safetensors").unlink()
     assert "hitsr-fast weights lpips" in fails(capsys, "--hr", tmp_path / "HR", "--lr", tmp_path / "LR")
+
+
+def test_a_backend_that_is_none_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pairs(tmp_path / "HR", tmp_path / "LR", "{}.png", "{}.png", count=1)
+    monkeypatch.setenv("HITSR_FAST_BACKEND", "abacus")
+    assert run("--hr", tmp_path / "HR", "--lr", tmp_path / "LR") == 2
+    assert capsys.readouterr().err == (
+        "hitsr-fast eval: HITSR_FAST_BACKEND: expected one of cuda, triton, cpu, reference, found 'abacus'\n"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from PIL import Image
 
 from hitsr_fast.cli import main
 from hitsr_fast.cli.upscale import Upscale
-from hitsr_fast.imaging.io import Picture, read_picture, write_picture
-from hitsr_fast.pipeline import HitSR
+from hitsr_fast.imaging.io import Picture, read_picture
+from hitsr_fast.imaging.writing import PictureWriter, PngEncoder, write_picture
+from hitsr_fast.pipeline import HitSR, PictureRows, UpscaleOptions
 from tests.imaging.nearest_model import NearestModel
 
 
@@ -108,7 +110,7 @@ def test_unwritable_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_target_that_cannot_be_made_is_said_before_the_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(HitSR, "upscale_picture", lambda *_: pytest.fail("work was done"))
+    monkeypatch.setattr(HitSR, "stream_picture", lambda *_: pytest.fail("work was done"))
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out") == 2
     assert capsys.readouterr().err == f"error: {tmp_path}/out: cannot be made: File exists\n"
@@ -125,14 +127,14 @@ def test_a_target_that_cannot_be_made_is_said_before_the_work(
 def test_memory_that_runs_out_fails_its_image_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    whole = HitSR.upscale_picture
+    whole = HitSR.stream_picture
 
-    def limited(self: HitSR, picture: Picture, *rest: Any) -> dict[int, Picture]:
+    def limited(self: HitSR, picture: Picture, *rest: Any) -> Iterator[PictureRows]:
         if picture.width > 100:
             raise error
         return whole(self, picture, *rest)
 
-    monkeypatch.setattr(HitSR, "upscale_picture", limited)
+    monkeypatch.setattr(HitSR, "stream_picture", limited)
     wide = photo(tmp_path / "wide.png", (101, 4))
     assert upscale(wide, photo(tmp_path / "cat.png"), "-o", tmp_path / "out", "--scales", 1) == 2
     assert files(tmp_path / "out") == ["cat_x1.png"]
@@ -143,7 +145,7 @@ def test_a_fault_of_the_code_surfaces(tmp_path: Path, monkeypatch: pytest.Monkey
     def broken(*_: object) -> None:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(HitSR, "upscale_picture", broken)
+    monkeypatch.setattr(HitSR, "stream_picture", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out")
 
@@ -170,17 +172,119 @@ def test_names_may_be_as_long_as_they_can_be(tmp_path: Path, capsys: pytest.Capt
 def test_interruption_is_one_line_and_leaves_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    whole, written = PictureWriter.add_rows, []
 
-    monkeypatch.setattr(Image.Image, "save", interrupted)
-    cat = tmp_path / "cat.ppm"
-    cat.write_bytes(b"P6 1 1 255 abc")
+    def interrupted(self: PictureWriter, rows: Picture) -> None:
+        written.append(files(tmp_path / "out"))
+        if len(written) == 5:
+            raise KeyboardInterrupt
+        whole(self, rows)
+
+    monkeypatch.setattr(PictureWriter, "add_rows", interrupted)
+    cat = photo(tmp_path / "cat.png", (20, 60))
     with pytest.raises(SystemExit) as stop:
         main(["upscale", str(cat), "-o", str(tmp_path / "out")])
     assert stop.value.code == 130
+    assert all(len(names) == 3 and names[0].startswith(".hitsr-fast-") for names in written)
     assert capsys.readouterr().err == "interrupted\n"
     assert files(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("format", ["png", "tiff"])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
+def test_files_equal_what_python_gives(tmp_path: Path, mode: str, format: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 40, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels).convert("RGB" if mode == "P" else "L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 256 + pixels[..., 1])
+    image.convert("P" if mode == "P" else image.mode).save(tmp_path / "a.png")
+    assert upscale(tmp_path / "a.png", "-o", tmp_path / "out", "--format", format) == 0
+    with Image.open(tmp_path / "a.png") as source:
+        expected = HitSR(NearestModel()).upscale(source)
+    for factor, whole in ((1, expected.x1), (2, expected.x2), (4, expected.x4)):
+        assert whole is not None
+        with Image.open(tmp_path / "out" / f"a_x{factor}.{format}") as image:
+            assert image.mode == whole.mode
+            assert np.array_equal(np.asarray(image), np.asarray(whole))
+
+
+@pytest.mark.parametrize("format", ["png", "tiff"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_files_of_sixteen_bits_equal_what_python_gives(tmp_path: Path, channels: int, format: str) -> None:
+    samples = np.random.default_rng(0).integers(0, 65536, (50, 40, channels), dtype=np.uint16)
+    deep = Picture(samples) if channels % 2 else Picture(samples[..., :-1], samples[..., -1])
+    write_picture(tmp_path / "a.png", deep, "png")
+    assert upscale(tmp_path / "a.png", "-o", tmp_path / "out", "--format", format) == 0
+    for factor, whole in HitSR(NearestModel()).upscale_picture(deep, UpscaleOptions()).items():
+        expected = whole.samples
+        if format == "tiff" and channels == 2:
+            expected = expected[..., [0, 0, 0, 1]]
+        read = read_picture(tmp_path / "out" / f"a_x{factor}.{format}").samples
+        assert read.dtype == np.uint16 and np.array_equal(read, expected)
+
+
+def test_what_fails_at_its_end_leaves_the_earlier_outputs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.zeros((60, 20, 3), np.uint8)
+    pixels[59] = 255
+    Image.fromarray(pixels).save(tmp_path / "cat.png")
+    assert upscale(tmp_path / "cat.png", "-o", tmp_path / "out") == 0
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")}
+    monkeypatch.setattr(HitSR, "from_pretrained", lambda *_: HitSR(NearestModel(bad_above=0.5, heals=False)))
+    assert upscale(tmp_path / "cat.png", "-o", tmp_path / "out", "--overwrite", "--batch", 1) == 2
+    assert "for the tile at input pixel x=0, y=44" in capsys.readouterr().err
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files(tmp_path / "out")} == before
+
+
+def test_a_disk_that_fills_up_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = PngEncoder.add_rows
+
+    def full(self: PngEncoder, rows: Picture) -> None:
+        if rows.width == 40:
+            raise OSError(28, "No space left on device")
+        whole(self, rows)
+
+    monkeypatch.setattr(PngEncoder, "add_rows", full)
+    assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out") == 2
+    assert files(tmp_path / "out") == []
+    message = f"error: {tmp_path}/out/cat_x2.png: cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == message
+
+
+MEMORY = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from hitsr_fast import pipeline
+from hitsr_fast.cli import upscale
+from hitsr_fast.imaging.io import Picture
+from tests.imaging.nearest_model import NearestModel
+pipeline.HitSR.from_pretrained = lambda *_: pipeline.HitSR(NearestModel())
+upscale.read_picture = lambda path, **_: Picture(np.full((int(path.stem), 64, 3), 99, np.uint8))
+peaks = []
+for height in (2048, 2048, 8192):
+    arguments = upscale.Upscale((f"{height}.png",), Path(sys.argv[1]), format=sys.argv[2], overwrite=True)
+    assert arguments.run() == 0
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(*peaks)
+"""
+
+
+@pytest.mark.parametrize("format", ["png", "tiff"])
+def test_memory_is_that_of_the_input_and_a_band(tmp_path: Path, format: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY, tmp_path, format],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    _, low, tall = map(int, done.stdout.splitlines()[-1].split())
+    # The outputs of the taller image have 24 MB more; the input 1.2 MB, and 8 MB the allocator may keep.
+    assert tall - low < (8192 - 2048) * 64 * 3 / 1024 + 8 * 1024, done.stdout
 
 
 def test_a_reader_that_leaves_is_no_traceback(tmp_path: Path) -> None:
@@ -232,6 +336,30 @@ def test_options_that_do_not_suit_the_model_are_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(":")[1].strip() for line in lines] == ["tile", "overlap", "inputs"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_backend_that_is_none_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HITSR_FAST_BACKEND", "abacus")
+    assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out") == 2
+    assert capsys.readouterr().err == (
+        "error: HITSR_FAST_BACKEND: expected one of cuda, triton, cpu, reference, found 'abacus'\n"
+    )
+
+
+@pytest.mark.parametrize("class_id", [0, 1])
+def test_the_model_is_told_the_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_id: int) -> None:
+    told = []
+
+    class Model(NearestModel):
+        def super_resolve(self, lr: torch.Tensor, *, class_id: int = 0, **rest: Any) -> Any:
+            told.append(class_id)
+            return super().super_resolve(lr, class_id=class_id, **rest)
+
+    monkeypatch.setattr(HitSR, "from_pretrained", lambda *_: HitSR(Model()))
+    assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out", "--class-id", class_id) == 0
+    assert set(told) == {class_id}
 
 
 def test_a_tile_that_stays_nan_fails_its_image_only(

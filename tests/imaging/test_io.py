@@ -23,8 +23,8 @@ from hitsr_fast.imaging.io import (
     picture_to_pil,
     read_picture,
     to_eight_bit,
-    write_picture,
 )
+from hitsr_fast.imaging.writing import PngEncoder, picture_writers, write_picture
 
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -315,13 +315,38 @@ def test_writing_leaves_nothing_half_there(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Image.Image, "save", full_disk)
+        patch.setattr(PngEncoder, "add_rows", full_disk)
         with pytest.raises(ImageFileError, match=r"out\.png: cannot be written: No space left on device"):
             write_picture(target, picture(2, 2, 3, np.uint8, seed=1), "png", overwrite=True)
     assert target.read_bytes() == before
     assert [p.name for p in target.parent.iterdir()] == ["out.png"]
     write_picture(target, picture(2, 2, 3, np.uint8, seed=1), "png", overwrite=True)
     assert target.read_bytes() != before
+
+
+def test_rows_that_do_not_fit_leave_no_file(tmp_path: Path) -> None:
+    whole = picture(4, 3, 3, np.uint8)
+    for rows, reason in (
+        (whole.rows(0, 3), "expected 4 in all, found 3"),
+        (picture(5, 3, 3, np.uint8), "expected 4 in all, found 5"),
+        (picture(4, 3, 4, np.uint8), "expected 3 x 3 uint8 samples, found 3 x 4 uint8"),
+        (picture(4, 2, 3, np.uint16), "expected 3 x 3 uint8 samples, found 2 x 3 uint16"),
+    ):
+        with (
+            pytest.raises(ValueError, match=f"^rows: {reason}"),
+            picture_writers({1: tmp_path / "a.png"}, whole, "png") as writers,
+        ):
+            writers[1].add_rows(rows)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_who_feeds_the_rows_is_not_taken_for_one_of_the_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(BrokenPipeError),
+        picture_writers({1: tmp_path / "a.png"}, picture(1, 1, 1, np.uint8), "png"),
+    ):
+        raise BrokenPipeError
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_targets_are_named(tmp_path: Path) -> None:
