@@ -233,7 +233,9 @@ class Recipe:
     decoder: DecoderTrainConfig = field(default_factory=DecoderTrainConfig)
     decoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=500))
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise `ValueError` if a value of its own is out of range; the parts check themselves when made."""
+        # Not when made, too: of an error in there the command line would show a traceback.
         _require(self, 0, math.inf, "seed")
         _require(self, 0, 1, "clean_prob")
         _require(self, 1, math.inf, "codebook_images")

@@ -48,7 +48,7 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
         The trained model, in evaluation mode.
 
     Raises:
-        ValueError: The preset is unknown, or no photo is held out.
+        ValueError: The preset is unknown, a value of the recipe is out of range, or no photo is held out.
         NoPhotosError: No photo is left to train on, or the photos of a part are smaller than a crop.
         ResumeError: `folder` has a checkpoint of another model or recipe.
         LpipsWeightsNotFoundError: A loss has a perceptual part, and its weights were not fetched.
@@ -86,7 +86,8 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
 
 
 def model_config(recipe: Recipe) -> HitConfig:
-    """The configuration of the recipe's preset; raises `ValueError` if there is none of that name."""
+    """The configuration of the recipe's preset; raises `ValueError` if there is none, or a value is wrong."""
+    recipe.check()
     if recipe.preset not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, found {recipe.preset!r}")
     return PRESETS[recipe.preset]

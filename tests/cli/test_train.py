@@ -13,6 +13,7 @@ from PIL import Image
 from hitsr_fast.cli.train import Train
 from hitsr_fast.train import recipe as recipe_module
 from hitsr_fast.train.config import Recipe
+from hitsr_fast.train.loop import ResumeError
 
 
 def parse(*args: str | Path) -> Train:
@@ -62,6 +63,8 @@ def test_the_recipe_reaches_the_training(
     ("options", "message"),
     [
         (["--preset", "hit-huge"], "preset: expected one of ['hit-d16', 'hit-tiny'], found 'hit-huge'"),
+        (["--seed", "-1"], "seed: expected at least 0, found -1"),
+        (["--clean-prob", "2"], "clean_prob: expected a value in [0, 1], found 2.0"),
         (["--holdout", "c"], "holdout: expected stems of at least one of the 2 photos, found none"),
         ([], "holdout: expected stems of at least one of the 2 photos, found none"),
     ],
@@ -88,15 +91,79 @@ def test_missing_lpips_weights_are_said_at_once(
     assert error.startswith("hitsr-fast train: no LPIPS weights") and "hitsr-fast weights lpips" in error
 
 
-def test_a_lost_loss_is_one_line(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def diverge(*args: object) -> None:
-        raise FloatingPointError("decoder: the loss is nan at step 3; {}")
+def without_perceptual_terms() -> list[str]:
+    stages = ("autoencoder", "tokenizer", "decoder")
+    return [word for stage in stages for term in ("alex", "vgg") for word in (f"--{stage}.loss.{term}", "0")]
 
-    monkeypatch.setattr(recipe_module, "train_model", diverge)
+
+def test_no_photos_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "photos").mkdir()
+    assert parse(tmp_path / "photos", tmp_path / "run").run() == 2
+    found = f"photos: expected a folder with image files, found none in {str(tmp_path / 'photos')!r}"
+    assert capsys.readouterr().err == f"hitsr-fast train: {found}\n"
+
+
+def test_all_photos_held_out_is_one_line(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert parse(photos, tmp_path / "run", "--holdout", "a", "b").run() == 2
+    found = "holdout: expected photos left to train on, found all 2 held out"
+    assert capsys.readouterr().err == f"hitsr-fast train: {found}\n"
+
+
+@pytest.mark.filterwarnings("error")
+def test_photos_smaller_than_a_crop_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (120, 20)).save(photos / f"{name}.png")
+    options = ("--holdout", "a", "--device", "cpu", *without_perceptual_terms())
+    assert parse(photos, tmp_path / "run", *options).run() == 2
+    assert capsys.readouterr().err == (
+        "hitsr-fast train: folder: expected photos of at least 128 x 128, found none among 2 in "
+        f"{str(photos)!r} ({photos / 'b.png'}: 120 x 20 is smaller than a crop of 128)\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--decoder.batch", "0", "batch: expected at least 1, found 0"),
+        ("--transformer.mistakes", "1.5", "mistakes: expected a value in [0, 1], found 1.5"),
+        ("--tokenizer-loop.clip", "-1", "clip: expected a value above 0, found -1.0"),
+    ],
+)
+def test_values_out_of_range_are_said(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse("photos", "run", option, value)
+    assert caught.value.code == 2
+    words = capsys.readouterr().err.replace("│", " ").split()  # out of their box
+    assert message in " ".join(words)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FloatingPointError("decoder: the loss is nan at step 3; {}"),
+        ResumeError("run/decoder.pt: was made with seed=0, not 1; resume it with the same values"),
+    ],
+)
+def test_what_ends_a_run_is_one_line(
+    error: Exception,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def end(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(recipe_module, "train_model", end)
     assert parse(photos, tmp_path / "run", "--holdout", "a").run() == 2
-    assert capsys.readouterr().err == "hitsr-fast train: decoder: the loss is nan at step 3; {}\n"
+    assert capsys.readouterr().err == f"hitsr-fast train: {error}\n"
 
 
 def test_the_options_are_known_without_torch() -> None:

@@ -92,6 +92,20 @@ def test_neighbours_are_the_nearest_other_codes() -> None:
         assert set(neighbours) == set(distance.argsort()[1:6].tolist())
 
 
+def test_equal_codes_are_neighbours_and_never_their_own() -> None:
+    codebook = torch.randn(10, 6).repeat(2, 1)
+    found = code_neighbours(codebook, 3)
+    codes = torch.arange(20)
+    assert not (found == codes[:, None]).any()
+    assert torch.equal(found[:, 0], (codes + 10) % 20), "the other of the two is the nearest"
+
+
+@pytest.mark.parametrize("count", [0, 20])
+def test_neighbours_are_no_more_than_the_other_codes(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"count: expected a value in \[1, 19\], found {count}"):
+        code_neighbours(torch.randn(20, 6), count)
+
+
 @torch.no_grad()
 def test_no_mistakes_is_plain_tokenizing() -> None:
     quantizer = micro_model().tokenizer.quantize

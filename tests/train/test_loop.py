@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.models.hit_transformer import HitTransformer
 from hitsr_fast.train.config import LoopConfig
-from hitsr_fast.train.loop import learning_rate, moving_average, parameter_groups, train
+from hitsr_fast.train.loop import ResumeError, learning_rate, moving_average, parameter_groups, train
 from tests.models.micro import MICRO
 
 CONFIG = LoopConfig(steps=20, checkpoint_minutes=0.0, log_every=5, eval_every=10, ema=0.9)
@@ -234,10 +235,78 @@ def test_only_matrices_and_kernels_decay() -> None:
     }
 
 
+def stop_with(made_with: dict[str, Any] | None, folder: Path) -> None:
+    with pytest.raises(StoppedError):
+        train(Regression(stop_at(7)), CONFIG, folder, made_with)
+
+
+def test_a_run_resumes_with_what_it_was_made_with(tmp_path: Path) -> None:
+    made_with = {"seed": 3, "holdout": ("a", "b"), "loss": {"weight": 0.1, "end": math.inf}}
+    stop_with(made_with, tmp_path / "broken")
+    expected = train(Regression(), CONFIG, tmp_path / "unbroken")
+    assert same(train(Regression(stop_at(6)), CONFIG, tmp_path / "broken", made_with), expected)
+
+
+def test_a_run_does_not_resume_with_anything_else(tmp_path: Path) -> None:
+    stop_with({"seed": 3, "names": ("a", "b"), "loss": {"weight": 0.1, "kind": "l1"}}, tmp_path)
+    before = (tmp_path / "regression.pt").read_bytes()
+    other = {"seed": 3, "names": ("a",), "loss": {"weight": 0.2, "kind": "l1"}}
+    with pytest.raises(ResumeError) as caught:
+        train(Regression(stop_at(0)), CONFIG, tmp_path, other)
+    assert str(caught.value) == (
+        f"{tmp_path / 'regression.pt'}: was made with names=['a', 'b'], not ['a']; loss.weight=0.1, not 0.2; "
+        "resume it with the same values or train in another folder"
+    )
+    assert (tmp_path / "regression.pt").read_bytes() == before
+
+
+def test_many_differences_are_counted(tmp_path: Path) -> None:
+    stop_with(dict.fromkeys("abcdefg", 1), tmp_path)
+    with pytest.raises(
+        ResumeError, match=r"a=1, not 2; b=1, not 2; c=1, not 2; d=1, not 2; and 3 more; resume"
+    ):
+        train(Regression(), CONFIG, tmp_path, dict.fromkeys("abcdefg", 2))
+
+
 @pytest.mark.parametrize(
-    "wrong",
-    [{"steps": -1}, {"minutes": 0.0}, {"warmup": 1.0}, {"ema": 1.0}, {"log_every": 0}, {"eval_every": -1}],
+    ("then", "now"), [(None, {"seed": 4}), ({"seed": 4, "gone": 1}, {"seed": 4, "new": 2})]
 )
-def test_wrong_values_are_errors(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        LoopConfig(**wrong)  # type: ignore[arg-type]
+def test_what_a_checkpoint_does_not_know_is_not_compared(
+    then: dict[str, Any] | None, now: dict[str, Any], tmp_path: Path
+) -> None:
+    stop_with(then, tmp_path)
+    assert ("made_with" in torch.load(tmp_path / "regression.pt", weights_only=True)) == (then is not None)
+    train(Regression(stop_at(6)), CONFIG, tmp_path, now)
+    with pytest.raises(ResumeError, match="seed=4, not 5"):
+        train(Regression(), CONFIG, tmp_path, {"seed": 5})
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path) -> None:
+    stop_with(None, tmp_path)
+    wider = Regression()
+    wider.model = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 1))
+    expected = (
+        r"regression\.pt: expected a checkpoint of this model and recipe: .*size mismatch for 0\.weight"
+    )
+    with pytest.raises(ResumeError, match=expected) as caught:
+        train(wider, CONFIG, tmp_path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_checkpoint_of_other_optimizers_is_one_line(tmp_path: Path) -> None:
+    stop_with(None, tmp_path)
+    stage = Regression()
+    stage.optimizers = lambda: [torch.optim.SGD(stage.model.parameters(), 1.0)]  # type: ignore[method-assign]
+    with pytest.raises(ResumeError, match=r"regression\.pt: expected a checkpoint of this model and recipe"):
+        train(stage, CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 nor this", None])
+def test_a_broken_checkpoint_is_one_line(content: bytes | None, tmp_path: Path) -> None:
+    stop_with(None, tmp_path)
+    path = tmp_path / "regression.pt"
+    path.write_bytes(path.read_bytes()[:1000] if content is None else content)
+    with pytest.raises(
+        ResumeError, match=r"regression\.pt: expected a checkpoint, found a file that is none"
+    ):
+        train(Regression(), CONFIG, tmp_path)
