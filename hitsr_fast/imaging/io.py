@@ -23,6 +23,8 @@ Format = Literal["png", "jpg", "webp", "tiff"]
 # Pillow's own hard limit, about 179 megapixels.
 MAX_PIXELS = 178_956_970
 
+_ROWS_AT_ONCE = 256
+
 # What Pillow's decoders raise on files that are broken in one way or another.
 _DECODE_ERRORS = (
     OSError,
@@ -209,18 +211,26 @@ def picture_from_pil(image: Image.Image) -> Picture:
         samples = values.astype(np.uint16)[..., None]
     elif image.mode in ("1", "L", "LA", "La"):
         keep = image.mode != "1" and image.mode != "L"
-        samples = np.asarray(image.convert("LA" if keep or "transparency" in image.info else "L"))
+        samples = _samples_as(image, "LA" if keep or "transparency" in image.info else "L")
     elif image.mode in ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "YCbCr", "HSV"):
         has_alpha = image.mode in ("PA", "RGBA", "RGBa") or "transparency" in image.info
-        samples = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+        samples = _samples_as(image, "RGBA" if has_alpha else "RGB")
     elif image.mode == "CMYK":
         converted, icc_profile, note = _rgb_of_cmyk(image, icc_profile)
         samples, notes = np.asarray(converted), (*notes, *note)
     else:
         raise ValueError(f"image: mode {image.mode} is not supported")
-    if samples.ndim == 2:
-        samples = samples[..., None]
     return _picture(samples, image, icc_profile, notes)
+
+
+def _samples_as(image: Image.Image, mode: str) -> Array:
+    """The (H, W, C) uint8 samples in a mode, by strips: converted whole, an image is there four times."""
+    samples = np.empty((image.height, image.width, Image.getmodebands(mode)), np.uint8)
+    for top in range(0, image.height, _ROWS_AT_ONCE):
+        strip = samples[top : top + _ROWS_AT_ONCE]
+        converted = image.crop((0, top, image.width, top + len(strip))).convert(mode)
+        strip[:] = np.asarray(converted).reshape(strip.shape)
+    return samples
 
 
 def _sixteen_bit_picture(image: ImageFile.ImageFile, again: ImageFile.ImageFile) -> Picture:
