@@ -34,7 +34,7 @@ class Train:
     """What to train and how."""
 
     def run(self) -> int:
-        """Train; return the exit code: 0, or 2 when the arguments are at fault or the loss is not finite."""
+        """Train; return 0, or 2 if the arguments or the run folder are at fault or the loss is not finite."""
         from hitsr_fast.data.folder import NoPhotosError
         from hitsr_fast.pipeline import pick_device
         from hitsr_fast.train.loop import ResumeError

@@ -90,7 +90,12 @@ def model_config(recipe: Recipe) -> HitConfig:
     recipe.check()
     if recipe.preset not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, found {recipe.preset!r}")
-    return PRESETS[recipe.preset]
+    config = PRESETS[recipe.preset]
+    codes = config.tokenizer.codebook_size
+    if recipe.transformer.mistake_codes >= codes:
+        found = recipe.transformer.mistake_codes
+        raise ValueError(f"mistake_codes: expected fewer than the {codes} codes of the preset, found {found}")
+    return config
 
 
 # Values that change how long or how quickly a stage is trained, not what it learns in a step.

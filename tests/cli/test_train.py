@@ -11,9 +11,12 @@ import tyro
 from PIL import Image
 
 from hitsr_fast.cli.train import Train
+from hitsr_fast.models.config import HIT_TINY
 from hitsr_fast.train import recipe as recipe_module
 from hitsr_fast.train.config import Recipe
 from hitsr_fast.train.loop import ResumeError
+
+CODES = HIT_TINY.tokenizer.codebook_size
 
 
 def parse(*args: str | Path) -> Train:
@@ -65,6 +68,10 @@ def test_the_recipe_reaches_the_training(
         (["--preset", "hit-huge"], "preset: expected one of ['hit-d16', 'hit-tiny'], found 'hit-huge'"),
         (["--seed", "-1"], "seed: expected at least 0, found -1"),
         (["--clean-prob", "2"], "clean_prob: expected a value in [0, 1], found 2.0"),
+        (
+            ["--transformer.mistake-codes", "100000"],
+            f"mistake_codes: expected fewer than the {CODES} codes of the preset, found 100000",
+        ),
         (["--holdout", "c"], "holdout: expected stems of at least one of the 2 photos, found none"),
         ([], "holdout: expected stems of at least one of the 2 photos, found none"),
     ],

@@ -61,7 +61,8 @@ def _micro_preset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     tokenizer = replace(MICRO.tokenizer, linear_skip=True, stem_patch=8)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(PRESETS, "micro", replace(MICRO, tokenizer=tokenizer))
+        transformer = replace(MICRO.transformer, depth=1)
+        patch.setitem(PRESETS, "micro", replace(MICRO, tokenizer=tokenizer, transformer=transformer))
         patch.setenv("HITSR_FAST_CACHE", str(tmp_path_factory.mktemp("empty")))
         torch.set_num_threads(1)
         yield
@@ -175,14 +176,14 @@ def test_stages_train_what_they_say(run: Run) -> None:
             r"decoder\.batch=4, not 6; decoder\.lr=0\.0004, not 0\.5; resume",
         ),
         (
-            {"transformer_loop": replace(LOOP, ema=0.5)},
-            "transformer",
-            r"transformer_loop\.ema=0\.995, not 0\.5;",
+            {"autoencoder_loop": replace(LOOP, ema=0.5)},
+            "autoencoder",
+            r"autoencoder_loop\.ema=0\.995, not 0\.5;",
         ),
         (
-            {"tokenizer": replace(RECIPE.tokenizer, loss=L2)},
-            "tokenizer",
-            r"tokenizer\.loss\.pixel='l1', not 'l2';",
+            {"autoencoder": replace(RECIPE.autoencoder, loss=L2)},
+            "autoencoder",
+            r"autoencoder\.loss\.pixel='l1', not 'l2';",
         ),
     ],
 )
