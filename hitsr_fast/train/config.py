@@ -79,7 +79,7 @@ class AutoencoderConfig:
     """
 
     batch: int = 16
-    lr: float = 1e-3
+    lr: float = 7e-4
     weight_decay: float = 0.01
     loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
     lr_share: float = 0.25
@@ -225,13 +225,13 @@ class Recipe:
     clean_prob: float = 0.25
     codebook_images: int = 2048
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    autoencoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1800))
+    autoencoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=310))
     tokenizer: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
-    tokenizer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=600))
+    tokenizer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=340))
     transformer: TransformerTrainConfig = field(default_factory=TransformerTrainConfig)
-    transformer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=900))
+    transformer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1020))
     decoder: DecoderTrainConfig = field(default_factory=DecoderTrainConfig)
-    decoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=500))
+    decoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800))
 
     def check(self) -> None:
         """Raise `ValueError` if a value of its own is out of range; the parts check themselves when made."""
