@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hitsr_fast.models.checkpoints import load_state
@@ -157,7 +157,7 @@ def save_pretrained(model: HitVar, folder: Path, dtype: torch.dtype = torch.floa
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().to(dtype).contiguous() for key, value in model.state_dict().items()}
     temporary = folder / "model.safetensors.tmp"
-    save_file(state, temporary)
+    temporary.write_bytes(save(state))
     temporary.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(model.config.to_json())
 
