@@ -72,6 +72,7 @@ class Eval:
 
     def run(self) -> int:
         """Evaluate, print and save; return the exit code: 0, or 2 when the input is at fault."""
+        from hitsr_fast.dispatch import BackendUnavailableError
         from hitsr_fast.evaluate import EvaluationError, check_report_path
         from hitsr_fast.pipeline import NonFiniteOutputError
 
@@ -83,7 +84,7 @@ class Eval:
             for path in self.out:
                 report.save(path)
                 print(f"wrote {path}")
-        except (EvaluationError, NonFiniteOutputError, OSError) as error:
+        except (EvaluationError, BackendUnavailableError, NonFiniteOutputError, OSError) as error:
             print(f"hitsr-fast eval: {error}", file=sys.stderr)
             return 2
         return 0

@@ -94,7 +94,7 @@ class Upscale:
 
         import torch
 
-        from hitsr_fast.dispatch import forced_backend
+        from hitsr_fast.dispatch import BackendUnavailableError, forced_backend
         from hitsr_fast.imaging.sources import find_jobs
         from hitsr_fast.pipeline import HitSR, UpscaleOptions
 
@@ -126,7 +126,10 @@ class Upscale:
                 self.output.mkdir(parents=True, exist_ok=True)
             except OSError as error:  # said before the work, not after it
                 return _complain(console, f"{self.output}: cannot be made: {error.strerror}")
-        failed = len(errors) + self._run_jobs(sr, jobs, options, console)
+        try:
+            failed = len(errors) + self._run_jobs(sr, jobs, options, console)
+        except BackendUnavailableError as error:  # no image could do better
+            return _complain(console, str(error))
         print(f"{len(jobs) + len(errors) - failed} upscaled into {self.output}, {failed} failed")
         return 2 if failed else 0
 

@@ -386,3 +386,19 @@ def test_sixteen_bit_colour_keeps_its_depth(tmp_path: Path) -> None:
     write_picture(tmp_path / "deep.tiff", Picture(pixels), "tiff")
     assert upscale(tmp_path / "deep.tiff", "-o", tmp_path / "out", "--no-colour-fix") == 0
     assert np.abs(read_picture(tmp_path / "out" / "deep_x1.png").pixels.astype(int) - pixels).max() <= 1
+
+
+def test_forced_backend_that_cannot_run_is_said_once(tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(photo)
+    result = subprocess.run(
+        [sys.executable, "-c", "from hitsr_fast.cli import main; main()", "upscale", str(photo), "-o", "out"],
+        cwd=tmp_path,
+        env={**os.environ, "HITSR_FAST_BACKEND": "triton"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    assert "forced backend 'triton' cannot run" in result.stderr and "Traceback" not in result.stderr
+    assert not list((tmp_path / "out").glob("*"))
