@@ -52,6 +52,9 @@ class TokenizerConfig:
         linear_skip: Add to the latent a linear map of each stride x stride patch of the image, and to the
             image a linear map of each latent cell: the convolutions learn only what a linear transform cannot
             (DC-AE, arXiv 2410.10733, section 3.2, with learned instead of fixed shortcuts). VAR has none.
+        decoder_lr: The decoders also see the low-resolution image, at the output's size, before their finest
+            level: what the image already says need not pass through the tokens (StableSR, arXiv 2305.07015,
+            section 3.3, with pixels instead of encoder features). HIT-VAR's see tokens only.
         scales: Side of the token map at each step, ascending; the last is the latent's own side.
         targets: Side of each decodable image over the full side, ascending to 1 (HIT-VAR, section 3.1).
         num_phi: Number of phi convolutions shared by the steps (VAR, `share_quant_resi`).
@@ -68,6 +71,7 @@ class TokenizerConfig:
     residual_blocks: int = 2
     stem_patch: int = 1
     linear_skip: bool = False
+    decoder_lr: bool = False
     scales: tuple[int, ...] = (4, 6, 8, 10, 14, 16, 20, 24, 28, 32)
     targets: tuple[float, ...] = (0.25, 0.5, 1.0)
     num_phi: int = 4
@@ -235,6 +239,7 @@ HIT_TINY = HitConfig(
         residual_blocks=1,
         stem_patch=4,
         linear_skip=True,
+        decoder_lr=True,
         scales=(2, 3, 4, 5, 7, 8, 10, 12, 14, 16),
     ),
     transformer=TransformerConfig(

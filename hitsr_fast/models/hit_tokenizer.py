@@ -34,7 +34,7 @@ class HitTokenizer(nn.Module):
         self.encoder = Encoder(*geometry)
         self.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
         self.quantize = MultiScaleQuantizer(config)
-        self.decoders = nn.ModuleList(Decoder(*geometry) for _ in config.targets)
+        self.decoders = nn.ModuleList(Decoder(*geometry, config.decoder_lr) for _ in config.targets)
 
     def pyramid(self, image: Tensor) -> list[Tensor]:
         """The image at each target size, coarsest first: `(B, 3, s S, s S)` for `s` in `config.targets`."""
@@ -59,9 +59,20 @@ class HitTokenizer(nn.Module):
             latents = [self.encode(level) for level in self.pyramid(image)[:targets]]
         return self.quantize.tokenize(latents)
 
-    def decode(self, reconstruction: Tensor, target: int) -> Tensor:
-        """Image `(B, 3, s S, s S)`, not clamped, from the latent of target number `target`."""
-        image: Tensor = self.decoders[target](reconstruction)
+    def decode(self, reconstruction: Tensor, target: int, lr: Tensor | None = None) -> Tensor:
+        """Decode the latent of target number `target`.
+
+        Args:
+            reconstruction: `(B, C, h, w)`.
+            target: Number of the target, 0 the coarsest.
+            lr: `(B, 3, h * stride, w * stride)` in [-1, 1], the low-resolution image that the latent was
+                predicted from, for decoders that look at it (`config.decoder_lr`); others leave it aside.
+                Zeros are as good as none.
+
+        Returns:
+            Image `(B, 3, h * stride, w * stride)`, not clamped.
+        """
+        image: Tensor = self.decoders[target](reconstruction, lr)
         return image
 
     def decode_indices(self, indices: Tensor, targets: Sequence[int] | None = None) -> list[Tensor]:

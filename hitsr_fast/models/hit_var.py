@@ -41,10 +41,25 @@ class HitVar(nn.Module):
 
     def lr_features(self, lr: Tensor) -> Tensor:
         """Latent `(B, C, h, w)` of LR tiles `(B, 3, t, t)` brought to the full side (HIT-VAR, 4.1)."""
-        side = self.config.tokenizer.image_size
+        return self.tokenizer.encode(self.lr_image(lr, len(self.config.tokenizer.targets) - 1))
+
+    def lr_image(self, lr: Tensor, target: int) -> Tensor:
+        """LR tiles `(B, 3, t, t)` at the side of target number `target`, bilinear, in the weights' dtype."""
+        config = self.config.tokenizer
+        side = config.target_sizes[target] * config.stride
         # Enlarged in the images' own dtype: the antialiased filter has no 16-bit version on the CPU.
-        enlarged = resize(lr, (side, side), "bilinear")
-        return self.tokenizer.encode(enlarged.to(self.tokenizer.quant_conv.weight.dtype))
+        return resize(lr, (side, side), "bilinear").to(self.tokenizer.quant_conv.weight.dtype)
+
+    def decode(self, latents: Sequence[Tensor], target: int, lr: Tensor) -> Tensor:
+        """Image `(B, 3, side, side)`, not clamped, of target number `target`.
+
+        Args:
+            latents: `(B, C, h, w)` a target, from `sample`.
+            target: Number of the target, 0 the coarsest.
+            lr: LR tiles `(B, 3, t, t)` in [-1, 1].
+        """
+        seen = self.lr_image(lr, target) if self.config.tokenizer.decoder_lr else None
+        return self.tokenizer.decode(latents[target].to(self.tokenizer.quant_conv.weight.dtype), target, seen)
 
     @torch.no_grad()
     def sample(
@@ -134,7 +149,6 @@ class HitVar(nn.Module):
         if not wanted or any(factor not in self.scale_factors for factor in wanted):
             raise ValueError(f"factors: expected some of {self.scale_factors}, got {wanted}")
         numbers = {factor: self.scale_factors.index(factor) for factor in wanted}
-        dtype = self.tokenizer.quant_conv.weight.dtype
         features = self.lr_features(lr)
         classes = torch.full((len(lr),), class_id, dtype=torch.int64, device=lr.device)
         _, latents = self.sample(
@@ -147,7 +161,7 @@ class HitVar(nn.Module):
             generator=generator,
         )
         return {
-            factor: self.tokenizer.decode(latents[number].to(dtype), number).float().clamp(-1, 1)
+            factor: self.decode(latents, number, lr).float().clamp(-1, 1)
             for factor, number in numbers.items()
         }
 

@@ -171,7 +171,8 @@ class Decoder(nn.Module):
     """Latent `(B, C, h, w)` to image `(B, 3, h * stride, w * stride)`, about [-1, 1] (VAR, VQVAE decoder).
 
     The 3x3 `post_quant_conv` is part of it, since each target of HIT-VAR has its own. A level has one
-    residual block more than the encoder's.
+    residual block more than the encoder's. `lr_input` adds a way in for the low-resolution image at the
+    output's size (see `TokenizerConfig.decoder_lr`), which at first is closed.
     """
 
     def __init__(
@@ -182,12 +183,14 @@ class Decoder(nn.Module):
         code_dim: int,
         stem_patch: int,
         linear_skip: bool,
+        lr_input: bool = False,
     ) -> None:
         super().__init__()
         self.stem_patch = stem_patch
         levels = [channels * m for m in channel_multipliers]
         width = levels[-1]
         self.post_quant_conv = nn.Conv2d(code_dim, code_dim, 3, padding=1)
+        lr_width = levels[min(1, len(levels) - 1)]
         self.conv_in = nn.Conv2d(code_dim, width, 3, padding=1)
         self.mid = Mid(width)
         up: list[UpLevel] = []
@@ -200,12 +203,18 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3 * stem_patch**2, 3, padding=1)
         self.stride = stem_patch * 2 ** (len(levels) - 1)
         self.skip = nn.Conv2d(code_dim, 3 * self.stride**2, 1) if linear_skip else None
+        self.lr_in = nn.Conv2d(3 * stem_patch**2, lr_width, 3, padding=1, bias=False) if lr_input else None
+        if self.lr_in is not None:
+            nn.init.zeros_(self.lr_in.weight)
 
-    def forward(self, latent: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, lr: Tensor | None = None) -> Tensor:
         latent = self.post_quant_conv(latent)
         x = self.mid(self.conv_in(latent))
-        for level in reversed(self.up):
+        for level in reversed(self.up[1:]):
             x = level(x)
+        if self.lr_in is not None and lr is not None:
+            x = x + self.lr_in(F.pixel_unshuffle(lr, self.stem_patch))
+        x = self.up[0](x)
         image = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.stem_patch)
         return image if self.skip is None else image + F.pixel_shuffle(self.skip(latent), self.stride)
 

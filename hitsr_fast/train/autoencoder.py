@@ -101,10 +101,17 @@ class PyramidScore:
         self.model = model
         self.scores = [ImageScore() for _ in model.config.targets]
 
-    def add(self, latents: Sequence[Tensor], images: Tensor) -> None:
-        """Decode the latent `(B, C, h, w)` of each target, and compare with `images` at that size."""
+    def add(self, latents: Sequence[Tensor], images: Tensor, lrs: Sequence[Tensor] | None = None) -> None:
+        """Decode the latent `(B, C, h, w)` of each target, and compare with `images` at that size.
+
+        `lrs` are what the decoders see beside the latents (see `HitTokenizer.decode`), an image a target.
+        """
+        seen = [None] * len(latents) if lrs is None else lrs
         with torch.autocast(images.device.type, torch.bfloat16):
-            outputs = [self.model.decode(latent, target) for target, latent in enumerate(latents)]
+            outputs = [
+                self.model.decode(latent, target, lr)
+                for target, (latent, lr) in enumerate(zip(latents, seen, strict=True))
+            ]
         for score, output, level in zip(self.scores, outputs, self.model.pyramid(images), strict=True):
             score.add(output, level)
 

@@ -64,8 +64,11 @@ class DecoderStage:
         metrics: dict[str, float] = {}
         for target, image in enumerate(levels):
             latent = torch.cat([source[target] for source in sources])
+            # The HR image's own tokens are decoded without the LR image, so that the tokenizer stays whole.
+            seen = self.whole.lr_image(lr, target)
+            seen = torch.cat([seen[:sampled], torch.zeros_like(seen[sampled:])])
             with torch.autocast(images.device.type, torch.bfloat16):
-                output = tokenizer.decode(latent, target)
+                output = tokenizer.decode(latent, target, seen)
             output = self._partly_fixed(output.float(), lr, target, generator)
             with torch.autocast(images.device.type, torch.bfloat16):
                 loss = self.distance(output, image, generator)
@@ -84,8 +87,8 @@ class DecoderStage:
         assert isinstance(model, HitTokenizer)
         score = PyramidScore(model)
         for i in range(2):
-            images, upsampled, class_id = self.held_out(i, 16)
+            images, lr, class_id = self.held_out.pairs(i, 16)
             with torch.autocast(images.device.type, torch.bfloat16):
-                _, latents = self.whole.sample(model.encode(upsampled).float(), class_id)
-            score.add(latents, images)
+                _, latents = self.whole.sample(self.whole.lr_features(lr).float(), class_id)
+            score.add(latents, images, [self.whole.lr_image(lr, target) for target in range(len(latents))])
         return score.means()

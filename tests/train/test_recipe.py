@@ -58,7 +58,7 @@ STAGES = ("autoencoder", "tokenizer", "transformer", "decoder")
 def _micro_preset(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A preset for `RECIPE`, no LPIPS weights, and one thread, so that sums come in the same order."""
     # Twice the stride: the metrics want images of more than eight pixels.
-    tokenizer = replace(MICRO.tokenizer, linear_skip=True, stem_patch=8)
+    tokenizer = replace(MICRO.tokenizer, linear_skip=True, stem_patch=8, decoder_lr=True)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         transformer = replace(MICRO.transformer, depth=1)
@@ -231,6 +231,22 @@ def test_decoders_may_be_trained_on_drawn_tokens(run: Run, photos: Path, top_k: 
     assert first.isfinite() and torch.equal(first, again)
     assert not torch.equal(first, other)
     assert not torch.equal(first, DecoderStage(model, batches, held_out, RECIPE.decoder).loss(0)[0])
+
+
+def test_only_sampled_tokens_are_decoded_beside_the_lr_image(
+    run: Run, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches, held_out = pair_batches(RECIPE, run.model.config, photos, "cpu")
+    model = deepcopy(run.model)
+    seen: list[Tensor] = []
+    real = model.tokenizer.decode
+    monkeypatch.setattr(model.tokenizer, "decode", lambda *args: seen.append(args[2]) or real(*args))
+    DecoderStage(model, batches, held_out, replace(RECIPE.decoder, sampled=0.5)).loss(0)
+    lr = batches.pairs(0, 4)[1]
+    assert [image.shape[-1] for image in seen] == [16, 32, 64]
+    for target, image in enumerate(seen):
+        assert torch.equal(image[:2], model.lr_image(lr[:2], target))
+        assert image[2:].eq(0).all()
 
 
 def _part(key: str) -> str:
