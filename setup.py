@@ -55,7 +55,15 @@ def extension() -> dict[str, Any]:
         sources,
         include_dirs=[str(ROOT / "csrc")],
         depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")],
-        extra_compile_args=["-O3", "-Wall", "-Wextra", "-fvisibility=hidden"],
+        extra_compile_args=[
+            "-O3",
+            "-fopenmp",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+            "-fvisibility=hidden",
+        ],
+        extra_link_args=["-fopenmp"],
     )
     return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -222,7 +222,7 @@ def explain(op: str, *args: Any) -> None:
         ValueError: no such op.
 
     Example:
-        >>> explain("nearest_code")
+        >>> explain("cached_attention_step")
         cuda       not implemented for this op
         triton     not implemented for this op
         cpu        not implemented for this op

@@ -11,6 +11,11 @@ def backend() -> str | None:
     return os.environ.get("HITSR_FAST_BACKEND") or None
 
 
+def cpu_isa() -> str | None:
+    """Instruction set forced for the compiled CPU backends by `HITSR_FAST_CPU_ISA`, or None."""
+    return os.environ.get("HITSR_FAST_CPU_ISA") or None
+
+
 def cache_dir() -> Path:
     """Folder for downloaded weights and photos.
 

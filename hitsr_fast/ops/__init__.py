@@ -1,6 +1,6 @@
 """The public ops: each checks its arguments and calls `torch.ops.hitsr_fast.<op>`, which picks a backend."""
 
-from hitsr_fast.ops.nearest_code import Metric, nearest_code
+from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, nearest_code, prepare_codebook
 from hitsr_fast.ops.residual_quantize import (
     ResidualQuantized,
     residual_decode,
@@ -12,10 +12,12 @@ from hitsr_fast.reference.residual_quantize import phi_table
 
 __all__ = [
     "Metric",
+    "PreparedCodebook",
     "ResidualQuantized",
     "cached_attention_step",
     "nearest_code",
     "phi_table",
+    "prepare_codebook",
     "residual_decode",
     "residual_quantize",
     "residual_step",

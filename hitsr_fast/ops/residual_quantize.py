@@ -11,6 +11,8 @@ from torch import Tensor
 
 import hitsr_fast.reference.residual_quantize as reference
 from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
+from hitsr_fast.ops import nearest_code_cpu
+from hitsr_fast.ops import residual_quantize_cpu as cpu
 from hitsr_fast.ops.nearest_code import Metric
 from hitsr_fast.ops.validation import (
     FLOATING,
@@ -72,7 +74,7 @@ def residual_quantize(
         Arithmetic runs in the dtype of the reconstruction; the search is exact (see `nearest_code`).
         Gradient: of the reconstruction, in codebook, phi_weight and phi_bias. None in z: a straight-through
         estimate is the caller's choice.
-        Backends: reference.
+        Backends: cpu (float32 arithmetic; the compiled search), reference.
         Source: VAR (arXiv 2404.02905), Algorithm 1; replay: HIT-VAR (arXiv 2506.04990), Algorithm 1.
 
     Example:
@@ -374,7 +376,10 @@ def _bank_grads(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 register(
     "residual_quantize(Tensor z, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] scales, "
     "int[] phi_index, float phi_ratio, Tensor? replay, str metric) -> (Tensor, Tensor)",
-    backends=[Backend("reference", reference.residual_quantize)],
+    backends=[
+        Backend("cpu", cpu.residual_quantize_cpu, cpu.supports, nearest_code_cpu.available),
+        Backend("reference", reference.residual_quantize),
+    ],
     fake=_quantize_fake,
     check=_check_quantize,
 )

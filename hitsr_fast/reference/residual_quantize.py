@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ def residual_quantize(
     phi_ratio: float,
     replay: Tensor | None,
     metric: str,
+    *,
+    search: Callable[[Tensor, Tensor, str], Tensor] = nearest_code,
 ) -> tuple[Tensor, Tensor]:
     """Quantize a latent scale by scale: pool the residual, find codes, spread them out with phi, subtract.
 
@@ -63,6 +65,7 @@ def residual_quantize(
         phi_ratio: r of `phi(h) = (1 - r) h + r (conv(h) + bias)`.
         replay: int64 `(B, T0)`, codes of the first scales that are taken instead of searched, or None.
         metric: of `nearest_code`.
+        search: `nearest_code`, or another implementation of it.
 
     Returns:
         reconstruction: `(B, C, H, W)` in `arithmetic_dtype(codebook)`.
@@ -82,7 +85,7 @@ def residual_quantize(
     for size, tokens, phi in _walk(scales, phi_index):
         if tokens.start >= replayed:
             rows = _pool(residual, size).permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-            indices[:, tokens] = nearest_code(rows, codebook, metric).view(z.shape[0], -1)
+            indices[:, tokens] = search(rows, codebook, metric).view(z.shape[0], -1)
         step = _spread(
             indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], size, z.shape[2:], phi_ratio
         )

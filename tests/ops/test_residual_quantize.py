@@ -12,7 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hitsr_fast.ops import nearest_code, phi_table, residual_decode, residual_quantize, residual_step
+from hitsr_fast.dispatch import use_backend
+from hitsr_fast.ops import (
+    Metric,
+    nearest_code,
+    phi_table,
+    residual_decode,
+    residual_quantize,
+    residual_step,
+)
 from tests.tolerances import TOLERANCES
 
 OPS = torch.ops.hitsr_fast
@@ -106,6 +114,16 @@ def test_steps_equal_decode_bit_for_bit(problem: dict[str, Any]) -> None:
             torch.testing.assert_close(pooled, expected, **TOLERANCES["float32_reordered"]._asdict())
             assert pooled.untyped_storage().data_ptr() != reconstruction.untyped_storage().data_ptr()
     assert torch.equal(reconstruction, residual_decode(torch.cat(indices, 1), *codes, **problem))
+
+
+@given(problem=problems(), metric=st.sampled_from(["l2", "cosine"]))
+def test_backends_give_the_same_bits(problem: dict[str, Any], metric: Metric) -> None:
+    z, codes = torch.randn(2, 3, *problem["size"]), bank(dtype=torch.float32)
+    out = residual_quantize(z, *codes, **quantize_arguments(problem), metric=metric)
+    with use_backend("reference"):
+        expected = residual_quantize(z, *codes, **quantize_arguments(problem), metric=metric)
+    assert torch.equal(out.indices, expected.indices)
+    assert torch.equal(out.reconstruction, expected.reconstruction)
 
 
 @given(problem=problems(), data=st.data())

@@ -1,0 +1,67 @@
+// What the parts of the CPU backend of nearest_code share. docs/ops/nearest_code.md derives the bounds.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+
+namespace hitsr_fast::nearest {
+
+// Codes that are screened and re-checked together: a class. The exact layout is [class][C][kClass].
+constexpr int64_t kClass = 16;
+
+// A codebook of one group, packed for one instruction set.
+//
+// Screen layout: a tile holds kClass * lanes codes, block b of it one code of each of `lanes` neighbouring classes.
+// Lane l of block b of tile t is thus code (t * lanes + l) * kClass + b, and the minimum over the blocks of a tile
+// is, lane by lane, the minimum over classes of consecutive codes.
+struct Codebook {
+  int64_t codes;    // K
+  int64_t channels; // C
+  int64_t tiles;
+  bool cosine;
+  const float* mean;        // [C], taken off the rows before the screen; 0 for cosine
+  const void* screen;       // [tiles][kClass][steps][lanes] of float, or of pairs of bfloat16
+  const float* half_norms;  // [tiles][kClass][lanes]: |e|^2 / 2, infinite for padding; 0 for cosine
+  const void* exact;        // [ceil(K / kClass)][C][kClass]: float as given, or double unit vectors for cosine
+  float scale;              // power of two that brings centred values to the order of one
+  float longest;            // E:  at least the length of every centred, scaled code
+  float longest_error;      // EL: at least the length of what the screen's number format drops of a code
+  float longest_given;      // at least the length of every scaled code before centring, for the cosine's own rounding
+};
+
+// Rows [0, count) of one group; element (n, c) lies at data[(n / inner) * outer_stride + (n % inner) * row_stride
+// + c * channel_stride].
+template <typename T>
+struct Rows {
+  const T* data;
+  int64_t inner, outer_stride, row_stride, channel_stride;
+
+  const T* at(int64_t n) const {
+    return data + (n / inner) * outer_stride + (n % inner) * row_stride;
+  }
+};
+
+// Rows that the screen could not decide, searched through the whole codebook.
+using FullScans = int64_t;
+
+#define HITSR_NEAREST_SEARCH(isa)                                                                       \
+  namespace isa {                                                                                       \
+  template <typename T>                                                                                 \
+  FullScans search(const Codebook&, const Rows<T>&, int64_t begin, int64_t end, int64_t* indices);      \
+  }
+HITSR_NEAREST_SEARCH(portable)
+#if defined(__x86_64__)
+HITSR_NEAREST_SEARCH(avx2)
+HITSR_NEAREST_SEARCH(avx512)
+HITSR_NEAREST_SEARCH(avx512_bf16)
+#endif
+#undef HITSR_NEAREST_SEARCH
+
+}  // namespace hitsr_fast::nearest
