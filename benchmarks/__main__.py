@@ -1,0 +1,175 @@
+"""The command line `python -m benchmarks COMMAND OP`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from benchmarks._harness import Benchmark
+    from benchmarks._records import Record
+
+OPS = tuple(path.stem.removeprefix("bench_") for path in sorted(Path(__file__).parent.glob("ops/bench_*.py")))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Measure an op's providers against each other, and save a row for each.
+
+    Results are compared with the reference first. Providers that cannot run here are rows with the reason.
+    """
+
+    op: tyro.conf.Positional[str]
+    """Name of the op."""
+
+    quick: bool = False
+    """Tiny cases, which show that everything runs; saved only where --results says."""
+
+    threads: int = 2
+    """Of every library; OMP_NUM_THREADS must be the same, or not be set."""
+
+    providers: tuple[str, ...] = ()
+    """Only these. Speed-ups are over the peers that take part."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto is cuda where there is a device."""
+
+    repeats: int = 15
+    """Timed calls of each provider."""
+
+    results: Path | None = None
+    """File to save to; by default benchmarks/results/OP.csv."""
+
+    def run(self) -> int:
+        """Measure; 0, 1 if one of our results is wrong, or 2 if the run cannot be made."""
+        os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))  # read as libraries are loaded, below
+        import torch
+
+        from benchmarks import _records
+        from benchmarks._machine import MachineError
+
+        has_gpu = torch.cuda.is_available()
+        if self.device == "cuda" and not has_gpu:
+            return _refuse("--device: expected cpu, as there is no GPU, found cuda")
+        for name, value in (("threads", self.threads), ("repeats", self.repeats)):
+            if value < 1:
+                return _refuse(f"--{name}: expected at least 1, found {value}")
+        device = torch.device("cuda" if has_gpu and self.device != "cpu" else "cpu")
+        path = self.results or (None if self.quick else _records.RESULTS / f"{self.op}.csv")
+        wrong = 0
+        try:
+            for records in _benchmark(self.op).run(
+                threads=self.threads,
+                device=device,
+                repeats=self.repeats,
+                quick=self.quick,
+                providers=self.providers,
+            ):
+                _print(records)
+                if path:
+                    _records.save(path, records)
+                wrong += sum(record.wrong_rows or 0 for record in records if record.role == "ours")
+        except (MachineError, ValueError) as error:
+            return _refuse(str(error))
+        return 1 if wrong else 0
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw speed-ups over the best peer from saved results, as a bar chart."""
+
+    op: tyro.conf.Positional[str]
+    """Name of the op."""
+
+    device: str = "cpu"
+    """Whose rows: cpu, or the name of a GPU as it stands in the results."""
+
+    results: Path | None = None
+    """File to read; by default benchmarks/results/OP.csv."""
+
+    out: Path | None = None
+    """Picture to write, .png or .svg; by default beside the results."""
+
+    def run(self) -> int:
+        """Draw; 0, or 2 if there is nothing to draw or no matplotlib."""
+        from benchmarks import _plot, _records
+
+        results = self.results or _records.RESULTS / f"{self.op}.csv"
+        out = self.out or results.with_suffix(".png")
+        if not results.is_file():
+            return _refuse(f"--results: expected a file of results, found no {results}")
+        if out.suffix not in (".png", ".svg"):
+            return _refuse(f"--out: expected a .png or .svg file, found {out}")
+        try:
+            _plot.plot(_records.read(results), self.device, out)
+        except _plot.PlotError as error:
+            return _refuse(str(error))
+        print(f"wrote {out}")
+        return 0
+
+
+Command = Annotated[Run, tyro.conf.subcommand("run")] | Annotated[Plot, tyro.conf.subcommand("plot")]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parse the command line, run the command and exit with its code."""
+    command: Run | Plot = tyro.cli(
+        Command, prog="python -m benchmarks", description="Benchmarks of the ops.", args=args
+    )
+    if command.op not in OPS:
+        sys.exit(_refuse(f"op: expected one of {', '.join(OPS)}, found {command.op!r}"))
+    sys.exit(command.run())
+
+
+def _refuse(message: str) -> int:
+    print(f"benchmarks: {message}", file=sys.stderr)
+    return 2
+
+
+def _benchmark(op: str) -> Benchmark[Any]:
+    found: Benchmark[Any] = importlib.import_module(f"benchmarks.ops.bench_{op}").BENCHMARK
+    return found
+
+
+def _print(records: Sequence[Record]) -> None:
+    case = " ".join(f"{name}={value}" for name, value in records[0].case.items())
+    found = records[0].conditions
+    print(f"\n{records[0].op} {case}")
+    print(
+        f"{found.device}, {found.threads} threads, load {found.load} at the start, "
+        f"matrix products at {records[0].gemm_gflops:.0f} GFLOP/s"
+    )
+    widths = (18, 24, 10, 10, 9, 9, 10)
+    titles = ("provider", "version", "median ms", "min ms", "speed-up", "x floor", "extra MiB")
+    print(_line(titles, widths))
+    for record in records:
+        times = record.times
+        numbers = (
+            times.median_ms if times else None,
+            times.min_ms if times else None,
+            record.speedup,
+            record.times_floor,
+            record.peak_extra_mib,
+        )
+        cells = ["" if number is None else f"{number:.4g}" for number in numbers]
+        print(f"{_line((record.provider, record.version, *cells), widths)}  {record.reason}".rstrip())
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """The first two to the left, the others, which are numbers, to the right."""
+    padded = zip(cells, widths, strict=True)
+    return "".join(
+        f"{cell:<{width}}" if place < 2 else f"{cell:>{width}}" for place, (cell, width) in enumerate(padded)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""The one harness of all ops: every result is compared with the reference, then all are timed in turns."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from benchmarks import _machine
+from benchmarks._machine import Conditions, MachineError, Timer
+from benchmarks._records import Record, Times
+
+_WARM_UP = 2
+_GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
+_QUICK_GEMM_SIZE = 128
+
+
+class Case(ABC):
+    """One call: a frozen dataclass, whose fields are columns of the results."""
+
+    @property
+    @abstractmethod
+    def flops(self) -> int:
+        """Floating-point operations that the call cannot do without."""
+
+    @abstractmethod
+    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Tensors to call with, the same each time."""
+
+    @abstractmethod
+    def expected(self, *inputs: Tensor) -> Any:
+        """What the reference makes of them."""
+
+    @abstractmethod
+    def wrong_rows(self, result: Any, expected: Any) -> int:
+        """Rows of a result that differ from the reference."""
+
+    def __str__(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())  # type: ignore[call-overload]
+
+
+C = TypeVar("C", bound=Case)
+Call = Callable[[], Any]
+
+
+def torch_threads(threads: int) -> int:
+    """Set PyTorch's threads; what it then says it uses."""
+    torch.set_num_threads(threads)
+    return torch.get_num_threads()
+
+
+@dataclass(frozen=True)
+class Provider(Generic[C]):
+    """One implementation of an op.
+
+    Attributes:
+        name: in the results.
+        build: of a case and its inputs, a call without arguments. What it prepares is not timed.
+        unavailable: of the same, why nothing can be built here, or None.
+        version: of what is measured; asked only where it is available.
+        set_threads: sets the threads of its library, and returns how many the library then uses.
+        ours: not a peer.
+        limit: an instruction set that it is held to; speed-ups are over peers of the same limit.
+    """
+
+    name: str
+    build: Callable[[C, tuple[Tensor, ...]], Call]
+    unavailable: Callable[[C, tuple[Tensor, ...]], str | None]
+    version: Callable[[], str]
+    set_threads: Callable[[int], int] = torch_threads
+    ours: bool = False
+    limit: str = ""
+
+
+@dataclass(frozen=True)
+class Benchmark(Generic[C]):
+    """Of one op.
+
+    Attributes:
+        op: its name.
+        providers: in the order of their turns.
+        cases: for the record.
+        quick: tiny ones, which show that everything runs.
+    """
+
+    op: str
+    providers: Sequence[Provider[C]]
+    cases: Sequence[C]
+    quick: Sequence[C]
+
+    def select(self, names: Sequence[str]) -> list[Provider[C]]:
+        """Providers of those names; all if none is given.
+
+        Raises:
+            ValueError: there is no such provider.
+        """
+        known = [provider.name for provider in self.providers]
+        for name in names:
+            if name not in known:
+                raise ValueError(f"providers: expected some of {', '.join(known)}, found {name!r}")
+        return [provider for provider in self.providers if not names or provider.name in names]
+
+    def run(
+        self,
+        *,
+        threads: int,
+        device: torch.device,
+        repeats: int = 15,
+        quick: bool = False,
+        providers: Sequence[str] = (),
+    ) -> Iterator[list[Record]]:
+        """Measure; the records of one case after the other, one for each provider.
+
+        Args:
+            threads: of every library.
+            device: to run on.
+            repeats: timed calls of each provider.
+            quick: take the tiny cases.
+            providers: names; all if empty.
+
+        Raises:
+            MachineError: `OMP_NUM_THREADS` or a library disagrees with `threads`.
+            ValueError: there is no such provider.
+        """
+        chosen = self.select(providers)
+        _machine.require_threads(threads)
+        torch_threads(threads)
+        found = _machine.conditions(device, threads)
+        rate = _machine.gemm_rate(device, _QUICK_GEMM_SIZE if quick else _GEMM_SIZE[device.type])
+        for case in self.quick if quick else self.cases:
+            yield _measure(self.op, case, chosen, device, repeats, rate, found)
+
+
+def missing_package(name: str) -> str | None:
+    """ "not installed", or None where the module can be imported."""
+    return None if importlib.util.find_spec(name) else f"{name} is not installed"
+
+
+def package_version(distribution: str) -> Callable[[], str]:
+    """A provider's `version`."""
+    return lambda: metadata.version(distribution)
+
+
+def interleave(calls: Mapping[str, Call], repeats: int, clock: Timer) -> dict[str, list[float]]:
+    """Milliseconds of `repeats` calls of each, taken in turns: A, B, A, B, ...
+
+    A turn is two calls, and only the second counts: the first takes caches and cores back from the provider
+    before, for the idle threads of a library's pool go on spinning for a while.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(-_WARM_UP, repeats):
+        for name, call in calls.items():
+            call()
+            milliseconds = clock(call)
+            if turn >= 0:
+                times[name].append(milliseconds)
+    return times
+
+
+def summarize(times: Sequence[float]) -> Times:
+    """Median, least, and quantiles of one provider's times."""
+    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else [times[0]] * 4
+    return Times(statistics.median(times), min(times), fifths[0], fifths[3], len(times))
+
+
+def _measure(
+    op: str,
+    case: C,
+    providers: Sequence[Provider[C]],
+    device: torch.device,
+    repeats: int,
+    gemm_rate: float,
+    found: Conditions,
+) -> list[Record]:
+    inputs = case.inputs(device)
+    expected = case.expected(*inputs)
+    reasons = {provider.name: provider.unavailable(case, inputs) for provider in providers}
+    calls: dict[str, Call] = {}
+    wrong: dict[str, int] = {}
+    memory: dict[str, int | None] = {}
+    for provider in providers:
+        if reasons[provider.name] is None:
+            _set_threads(provider, found.threads)
+            call = calls[provider.name] = provider.build(case, inputs)
+            wrong[provider.name] = case.wrong_rows(call(), expected)
+            memory[provider.name] = _machine.peak_extra_bytes(call, device)
+    times = {
+        name: summarize(taken) for name, taken in interleave(calls, repeats, _machine.timer(device)).items()
+    }
+
+    floor_ms = case.flops / gemm_rate * 1e3
+    records = []
+    for provider in providers:
+        own = times.get(provider.name)
+        peers = [
+            peer.name
+            for peer in providers
+            if not peer.ours and peer.limit == provider.limit and peer.name in times
+        ]
+        best = min(peers, key=lambda name: times[name].median_ms, default=None)
+        extra = memory.get(provider.name)
+        wrong_rows = wrong.get(provider.name)
+        records.append(
+            Record(
+                op=op,
+                case=asdict(case),  # type: ignore[call-overload]
+                provider=provider.name,
+                role="ours" if provider.ours else "peer",
+                version=provider.version() if own else "",
+                times=own,
+                wrong_rows=wrong_rows,
+                best_peer=best if own and best else "",
+                speedup=times[best].median_ms / own.median_ms if own and best else None,
+                gemm_gflops=gemm_rate / 1e9,
+                times_floor=own.median_ms / floor_ms if own else None,
+                peak_extra_mib=extra / 2**20 if extra is not None else None,
+                reason=reasons[provider.name] or (f"wrong on {wrong_rows} rows" if wrong_rows else ""),
+                conditions=found,
+            )
+        )
+    return records
+
+
+def _set_threads(provider: Provider[Any], threads: int) -> None:
+    used = provider.set_threads(threads)
+    if used != threads:
+        raise MachineError(f"{provider.name}: expected {threads} threads, found that it uses {used}")

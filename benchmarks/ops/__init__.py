@@ -1,0 +1,1 @@
+"""One module per op, `bench_<op>.py`, with a `BENCHMARK`."""

@@ -1,0 +1,111 @@
+"""`python -m benchmarks` end to end, on tiny cases."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as cli
+from benchmarks import _plot, _records
+from benchmarks._harness import missing_package
+
+ROOT = Path(__file__).resolve().parents[2]
+PROVIDERS = ("torch", "faiss-cpu", "reference", "cpu", "cpu:prepared", "cpu:avx2", "triton")
+
+
+def benchmarks(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | variables
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *args],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("results") / "nearest_code.csv"
+    done = benchmarks(
+        *("run", "nearest_code", "--quick", "--threads", "1", "--repeats", "2", "--device", "cpu"),
+        *("--results", str(path), "--providers", *PROVIDERS),
+    )
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_a_quick_run_has_a_row_for_each_case_and_provider(results: Path) -> None:
+    rows = _records.read(results)
+    cases = {_plot.case_name(row) for row in rows}
+    assert len(cases) == 2
+    assert {(_plot.case_name(row), row["provider"]) for row in rows} == {
+        (case, name) for case in cases for name in PROVIDERS
+    }
+    assert len(rows) == len(cases) * len(PROVIDERS)
+    for row in rows:
+        measured = row["median_ms"] != ""
+        assert measured == (row["wrong_rows"] != "")
+        assert measured or row["reason"]
+        if row["role"] == "ours" and measured:
+            assert row["wrong_rows"] == "0"
+        assert row["threads"] == "1"
+
+
+@pytest.mark.skipif(missing_package("matplotlib") is not None, reason="needs matplotlib")
+def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(
+            ["plot", "nearest_code", "--results", str(results), "--out", str(tmp_path / "a" / "plot.svg")]
+        )
+    assert end.value.code == 0
+    assert "cpu:prepared" in (tmp_path / "a" / "plot.svg").read_text()
+    assert "wrote" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["run", "nearest_cod"], "op: expected one of nearest_code, found 'nearest_cod'"),
+        (["run", "nearest_code", "--threads", "0"], "--threads: expected at least 1, found 0"),
+        (["run", "nearest_code", "--quick", "--providers", "fais"], "providers: expected some of torch, "),
+        (["run", "nearest_code", "--quick", "--threads", "63"], "OMP_NUM_THREADS: expected 63, "),
+        (["plot", "nearest_code", "--results", "nowhere.csv"], "found no nowhere.csv"),
+        (["plot", "nearest_code", "--device", "abacus"], "(cpu), found 'abacus'"),
+        (
+            ["plot", "nearest_code", "--out", "plot.txt"],
+            "--out: expected a .png or .svg file, found plot.txt",
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    args: list[str],
+    message: str,
+    results: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    if args[0] == "plot" and "--results" not in args:
+        args = [*args, "--results", str(results)]
+    with pytest.raises(SystemExit) as end:
+        cli.main(args)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_plot_without_matplotlib_says_how_to_get_it(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_plot, "missing_package", lambda name: f"{name} is not installed")
+    with pytest.raises(
+        _plot.PlotError, match=r"matplotlib is not installed; pip install 'hitsr-fast\[bench\]'"
+    ):
+        _plot.plot(_records.read(results), "cpu", tmp_path / "plot.png")
