@@ -38,3 +38,8 @@ def autotune() -> bool:
     if value not in ("0", "1"):
         raise ValueError(f"HITSR_FAST_AUTOTUNE: expected 0 or 1, found {value!r}")
     return value == "1"
+
+
+def triton_interpret() -> bool:
+    """Whether `TRITON_INTERPRET`, Triton's own variable, asks for its interpreter in place of a GPU."""
+    return (os.environ.get("TRITON_INTERPRET") or "0").lower() in ("1", "true", "on", "y", "yes")

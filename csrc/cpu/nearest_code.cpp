@@ -59,6 +59,9 @@ const IsaTraits& isa_by_name(const std::string& name) {
 
 std::atomic<int64_t> full_scans{0};
 
+// Rows that are worth a thread.
+constexpr int64_t kSmallestShare = 48;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The parts of a packed codebook, each with a leading dimension of groups.
@@ -229,19 +232,17 @@ at::Tensor nearest_code_search(
   if (N == 0) return indices;
   std::vector<Codebook> books;
   for (int64_t g = 0; g < G; ++g) books.push_back(group_of(parts, g, K, cosine));
-  // A piece is large enough to pay for its buffers, and small enough to share out evenly.
-  const int64_t piece = std::clamp<int64_t>(ceil_div(N * G, 8 * at::get_num_threads()), 48, 2048);
-  const int64_t pieces = ceil_div(N, piece);
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "nearest_code", [&] {
     if constexpr (!std::is_same_v<scalar_t, double>) {
-      at::parallel_for(0, G * pieces, 1, [&](int64_t first, int64_t last) {
+      at::parallel_for(0, G * N, kSmallestShare, [&](int64_t first, int64_t last) {
         int64_t scans = 0;
-        for (int64_t p = first; p < last; ++p) {
-          const int64_t g = p / pieces, begin = p % pieces * piece, end = std::min(N, begin + piece);
+        for (int64_t row = first; row < last;) {
+          const int64_t g = row / N, begin = row % N, end = std::min(N, begin + last - row);
           const nearest::Rows<scalar_t> view{
               rows.const_data_ptr<scalar_t>() + g * rows.stride(0), inner, rows.stride(1), rows.stride(2),
               rows.stride(3)};
-          scans += search_with(isa, books[g], view, begin, end, indices.data_ptr<int64_t>() + g * N + begin);
+          scans += search_with(isa, books[g], view, begin, end, indices.data_ptr<int64_t>() + row);
+          row += end - begin;
         }
         full_scans += scans;
       });

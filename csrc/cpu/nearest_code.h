@@ -42,10 +42,6 @@ template <typename T>
 struct Rows {
   const T* data;
   int64_t inner, outer_stride, row_stride, channel_stride;
-
-  const T* at(int64_t n) const {
-    return data + (n / inner) * outer_stride + (n % inner) * row_stride;
-  }
 };
 
 // Rows that the screen could not decide, searched through the whole codebook.

@@ -111,13 +111,19 @@ class Chunk {
   // Rows as given; zeros for padding.
   void read(int64_t begin, int64_t count, int64_t padded) {
     const int64_t channels = book_.channels, stride = rows_.channel_stride;
+    int64_t place = begin % rows_.inner;
+    const T* from = rows_.data + begin / rows_.inner * rows_.outer_stride + place * rows_.row_stride;
     for (int64_t n = 0; n < count; ++n) {
-      const T* from = rows_.at(begin + n);
       float* to = values_.at(n * channels);
       if (stride == 1) {
         for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<float>(from[c]);
       } else {
         for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<float>(from[c * stride]);
+      }
+      from += rows_.row_stride;
+      if (++place == rows_.inner) {
+        place = 0;
+        from += rows_.outer_stride - rows_.inner * rows_.row_stride;
       }
     }
     std::memset(values_.at(count * channels), 0, static_cast<size_t>((padded - count) * channels) * sizeof(float));

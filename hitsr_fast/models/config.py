@@ -53,8 +53,9 @@ class TokenizerConfig:
             image a linear map of each latent cell: the convolutions learn only what a linear transform cannot
             (DC-AE, arXiv 2410.10733, section 3.2, with learned instead of fixed shortcuts). VAR has none.
         decoder_lr: The decoders also see the low-resolution image, at the output's size, before their finest
-            level: what the image already says need not pass through the tokens (StableSR, arXiv 2305.07015,
-            section 3.3, with pixels instead of encoder features). HIT-VAR's see tokens only.
+            level and through a linear filter at the end: what the image already says need not pass through
+            the tokens (StableSR, arXiv 2305.07015, section 3.3, with pixels instead of encoder features).
+            HIT-VAR's see tokens only.
         scales: Side of the token map at each step, ascending; the last is the latent's own side.
         targets: Side of each decodable image over the full side, ascending to 1 (HIT-VAR, section 3.1).
         num_phi: Number of phi convolutions shared by the steps (VAR, `share_quant_resi`).

@@ -67,7 +67,6 @@ class HitTokenizer(nn.Module):
             target: Number of the target, 0 the coarsest.
             lr: `(B, 3, h * stride, w * stride)` in [-1, 1], the low-resolution image that the latent was
                 predicted from, for decoders that look at it (`config.decoder_lr`); others leave it aside.
-                Zeros are as good as none.
 
         Returns:
             Image `(B, 3, h * stride, w * stride)`, not clamped.

@@ -171,8 +171,9 @@ class Decoder(nn.Module):
     """Latent `(B, C, h, w)` to image `(B, 3, h * stride, w * stride)`, about [-1, 1] (VAR, VQVAE decoder).
 
     The 3x3 `post_quant_conv` is part of it, since each target of HIT-VAR has its own. A level has one
-    residual block more than the encoder's. `lr_input` adds a way in for the low-resolution image at the
-    output's size (see `TokenizerConfig.decoder_lr`), which at first is closed.
+    residual block more than the encoder's. `lr_input` adds two ways in for the low-resolution image at the
+    output's size (see `TokenizerConfig.decoder_lr`): into the features before the finest level, at first
+    closed, and a linear filter of its difference from the output, at first half of it.
     """
 
     def __init__(
@@ -203,9 +204,12 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(width, 3 * stem_patch**2, 3, padding=1)
         self.stride = stem_patch * 2 ** (len(levels) - 1)
         self.skip = nn.Conv2d(code_dim, 3 * self.stride**2, 1) if linear_skip else None
-        self.lr_in = nn.Conv2d(3 * stem_patch**2, lr_width, 3, padding=1, bias=False) if lr_input else None
-        if self.lr_in is not None:
+        patch = 3 * stem_patch**2
+        self.lr_in = nn.Conv2d(patch, lr_width, 3, padding=1, bias=False) if lr_input else None
+        self.lr_out = nn.Conv2d(patch, patch, 3, padding=1, bias=False) if lr_input else None
+        if self.lr_in is not None and self.lr_out is not None:
             nn.init.zeros_(self.lr_in.weight)
+            nn.init.dirac_(self.lr_out.weight).data.mul_(0.5)
 
     def forward(self, latent: Tensor, lr: Tensor | None = None) -> Tensor:
         latent = self.post_quant_conv(latent)
@@ -216,7 +220,12 @@ class Decoder(nn.Module):
             x = x + self.lr_in(F.pixel_unshuffle(lr, self.stem_patch))
         x = self.up[0](x)
         image = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.stem_patch)
-        return image if self.skip is None else image + F.pixel_shuffle(self.skip(latent), self.stride)
+        if self.skip is not None:
+            image = image + F.pixel_shuffle(self.skip(latent), self.stride)
+        if self.lr_out is not None and lr is not None:
+            difference = F.pixel_unshuffle(lr - image, self.stem_patch)
+            image = image + F.pixel_shuffle(self.lr_out(difference), self.stem_patch)
+        return image
 
 
 def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:

@@ -48,28 +48,28 @@ class DecoderStage:
         generator = torch.Generator().manual_seed(step)
         levels = [level.contiguous(memory_format=torch.channels_last) for level in tokenizer.pyramid(images)]
         sampled = round(config.sampled * config.batch)
-        sources: list[list[Tensor]] = []
+        sampled_latents: list[Tensor] = []
+        own_latents: list[Tensor] = []
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
             if sampled > 0:
                 features = self.whole.lr_features(lr[:sampled]).float()
                 draws = torch.Generator(features.device).manual_seed(step)
-                _, latents = self.whole.sample(
+                _, sampled_latents = self.whole.sample(
                     features, class_id[:sampled], top_k=config.top_k, generator=draws
                 )
-                sources.append(latents)
             if sampled < config.batch:
                 own = [tokenizer.encode(level[sampled:]) for level in levels]
-                sources.append(tokenizer.quantize.tokenize(own).reconstructions)
+                own_latents = tokenizer.quantize.tokenize(own).reconstructions
         total = images.new_zeros(())
         metrics: dict[str, float] = {}
         for target, image in enumerate(levels):
-            latent = torch.cat([source[target] for source in sources])
-            # The HR image's own tokens are decoded without the LR image, so that the tokenizer stays whole.
-            seen = self.whole.lr_image(lr, target)
-            seen = torch.cat([seen[:sampled], torch.zeros_like(seen[sampled:])])
+            outputs: list[Tensor] = []
             with torch.autocast(images.device.type, torch.bfloat16):
-                output = tokenizer.decode(latent, target, seen)
-            output = self._partly_fixed(output.float(), lr, target, generator)
+                if sampled_latents:
+                    outputs.append(self.whole.decode(sampled_latents, target, lr[:sampled]).float())
+                if own_latents:  # without the LR image, so that the tokenizer stays one by itself
+                    outputs.append(tokenizer.decode(own_latents[target], target).float())
+            output = self._partly_fixed(torch.cat(outputs), lr, target, generator)
             with torch.autocast(images.device.type, torch.bfloat16):
                 loss = self.distance(output, image, generator)
             total = total + loss / len(levels)

@@ -39,17 +39,19 @@ def test_linear_skips_alone_are_a_linear_autoencoder() -> None:
 
 @pytest.mark.parametrize("multipliers", [(1,), (1, 2), (1, 2, 2)])
 @torch.no_grad()
-def test_lr_input_of_the_decoder_starts_closed(multipliers: tuple[int, ...]) -> None:
+def test_lr_input_of_the_decoder(multipliers: tuple[int, ...]) -> None:
     decoder = Decoder(32, multipliers, 1, 5, 2, False, lr_input=True)
+    assert decoder.lr_in is not None and decoder.lr_out is not None
     latent = torch.randn(2, 5, 3, 4)
     lr = torch.randn(2, 3, 3 * decoder.stride, 4 * decoder.stride)
     plain = decoder(latent)
-    assert torch.equal(decoder(latent, lr), plain)
-    assert decoder.lr_in is not None
+    torch.testing.assert_close(decoder(latent, lr), (plain + lr) / 2, **CLOSE)
+    torch.nn.init.dirac_(decoder.lr_out.weight)
+    torch.testing.assert_close(decoder(latent, lr), lr, **CLOSE)
+    torch.nn.init.zeros_(decoder.lr_out.weight)
+    torch.testing.assert_close(decoder(latent, lr), plain, **CLOSE)
     torch.nn.init.normal_(decoder.lr_in.weight)
-    seen = decoder(latent, torch.cat([lr[:1], torch.zeros_like(lr[1:])]))
-    assert not torch.allclose(seen[0], plain[0])
-    torch.testing.assert_close(seen[1], plain[1], **CLOSE)  # zeros are as good as none
+    assert not torch.allclose(decoder(latent, lr), plain)
 
 
 @torch.no_grad()

@@ -238,15 +238,21 @@ def test_only_sampled_tokens_are_decoded_beside_the_lr_image(
 ) -> None:
     batches, held_out = pair_batches(RECIPE, run.model.config, photos, "cpu")
     model = deepcopy(run.model)
-    seen: list[Tensor] = []
+    seen: list[tuple[int, Tensor | None]] = []
     real = model.tokenizer.decode
-    monkeypatch.setattr(model.tokenizer, "decode", lambda *args: seen.append(args[2]) or real(*args))
-    DecoderStage(model, batches, held_out, replace(RECIPE.decoder, sampled=0.5)).loss(0)
+
+    def decode(latent: Tensor, target: int, lr: Tensor | None = None) -> Tensor:
+        seen.append((len(latent), lr))
+        return real(latent, target, lr)
+
+    monkeypatch.setattr(model.tokenizer, "decode", decode)
+    DecoderStage(model, batches, held_out, replace(RECIPE.decoder, sampled=0.75)).loss(0)
     lr = batches.pairs(0, 4)[1]
-    assert [image.shape[-1] for image in seen] == [16, 32, 64]
-    for target, image in enumerate(seen):
-        assert torch.equal(image[:2], model.lr_image(lr[:2], target))
-        assert image[2:].eq(0).all()
+    assert [count for count, _ in seen] == [3, 1] * 3
+    for target in range(3):
+        image, none = seen[2 * target][1], seen[2 * target + 1][1]
+        assert none is None and image is not None
+        assert torch.equal(image, model.lr_image(lr[:3], target))
 
 
 def _part(key: str) -> str:
