@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hitsr_fast.dispatch import Backend, register
 from hitsr_fast.ops import nearest_code_cpu as cpu
+from hitsr_fast.ops import nearest_code_triton as triton
 from hitsr_fast.ops.validation import FLOATING, check_choice, check_finite, check_shape, check_tensor
 from hitsr_fast.reference.nearest_code import nearest_code as reference
 
@@ -59,8 +60,10 @@ def prepare_codebook(codebook: Tensor, *, metric: Metric = "l2") -> PreparedCode
         raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codebook.shape)}")
     check_choice("metric", metric, get_args(Metric))
     check_finite("codebook", codebook)
-    layout, parts = cpu.prepare(codebook.detach(), metric) if cpu.can_prepare(codebook) else ("", ())
-    return PreparedCodebook(codebook, metric, layout, parts)
+    for backend in (triton, cpu):
+        if backend.can_prepare(codebook):
+            return PreparedCodebook(codebook, metric, *backend.prepare(codebook.detach(), metric))
+    return PreparedCodebook(codebook, metric, "", ())
 
 
 def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, metric: Metric = "l2") -> Tensor:
@@ -86,7 +89,7 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, metric: Metr
         on every backend, whatever its threads or batch split. What is quicker only screens, within a proven
         bound (docs/ops/nearest_code.md).
         Gradient: none (the result is integer).
-        Backends: cpu (all dtypes but float64, C up to 256), reference.
+        Backends: triton, cpu (both all dtypes but float64, C up to 256), reference.
         Source: the codebook search of VQ-VAE (arXiv 1711.00937), equation 1.
 
     Example:
@@ -139,6 +142,7 @@ def _reference(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, me
 register(
     "nearest_code(Tensor x, Tensor codebook, Tensor[] parts, str layout, str metric) -> Tensor",
     backends=[
+        Backend("triton", triton.nearest_code_triton, triton.supports, triton.available),
         Backend("cpu", cpu.nearest_code_cpu, cpu.supports, cpu.available),
         Backend("reference", _reference),
     ],

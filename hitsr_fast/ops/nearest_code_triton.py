@@ -1,0 +1,233 @@
+"""Triton backend of `nearest_code`: packs codebooks and launches the kernels of kernels/nearest_code."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from hitsr_fast import env
+
+LAYOUT = "triton"
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_CHANNELS = 256
+MAX_GROUPS = 65535  # of the third axis of a grid
+
+_TILE = 128  # codes that a turn of the screen's loop takes
+_CLASSES = 4  # of a tile; each is kept or dropped as a whole
+_WORKSPACE = 2**23  # floats of minima at a time, 32 MiB: they stay in a large second-level cache
+_PROGRAMS = 512  # enough to fill a large GPU; where rows give fewer, the tiles are shared out as well
+
+
+@functools.cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not env.triton_interpret() and not torch.cuda.is_available():
+        return "no CUDA or HIP device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
+    return None
+
+
+def available() -> str | None:
+    """Why nothing can run on this machine, or None."""
+    return _missing()
+
+
+def supports(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> str | None:
+    """Why a call with such arguments cannot run here, or None."""
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if tensor.device.type != "cuda" and not env.triton_interpret():
+            return f"needs CUDA or HIP tensors, found {name} on {tensor.device.type}"
+        if tensor.dtype not in DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"needs float16, bfloat16 or float32, found {name} of {dtype}"
+    if codebook.shape[-1] > MAX_CHANNELS:
+        return f"needs C of at most {MAX_CHANNELS}, found {codebook.shape[-1]}"
+    if codebook.dim() == 3 and codebook.shape[0] > MAX_GROUPS:
+        return f"needs at most {MAX_GROUPS} groups, found {codebook.shape[0]}"
+    return None
+
+
+def can_prepare(codebook: Tensor) -> bool:
+    """Whether this backend has a packed form for such a codebook."""
+    rows = codebook.new_empty(0)
+    return available() is None and supports(rows, codebook, [], "", "l2") is None
+
+
+def padded_channels(channels: int) -> int:
+    """Channels of the packed codes: a power of two, as are all Triton blocks, and 16 at least for its dot."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def screen_constants(channels: int) -> dict[str, int]:
+    """Block sizes of the screen. Wide rows come in smaller blocks, or their registers would spill."""
+    padded = padded_channels(channels)
+    return {
+        "C": channels,
+        "CP": padded,
+        "CLASSES": _CLASSES,
+        "BLOCK_N": 128 if padded <= 64 else 64,
+        "BLOCK_K": _TILE // 2,
+        "PARTS": 2,
+    }
+
+
+def recheck_constants(channels: int, metric: str) -> dict[str, int]:
+    """Block sizes of the re-check. A program is one warp, so that no sum or minimum crosses warps."""
+    return {
+        "CP": padded_channels(channels),
+        "CLASSES": _CLASSES,
+        "MEMBERS": _TILE // _CLASSES,
+        "ROWS": 1,
+        "BLOCK_C": 8 if metric == "cosine" else 16,
+        "CHUNK": 128,
+    }
+
+
+def screen_options(channels: int) -> dict[str, int]:
+    """Options of the screen's launch. Two stages of the widest rows exceed some chips' shared memory."""
+    wide = padded_channels(channels) > 128
+    return {"num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2, "enable_fp_fusion": False}
+
+
+# The definition multiplies and adds in two steps; where one step is meant, the kernels say so.
+RECHECK_OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def prepare(codebook: Tensor, metric: str) -> tuple[str, tuple[Tensor, ...]]:
+    """Name of the layout and the packed form of a codebook, `(K, C)` or `(G, K, C)`.
+
+    With tiles T = ceil(K / 128) and C padded to CP, the parts are
+        mean: float32 `(G, C)`, what the screen takes off rows multiplied by `before`; 0 for cosine.
+        codes: float16 `(G, 128 T, CP)`, centred, scaled, and put where the screen wants a tile's codes.
+        half_norms: float32 `(G, 128 T)`, of the centred, scaled codes (0 for cosine), infinite for padding.
+        exact: `(G, 4 T, C, 32)`, by classes, float32 as given, or float64 unit vectors for cosine.
+        bounds: float32 `(G, 5)`: the scale as two factors, `before` at most and `after` at least 1; and, all
+            scaled, the lengths of the longest centred code, of the most that rounding took from one, and of
+            the longest vector that the definition multiplies by.
+    """
+    given = (codebook if codebook.dim() == 3 else codebook[None]).double()
+    cosine = metric == "cosine"
+    if cosine:
+        given = _unit_vectors(given)
+    groups, size, channels = given.shape
+    # Any value near the mean will do, so long as it is the same for rows and codes.
+    centre = given.mean(dim=1, keepdim=True).float().double()
+    scale = _scale(torch.linalg.vector_norm(given - centre, dim=2).amax(dim=1))
+    before, after = scale.clamp(max=1.0), scale.clamp(min=1.0)
+    mean = (centre.squeeze(1) * before[:, None]).float()
+    centred = (given - (mean.double() / before[:, None])[:, None]) * scale[:, None, None]
+    kept = centred.to(torch.float16)
+    kept = torch.where(kept.abs() < torch.finfo(torch.float16).tiny, 0, kept)  # subnormal numbers
+    longest = torch.linalg.vector_norm(centred, dim=2).amax(dim=1)
+    lost = torch.linalg.vector_norm(centred - kept, dim=2).amax(dim=1)
+    up = 1 + 2.0**-20  # over the rounding of the lines above and of the cast to float32
+    bounds = torch.stack([before, after, longest * up, lost * up, (scale if cosine else longest) * up], dim=1)
+
+    tiles = -(-size // _TILE)
+    codes = kept.new_zeros(groups, tiles * _TILE, padded_channels(channels))
+    codes[:, :size, :channels] = kept
+    half_norms = centred.new_full((groups, tiles * _TILE), torch.inf)
+    half_norms[:, :size] = 0 if cosine else centred.square().sum(dim=2) / 2
+    exact = given.new_zeros((groups, tiles * _TILE, channels), dtype=given.dtype if cosine else torch.float32)
+    exact[:, :size] = given
+    exact = exact.view(groups, tiles * _CLASSES, _TILE // _CLASSES, channels)
+    parts = (
+        mean * 0 if cosine else mean,
+        _in_classes(codes),
+        _in_classes(half_norms.float()[..., None]).squeeze(-1),
+        exact.transpose(2, 3).contiguous(),
+        bounds.float(),
+    )
+    return LAYOUT, parts
+
+
+def _unit_vectors(codes: Tensor) -> Tensor:
+    """float64 codes divided by their lengths, squares added channel by channel as the definition does."""
+    energy = torch.zeros_like(codes[..., 0])
+    for channel in codes.unbind(-1):
+        energy += channel * channel
+    return codes / torch.where(energy > 0, energy.sqrt(), 1.0)[..., None]
+
+
+def _scale(length: Tensor) -> Tensor:
+    """Power of two `(G,)` that brings a length `(G,)` into [2^13, 2^14), or as near as float32 can tell."""
+    exponent = (14 - torch.frexp(length).exponent).clamp(-126, 126)
+    return (exponent.long() + 1023 << 52).view(torch.float64)  # its bits: exact on every device
+
+
+def _in_classes(codes: Tensor) -> Tensor:
+    """`(G, 128 T, ...)`: of eight neighbours in a tile, the screen takes two for each of its four classes.
+
+    A class is thus 32 neighbours of the codebook.
+    """
+    pairs = _TILE // _CLASSES // 2
+    tiles = codes.view(codes.shape[0], -1, _CLASSES, pairs, 2, codes.shape[-1])
+    return tiles.transpose(2, 3).reshape(codes.shape)
+
+
+def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> Tensor:
+    """As `reference.nearest_code`, and for maps."""
+    from hitsr_fast.kernels.nearest_code import _nearest_code_recheck_kernel, _nearest_code_screen_kernel
+
+    if x.dim() == 4:
+        rows, shape = x.flatten(2).transpose(1, 2)[None], (x.shape[0], *x.shape[2:])
+    else:
+        rows, shape = (x if x.dim() == 3 else x[None])[:, None], x.shape[:-1]
+    groups, blocks, inner, channels = rows.shape
+    count = blocks * inner
+    indices = torch.empty((groups, count), dtype=torch.int64, device=x.device)
+    if indices.numel() == 0:
+        return indices.view(shape)
+
+    packed = parts if layout == LAYOUT else prepare(codebook, metric)[1]
+    mean, codes, half_norms, exact, bounds = packed
+    tiles = codes.shape[1] // _TILE
+    screen, recheck = screen_constants(channels), recheck_constants(channels, metric)
+    block = screen["BLOCK_N"]
+    most = max(_WORKSPACE // (groups * tiles * _CLASSES) // block, 1) * block
+    minima = torch.empty(groups * tiles * _CLASSES * min(most, count), dtype=torch.float32, device=x.device)
+    margins = torch.empty(groups * 2 * min(most, count), dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        for begin in range(0, count, most):
+            end = min(begin + most, count)
+            row_blocks = -(-(end - begin) // block)
+            shares = min(tiles, -(-_PROGRAMS // (row_blocks * groups)))
+            share = -(-tiles // shares)
+            place = (begin, end, inner)
+            _nearest_code_screen_kernel[(row_blocks, -(-tiles // share), groups)](
+                rows,
+                mean,
+                codes,
+                half_norms,
+                bounds,
+                minima,
+                margins,
+                *place,
+                tiles,
+                share,
+                *rows.stride(),
+                COSINE=metric == "cosine",
+                **screen,
+                **screen_options(channels),
+            )
+            _nearest_code_recheck_kernel[(-(-(end - begin) // recheck["ROWS"]), groups)](
+                rows,
+                exact,
+                bounds,
+                minima,
+                margins,
+                indices,
+                *place,
+                codebook.shape[-2],
+                channels,
+                tiles,
+                *rows.stride(),
+                count,
+                COSINE=metric == "cosine",
+                **recheck,
+                **RECHECK_OPTIONS,
+            )
+    return indices.view(shape)

@@ -1,0 +1,172 @@
+"""What a launcher would run on a GPU, compiled ahead of time on a machine that has none, and taken apart.
+
+The launcher itself is called, with a driver that only names a chip: signatures, constants and options are
+those of a real launch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# In upper case: NVIDIA's warp, warp-group and fifth-generation products, and AMD's.
+TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|V_MFMA)")
+
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a kernel takes. `spilled` counts everything that went to memory for want of registers.
+
+    Attributes:
+        registers: of a thread.
+        shared: bytes of a program.
+        spilled: bytes of stack and local memory; on AMD registers and bytes.
+    """
+
+    registers: int
+    shared: int
+    spilled: int
+
+
+class Kernel:
+    """A compiled kernel."""
+
+    def __init__(self, compiled: Any, target: GPUTarget, folder: Path) -> None:
+        self.name: str = compiled.metadata.name
+        self.threads: int = compiled.metadata.num_warps * target.warp_size
+        self._shared: int = compiled.metadata.shared
+        self._amd = target.backend == "hip"
+        if self._amd:
+            self.assembly: str = compiled.asm["amdgcn"]
+        else:
+            self._cubin = folder / f"{self.name}.cubin"
+            self._cubin.write_bytes(compiled.asm["cubin"])
+            self.assembly = self._tool("nvdisasm", "-c")
+
+    def _tool(self, name: str, option: str) -> str:
+        command = [str(_TOOLS / name), option, str(self._cubin)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def resources(self) -> Resources:
+        if self._amd:
+            registers, *spilled = (
+                int(re.findall(rf"\.{field}:\s+(\d+)", self.assembly)[0])
+                for field in (
+                    "vgpr_count",
+                    "vgpr_spill_count",
+                    "sgpr_spill_count",
+                    "private_segment_fixed_size",
+                )
+            )
+        else:
+            usage = self._tool("cuobjdump", "-res-usage")
+            registers, *spilled = (
+                int(re.findall(rf"\b{field}:(\d+)", usage)[0]) for field in ("REG", "STACK", "LOCAL")
+            )
+        return Resources(registers, self._shared, sum(spilled))
+
+    def instructions(self) -> list[str]:
+        """In upper case, in order of address."""
+        return [instruction for instruction, _ in self._lines()]
+
+    def loops(self) -> list[list[str]]:
+        """The instructions of every loop: from the target of a jump back to the jump, the shortest first."""
+        lines = list(self._lines())
+        place = {label: i for i, (_, labels) in enumerate(lines) for label in labels}
+        found = []
+        for i, (instruction, _) in enumerate(lines):
+            jump = re.search(r"(?:BRA|BRANCH)\b.*?(\.L\w+)", instruction)
+            start = place.get(jump[1], i + 1) if jump else i + 1
+            if start <= i:
+                found.append([text for text, _ in lines[start : i + 1]])
+        return sorted(found, key=len)
+
+    def product_loop(self) -> list[str]:
+        """The innermost loop that runs on the tensor cores."""
+        return next(loop for loop in self.loops() if any(map(TENSOR_CORE.search, loop)))
+
+    def _lines(self) -> Iterator[tuple[str, list[str]]]:
+        """Each instruction with the labels that stand before it."""
+        labels: list[str] = []
+        for line in self.assembly.splitlines():
+            label = re.match(r"\s*(\.L\w+):", line)
+            if label:
+                labels.append(label[1].upper())
+                continue
+            if self._amd:
+                text = re.match(r"\s+([a-z]+_[^;]*)", line)
+            else:
+                text = re.match(r"\s*/\*[0-9a-f]+\*/\s+([^;]*)", line)
+            if text:
+                yield text[1].strip().upper(), labels
+                labels = []
+
+
+class _NamedChip:
+    """A driver that knows a chip's name and has no chip."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self._target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> GPUTarget:
+        return self._target
+
+    def get_current_stream(self, device: object) -> int:
+        return 0
+
+
+def compile_launches(target: GPUTarget, launch: Callable[[], object], folder: Path) -> dict[str, Kernel]:
+    """By name, the kernels that `launch()` starts, compiled for a chip and not started.
+
+    Args:
+        target: the chip.
+        launch: calls a launcher with tensors of the CPU; it must not need the kernels' results.
+        folder: empty, for the compiler's cache and the cubins.
+    """
+    kernels: dict[str, Kernel] = {}
+    with pytest.MonkeyPatch.context() as patch, triton.knobs.cache.scope(), _driver(_NamedChip(target)):
+        triton.knobs.cache.dir = str(folder / "cache")
+        run = JITFunction.run
+
+        def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+            kernel = Kernel(compiled, target, folder)
+            kernels[kernel.name] = kernel
+
+        patch.setattr(JITFunction, "run", compile_only)
+        launch()
+    return kernels
+
+
+@contextmanager
+def _driver(named: _NamedChip) -> Iterator[None]:
+    before = driver._active
+    driver.set_active(named)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        driver._active = before

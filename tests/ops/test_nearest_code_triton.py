@@ -1,0 +1,53 @@
+"""The Triton backend of `nearest_code`: its cases on Triton's interpreter, and when it cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hitsr_fast.dispatch import BackendUnavailableError, use_backend
+from hitsr_fast.ops import nearest_code, nearest_code_triton
+
+CASES = Path(__file__).with_name("nearest_code_interpreted.py")
+
+
+def run_cases(mark: str) -> None:
+    """Run the cases of a mark in a process of their own; all pass, and there are some."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, str(CASES)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_interpreted() -> None:
+    run_cases("not slow")
+
+
+@pytest.mark.slow
+def test_interpreted_with_the_sums_of_tensor_cores() -> None:
+    run_cases("slow")
+
+
+def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    x, codebook = torch.zeros(2, 3), torch.zeros(4, 3)
+    reason = nearest_code_triton.available() or nearest_code_triton.supports(x, codebook, [], "", "l2")
+    assert reason is not None
+    with use_backend("triton"), pytest.raises(BackendUnavailableError) as error:
+        nearest_code(x, codebook)
+    assert f"triton     {reason}" in str(error.value)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for a, b, expected in [
+        (x.double(), codebook, "needs float16, bfloat16 or float32, found x of float64"),
+        (x, codebook.double(), "needs float16, bfloat16 or float32, found codebook of float64"),
+        (torch.zeros(1, 257), torch.zeros(1, 257), "needs C of at most 256, found 257"),
+        (torch.zeros(65536, 1, 1), torch.zeros(65536, 1, 1), "needs at most 65535 groups, found 65536"),
+    ]:
+        assert nearest_code_triton.supports(a, b, [], "", "l2") == expected
