@@ -14,10 +14,13 @@ import tyro
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from benchmarks._audit import Finding
     from benchmarks._harness import Benchmark
     from benchmarks._records import Record
 
 OPS = tuple(path.stem.removeprefix("bench_") for path in sorted(Path(__file__).parent.glob("ops/bench_*.py")))
+
+_IDLE_LOAD = 0.5
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,59 @@ class Plot:
         return 0
 
 
-Command = Annotated[Run, tyro.conf.subcommand("run")] | Annotated[Plot, tyro.conf.subcommand("plot")]
+@dataclass(frozen=True)
+class Audit:
+    """Compile an op's Triton kernels for chips that are not here, and say what they take.
+
+    What stands in the compiled code is counted; occupancy and floor are predictions, and marked as such.
+    """
+
+    op: tyro.conf.Positional[str]
+    """Name of the op."""
+
+    targets: tuple[str, ...] = ()
+    """Only these, such as sm_90; all if none is given."""
+
+    def run(self) -> int:
+        """Print the tables; 0, or 2 if there is nothing to compile or no compiler."""
+        from benchmarks._harness import missing_package
+
+        plan = _benchmark(self.op).audit
+        reason = next((text for name in ("triton", "pytest") if (text := missing_package(name))), None)
+        if plan is None or reason:
+            return _refuse(f"{self.op}: {reason or 'it has no Triton kernels'}")
+        from benchmarks import _audit
+
+        unknown = [name for name in self.targets if name not in _audit.CHIPS]
+        if unknown:
+            return _refuse(f"--targets: expected some of {', '.join(_audit.CHIPS)}, found {unknown[0]!r}")
+        widths = (8, 10, 34, 10, 8, 8, 10, 23, 22)
+        titles = (
+            "registers",
+            "shared",
+            "spilled",
+            "per score",
+            "occupancy (predicted)",
+            "floor ms (predicted)",
+        )
+        for case in plan.cases:
+            print(f"\n{self.op} {case}; compiled, not run")
+            print(_line(("target", "chip", "kernel", *titles), widths, texts=3))
+            for found in _audit.audit(plan, case, self.targets or tuple(_audit.CHIPS)):
+                print(_line(_cells(found), widths, texts=3).rstrip())
+        return 0
+
+
+Command = (
+    Annotated[Run, tyro.conf.subcommand("run")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Audit, tyro.conf.subcommand("audit")]
+)
 
 
 def main(args: list[str] | None = None) -> None:
     """Parse the command line, run the command and exit with its code."""
-    command: Run | Plot = tyro.cli(
+    command: Command = tyro.cli(
         Command, prog="python -m benchmarks", description="Benchmarks of the ops.", args=args
     )
     if command.op not in OPS:
@@ -143,13 +193,14 @@ def _print(records: Sequence[Record]) -> None:
     case = " ".join(f"{name}={value}" for name, value in records[0].case.items())
     found = records[0].conditions
     print(f"\n{records[0].op} {case}")
+    busy = " (others were busy: do not trust the times)" if found.load > _IDLE_LOAD else ""
     print(
-        f"{found.device}, {found.threads} threads, load {found.load} at the start, "
+        f"{found.device}, {found.threads} threads, load {found.load} at the start{busy}, "
         f"matrix products at {records[0].gemm_gflops:.0f} GFLOP/s"
     )
     widths = (18, 24, 10, 10, 9, 9, 10)
     titles = ("provider", "version", "median ms", "min ms", "speed-up", "x floor", "extra MiB")
-    print(_line(titles, widths))
+    print(_line(titles, widths, texts=2))
     for record in records:
         times = record.times
         numbers = (
@@ -160,14 +211,27 @@ def _print(records: Sequence[Record]) -> None:
             record.peak_extra_mib,
         )
         cells = ["" if number is None else f"{number:.4g}" for number in numbers]
-        print(f"{_line((record.provider, record.version, *cells), widths)}  {record.reason}".rstrip())
+        print(
+            f"{_line((record.provider, record.version, *cells), widths, texts=2)}  {record.reason}".rstrip()
+        )
 
 
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """The first two to the left, the others, which are numbers, to the right."""
+def _cells(found: Finding) -> list[str]:
+    numbers = (found.registers, found.shared, found.spilled, found.per_score, found.occupancy, found.floor_ms)
+    return [
+        found.target,
+        found.chip,
+        found.kernel,
+        *("" if value is None else f"{value:.5g}" for value in numbers),
+    ]
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], *, texts: int) -> str:
+    """The first ones are texts and stand to the left; the others are numbers and stand to the right."""
     padded = zip(cells, widths, strict=True)
     return "".join(
-        f"{cell:<{width}}" if place < 2 else f"{cell:>{width}}" for place, (cell, width) in enumerate(padded)
+        f"{cell:<{width}}" if place < texts else f"{cell:>{width}}"
+        for place, (cell, width) in enumerate(padded)
     )
 
 

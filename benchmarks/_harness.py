@@ -80,6 +80,27 @@ class Provider(Generic[C]):
 
 
 @dataclass(frozen=True)
+class AuditPlan(Generic[C]):
+    """How to take an op's Triton kernels apart where there is no GPU.
+
+    Attributes:
+        cases: to compile for.
+        launch: runs the Triton backend on a case with tensors of the CPU, as if they lay on a GPU.
+        kernel: the one whose innermost product loop makes the scores.
+        scores: of a case.
+        scores_per_turn: those that a program makes in one turn of that loop.
+        tensor_flops: that its products do for a case, padding included.
+    """
+
+    cases: Sequence[C]
+    launch: Callable[[C], object]
+    kernel: str
+    scores: Callable[[C], int]
+    scores_per_turn: Callable[[C], int]
+    tensor_flops: Callable[[C], int]
+
+
+@dataclass(frozen=True)
 class Benchmark(Generic[C]):
     """Of one op.
 
@@ -88,12 +109,14 @@ class Benchmark(Generic[C]):
         providers: in the order of their turns.
         cases: for the record.
         quick: tiny ones, which show that everything runs.
+        audit: of its Triton kernels, if it has any.
     """
 
     op: str
     providers: Sequence[Provider[C]]
     cases: Sequence[C]
     quick: Sequence[C]
+    audit: AuditPlan[C] | None = None
 
     def select(self, names: Sequence[str]) -> list[Provider[C]]:
         """Providers of those names; all if none is given.

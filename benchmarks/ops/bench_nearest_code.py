@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks._harness import Benchmark, Call, Case, Provider, missing_package, package_version
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, missing_package, package_version
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
 from hitsr_fast.ops import nearest_code, prepare_codebook
+from hitsr_fast.ops import nearest_code_triton as triton
 from hitsr_fast.ops.nearest_code_cpu import instruction_sets
 from hitsr_fast.reference.nearest_code import nearest_code as reference
 
@@ -196,10 +197,14 @@ def _ours(backend: str, isa: str = "", *, prepared: bool = False) -> Provider[Ne
         return search
 
     def unavailable(case: NearestCodeCase, inputs: Inputs) -> str | None:
-        reasons = operations()["nearest_code"].reasons(*inputs, [], "", case.metric)
-        if reasons[backend] is None and isa and isa not in instruction_sets():
+        reason = operations()["nearest_code"].reasons(*inputs, [], "", case.metric)[backend]
+        if reason is not None:
+            return reason
+        if isa and isa not in instruction_sets():
             return f"this machine has no {isa}, but {', '.join(instruction_sets())}"
-        return reasons[backend]
+        if backend == "triton" and inputs[0].device.type == "cpu":
+            return "Triton's interpreter is not worth timing"
+        return None
 
     name = ":".join(part for part in (backend, isa, "prepared" if prepared else "") if part)
     return Provider(
@@ -231,6 +236,16 @@ def _cpu_isa(name: str) -> Iterator[None]:
 
 def _peer(name: str, prepare: Callable[[Tensor], Search], **options: Any) -> Provider[NearestCodeCase]:
     return Provider(name=name, build=_by_group(prepare), **options)
+
+
+def _compile_triton(case: NearestCodeCase) -> object:
+    x, codebook = case.inputs(torch.device("cpu"))
+    return triton.nearest_code_triton(x, codebook, [], "", case.metric)
+
+
+def _scores_per_turn(case: NearestCodeCase) -> int:
+    blocks = triton.screen_constants(case.C)
+    return blocks["BLOCK_N"] * blocks["BLOCK_K"] * blocks["PARTS"]
 
 
 BENCHMARK = Benchmark(
@@ -280,6 +295,7 @@ BENCHMARK = Benchmark(
         _ours("cpu", "avx2"),
         _ours("cpu", "portable"),
         _ours("triton"),
+        _ours("triton", prepared=True),
     ),
     cases=(
         NearestCodeCase(65536, 4096, 32),
@@ -289,4 +305,12 @@ BENCHMARK = Benchmark(
         NearestCodeCase(3452, 4096, 32),
     ),
     quick=(NearestCodeCase(300, 130, 8), NearestCodeCase(100, 70, 32, G=2)),
+    audit=AuditPlan(
+        cases=(NearestCodeCase(65536, 4096, 32), NearestCodeCase(65536, 1024, 8)),
+        launch=_compile_triton,
+        kernel="_nearest_code_screen_kernel",
+        scores=lambda case: case.N * case.K * case.G,
+        scores_per_turn=_scores_per_turn,
+        tensor_flops=lambda case: 2 * case.N * case.K * case.G * triton.padded_channels(case.C),
+    ),
 )
