@@ -17,7 +17,9 @@ MAX_GROUPS = 65535  # of the third axis of a grid
 
 _TILE = 128  # codes that a turn of the screen's loop takes
 _CLASSES = 4  # of a tile; each is kept or dropped as a whole
-_WORKSPACE = 2**23  # floats of minima at a time, 32 MiB: they stay in a large second-level cache
+_WORKSPACE = (
+    2**23
+)  # floats, 32 MiB, for what lies between the kernels: it stays in a large second-level cache
 _PROGRAMS = 512  # enough to fill a large GPU; where rows give fewer, the tiles are shared out as well
 
 
@@ -61,14 +63,19 @@ def padded_channels(channels: int) -> int:
     return max(16, 1 << (channels - 1).bit_length())
 
 
+def round_constants(channels: int) -> dict[str, int]:
+    """Block sizes of the round kernel: rows x channels of one size for all C."""
+    padded = padded_channels(channels)
+    return {"C": channels, "CP": padded, "ROWS": 1024 // padded}
+
+
 def screen_constants(channels: int) -> dict[str, int]:
-    """Block sizes of the screen. Wide rows come in smaller blocks, or their registers would spill."""
+    """Block sizes of the screen. Wide rows come in smaller blocks, for the shared memory that they take."""
     padded = padded_channels(channels)
     return {
-        "C": channels,
         "CP": padded,
         "CLASSES": _CLASSES,
-        "BLOCK_N": 128 if padded <= 64 else 64,
+        "BLOCK_N": 128 if padded <= 128 else 64,
         "BLOCK_K": _TILE // 2,
         "PARTS": 2,
     }
@@ -93,6 +100,7 @@ def screen_options(channels: int) -> dict[str, int]:
 
 
 # The definition multiplies and adds in two steps; where one step is meant, the kernels say so.
+ROUND_OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 RECHECK_OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
@@ -126,7 +134,7 @@ def prepare(codebook: Tensor, metric: str) -> tuple[str, tuple[Tensor, ...]]:
     up = 1 + 2.0**-20  # over the rounding of the lines above and of the cast to float32
     bounds = torch.stack([before, after, longest * up, lost * up, (scale if cosine else longest) * up], dim=1)
 
-    tiles = -(-size // _TILE)
+    tiles = _blocks(size, _TILE)
     codes = kept.new_zeros(groups, tiles * _TILE, padded_channels(channels))
     codes[:, :size, :channels] = kept
     half_norms = centred.new_full((groups, tiles * _TILE), torch.inf)
@@ -170,7 +178,11 @@ def _in_classes(codes: Tensor) -> Tensor:
 
 def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> Tensor:
     """As `reference.nearest_code`, and for maps."""
-    from hitsr_fast.kernels.nearest_code import _nearest_code_recheck_kernel, _nearest_code_screen_kernel
+    from hitsr_fast.kernels.nearest_code import (
+        _nearest_code_recheck_kernel,
+        _nearest_code_round_kernel,
+        _nearest_code_screen_kernel,
+    )
 
     if x.dim() == 4:
         rows, shape = x.flatten(2).transpose(1, 2)[None], (x.shape[0], *x.shape[2:])
@@ -185,35 +197,46 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
     packed = parts if layout == LAYOUT else prepare(codebook, metric)[1]
     mean, codes, half_norms, exact, bounds = packed
     tiles = codes.shape[1] // _TILE
-    screen, recheck = screen_constants(channels), recheck_constants(channels, metric)
+    tiles = codes.shape[1] // _TILE
+    rounding, screen = round_constants(channels), screen_constants(channels)
+    recheck, cosine = recheck_constants(channels, metric), metric == "cosine"
     block = screen["BLOCK_N"]
-    most = max(_WORKSPACE // (groups * tiles * _CLASSES) // block, 1) * block
-    minima = torch.empty(groups * tiles * _CLASSES * min(most, count), dtype=torch.float32, device=x.device)
-    margins = torch.empty(groups * 2 * min(most, count), dtype=torch.float32, device=x.device)
+    row_floats = groups * (tiles * _CLASSES + codes.shape[2] // 2 + 3)
+    most = min(max(_WORKSPACE // row_floats // block, 1) * block, count)
+    minima = torch.empty(groups * tiles * _CLASSES * most, dtype=torch.float32, device=x.device)
+    margins = torch.empty(groups * 3 * most, dtype=torch.float32, device=x.device)
+    rounded = torch.empty(groups * most * codes.shape[2], dtype=torch.float16, device=x.device)
     with torch.cuda.device_of(x):
         for begin in range(0, count, most):
             end = min(begin + most, count)
-            row_blocks = -(-(end - begin) // block)
-            shares = min(tiles, -(-_PROGRAMS // (row_blocks * groups)))
-            share = -(-tiles // shares)
             place = (begin, end, inner)
-            _nearest_code_screen_kernel[(row_blocks, -(-tiles // share), groups)](
+            _nearest_code_round_kernel[(_blocks(end - begin, rounding["ROWS"]), groups)](
                 rows,
                 mean,
-                codes,
-                half_norms,
                 bounds,
-                minima,
+                rounded,
                 margins,
                 *place,
+                *rows.stride(),
+                COSINE=cosine,
+                **rounding,
+                **ROUND_OPTIONS,
+            )
+            row_blocks = _blocks(end - begin, block)
+            share = _blocks(tiles, _blocks(_PROGRAMS, row_blocks * groups))
+            _nearest_code_screen_kernel[(row_blocks, _blocks(tiles, share), groups)](
+                rounded,
+                codes,
+                half_norms,
+                minima,
+                margins,
+                end - begin,
                 tiles,
                 share,
-                *rows.stride(),
-                COSINE=metric == "cosine",
                 **screen,
                 **screen_options(channels),
             )
-            _nearest_code_recheck_kernel[(-(-(end - begin) // recheck["ROWS"]), groups)](
+            _nearest_code_recheck_kernel[(_blocks(end - begin, recheck["ROWS"]), groups)](
                 rows,
                 exact,
                 bounds,
@@ -226,8 +249,13 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
                 tiles,
                 *rows.stride(),
                 count,
-                COSINE=metric == "cosine",
+                COSINE=cosine,
                 **recheck,
                 **RECHECK_OPTIONS,
             )
     return indices.view(shape)
+
+
+def _blocks(count: int, size: int) -> int:
+    """How many blocks of a size hold a count."""
+    return -(-count // size)

@@ -70,7 +70,7 @@ def _nearest_code_recheck_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     count = end - begin
     start = x + row_offsets(group, begin + row, inner, stride_xg, stride_xo, stride_xn)
-    margin = margins + group * 2 * count + row
+    margin = margins + group * 3 * count + row
     slack = tl.load(margin, mask=row < count, other=-2.0)
     in_range = slack >= 0
 

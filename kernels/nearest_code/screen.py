@@ -3,110 +3,38 @@
 import triton
 import triton.language as tl
 
-from .rows import row_offsets
-
-_SMALLEST = tl.constexpr(
-    2.0**-14
-)  # least normal number of float16: what is below counts as zero on every chip
-_UP = tl.constexpr(1 + 2.0**-10)  # over the rounding of the bound's own arithmetic
-_UNDERFLOW = tl.constexpr(2.0**-100)  # more than the squares that vanish in a sum of 256
-_RANGE = tl.constexpr(2.0**100)  # of a squared length, for which the bound holds
-
-
-@triton.jit
-def _round(centred):
-    """float16 rows (rows, CP), and the powers of two (rows,) that take them back to the scale of the codes.
-
-    A row is stretched until its largest value lies in [2^13, 2^14): there float16 drops at most 2^-11 of a
-    value, or 2^-27 of the largest.
-    """
-    largest = tl.max(tl.abs(centred), axis=1)
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 14)
-    stretch = ((267 - exponent) << 23).to(tl.float32, bitcast=True)
-    back = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
-    stretched = centred * stretch[:, None]
-    kept = tl.where(tl.abs(stretched) < _SMALLEST, 0.0, stretched).to(tl.float16)
-    return kept, back
-
-
-@triton.jit
-def _margins(centred, kept, back, bounds, COSINE: tl.constexpr, CP: tl.constexpr):
-    """Of rows (rows,): twice the bound on the error of a score, and what distances in float32 may differ by.
-
-    The second is absolute, on top of the relative error of l2. docs/ops/nearest_code.md derives each line.
-    """
-    longest, longest_error, longest_given = tl.load(bounds + 2), tl.load(bounds + 3), tl.load(bounds + 4)
-    lost = centred - kept.to(tl.float32) * back[:, None]
-    length = tl.sqrt(tl.sum(centred * centred, axis=1) + _UNDERFLOW) * _UP
-    error = (tl.sqrt(tl.sum(lost * lost, axis=1) + _UNDERFLOW) + 2.0**-23 * length) * _UP
-    split = error * longest + (length + error) * longest_error
-    summed = (3 * CP + 4) * 2.0**-23 * ((length + longest) * longest + _UNDERFLOW)
-    whole = length + longest_given
-    definition = (CP + 4) * 2.0**-52 * whole * whole
-    exact = _UNDERFLOW + (CP + 4) * 2.0**-22 * length if COSINE else _UNDERFLOW + 0 * length
-    return 2 * _UP * (split + summed + definition), exact
-
 
 @triton.jit
 def _nearest_code_screen_kernel(
-    x,
-    mean,
+    rounded,
     codes,
     half_norms,
-    bounds,
     minima,
     margins,
-    begin,
-    end,
-    inner,
+    count,
     tiles,
     tiles_per_program,
-    stride_xg,
-    stride_xo,
-    stride_xn,
-    stride_xc,
-    COSINE: tl.constexpr,
-    C: tl.constexpr,
     CP: tl.constexpr,
     CLASSES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Least scores of rows [begin, end) of a group in the classes of some tiles, and the rows' margins.
+    """Least scores of `count` rows of a group in the classes of some tiles.
 
-    x: any strides; mean (G, C), codes (G, tiles * PARTS * BLOCK_K, CP) float16, half_norms
-    (G, tiles * PARTS * BLOCK_K), bounds (G, 5), minima (G, tiles, end - begin, CLASSES), margins
-    (G, 2, end - begin): see `_margins`; the first is -1 for a row beyond the range of the bound, -2 for one
-    that is not finite.
+    rounded (G, count, CP) float16, margins (G, 3, count): of the round kernel; codes
+    (G, tiles * PARTS * BLOCK_K, CP) float16, half_norms (G, tiles * PARTS * BLOCK_K), minima
+    (G, tiles, count, CLASSES).
     Of 2 * CLASSES neighbours in a tile two belong to each class. With four classes these two are, on most
     chips, what one thread holds of the accumulators, so that no minimum crosses threads. The parts of a tile
     share the cost of a turn of the loop at half the registers.
     """
     group = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    count = end - begin
+    stored = (row < count)[:, None]
     channels = tl.arange(0, CP)
-    offsets = row_offsets(group, begin + row, inner, stride_xg, stride_xo, stride_xn)
-    inside = (row < count)[:, None] & (channels < C)[None, :]
-    values = tl.load(
-        x + offsets[:, None] + channels.to(tl.int64)[None, :] * stride_xc, mask=inside, other=0.0
-    )
-    values = values.to(tl.float32)
-    finite = tl.max((tl.abs(values) < float("inf")).to(tl.int32) ^ 1, axis=1) == 0
-    # The scale comes in two factors, at most one before and at least one after: large values stay in range as
-    # their difference is taken, and small ones keep their digits.
-    means = tl.load(mean + group * C + channels, mask=channels < C, other=0.0)
-    before, after = tl.load(bounds + group * 5), tl.load(bounds + group * 5 + 1)
-    centred = (values * before - means[None, :]) * after
-    in_range = finite & (tl.sum(centred * centred, axis=1) < _RANGE)
-    centred = tl.where(in_range[:, None], centred, 0.0)
-    kept, back = _round(centred)
-    slack, exact = _margins(centred, kept, back, bounds + group * 5, COSINE, CP)
-    slack = tl.where(in_range, slack, tl.where(finite, -1.0, -2.0))
-    margin = margins + group * 2 * count + row  # programs that share rows write the same
-    tl.store(margin, slack, mask=row < count)
-    tl.store(margin + count, exact, mask=row < count)
+    kept = tl.load(rounded + (group * count + row)[:, None] * CP + channels[None, :], mask=stored, other=0.0)
+    towards = tl.load(margins + (group * 3 + 2) * count + row, mask=row < count, other=0.0)[:, None]
 
     first = tl.program_id(1) * tiles_per_program
     last = tl.minimum(first + tiles_per_program, tiles)
@@ -114,8 +42,6 @@ def _nearest_code_screen_kernel(
     code = codes + place[None, :] * CP + channels[:, None]
     norm = half_norms + group * tiles * (PARTS * BLOCK_K) + tl.arange(0, BLOCK_K)
     out = minima + ((group * tiles + first) * count + row[:, None]) * CLASSES + tl.arange(0, CLASSES)[None, :]
-    stored = (row < count)[:, None]
-    towards = -back[:, None]
     for tile in range(first, last):
         least = tl.full((BLOCK_N, CLASSES), float("inf"), tl.float32)
         for part in tl.static_range(PARTS):

@@ -96,7 +96,7 @@ class Kernel:
         place = {label: i for i, (_, labels) in enumerate(lines) for label in labels}
         found = []
         for i, (instruction, _) in enumerate(lines):
-            jump = re.search(r"(?:BRA|BRANCH)\b.*?(\.L\w+)", instruction)
+            jump = re.search(r"BRA\w*[ .].*?(\.L\w+)", instruction)
             start = place.get(jump[1], i + 1) if jump else i + 1
             if start <= i:
                 found.append([text for text, _ in lines[start : i + 1]])

@@ -184,7 +184,7 @@ def share_of_the_bound(x: Tensor, codebook: Tensor, metric: str) -> float:
     minima, margins = recheck.arguments[3:5]
     rows, codes = x.shape[0], codebook.shape[0]
     minima = minima.view(-1, rows, 4).movedim(1, 0).flatten(1)[:, : -(-codes // 32)]
-    slack = margins.view(2, rows)[0]
+    slack = margins.view(3, rows)[0]
     assert (slack >= 0).all()
 
     before, after = bounds[0, :2].double()
