@@ -17,24 +17,18 @@ MAX_GROUPS = 65535  # of the third axis of a grid
 
 _TILE = 128  # codes that a turn of the screen's loop takes
 _CLASSES = 4  # of a tile; each is kept or dropped as a whole
-_WORKSPACE = (
-    2**23
-)  # floats, 32 MiB, for what lies between the kernels: it stays in a large second-level cache
+_WORKSPACE = 2**23  # floats, 32 MiB, for what lies between kernels: a large second-level cache holds it
 _PROGRAMS = 512  # enough to fill a large GPU; where rows give fewer, the tiles are shared out as well
 
 
 @functools.cache
-def _missing() -> str | None:
+def available() -> str | None:
+    """Why nothing can run on this machine, or None; asked once, as Triton asks for its interpreter once."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if not env.triton_interpret() and not torch.cuda.is_available():
         return "no CUDA or HIP device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
     return None
-
-
-def available() -> str | None:
-    """Why nothing can run on this machine, or None."""
-    return _missing()
 
 
 def supports(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> str | None:
@@ -70,12 +64,12 @@ def round_constants(channels: int) -> dict[str, int]:
 
 
 def screen_constants(channels: int) -> dict[str, int]:
-    """Block sizes of the screen. Wide rows come in smaller blocks, for the shared memory that they take."""
+    """Block sizes of the screen. Wide rows come in smaller blocks, or they would fill a program's memory."""
     padded = padded_channels(channels)
     return {
         "CP": padded,
         "CLASSES": _CLASSES,
-        "BLOCK_N": 128 if padded <= 128 else 64,
+        "BLOCK_N": 128 if padded <= 64 else 64,
         "BLOCK_K": _TILE // 2,
         "PARTS": 2,
     }

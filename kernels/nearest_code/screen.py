@@ -51,4 +51,4 @@ def _nearest_code_screen_kernel(
             least = tl.minimum(least, tl.min(tl.min(scores, axis=3), axis=1))
         tl.store(out, least, mask=stored)
         code += PARTS * BLOCK_K * CP
-        out += count.to(tl.int64) * CLASSES
+        out += count * CLASSES

@@ -45,8 +45,8 @@ def check(kernels: dict[str, Kernel], target: str) -> None:
         resources = kernel.resources()
         assert resources.spilled == 0, (kernel.name, resources)
         assert resources.shared <= SHARED[target], (kernel.name, resources)
-    assert kernels[SCREEN].product_loop()
-    assert not [line for line in kernels[RECHECK].instructions() if TENSOR_CORE.search(line)]
+    assert any(map(TENSOR_CORE.search, kernels[SCREEN].instructions()))
+    assert not any(map(TENSOR_CORE.search, kernels[RECHECK].instructions()))
     # The definition multiplies and adds in two steps.
     assert not [line for line in kernels[RECHECK].instructions() if line.startswith(("DFMA", "V_FMA_F64"))]
     assert [line for line in kernels[RECHECK].instructions() if line.startswith(("DADD", "V_ADD_F64"))]
@@ -63,8 +63,13 @@ def per_score(kernel: Kernel, channels: int) -> float:
 def test_as_shipped(target: str, metric: str, tmp_path: Path) -> None:
     kernels = compiled(tmp_path, target, metric=metric)
     check(kernels, target)
-    if target in BUDGET:
-        assert per_score(kernels[SCREEN], 32) <= BUDGET[target]
+    assert per_score(kernels[SCREEN], 32) <= BUDGET.get(target, 4.0)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_sizes_of_one(metric: str, tmp_path: Path) -> None:
+    """Triton makes constants of integers that are 1, which the interpreter does not."""
+    check(compiled(tmp_path, "sm_90", metric=metric, shape=(1, 1), codes=1), "sm_90")
 
 
 @pytest.mark.slow

@@ -22,20 +22,19 @@ from hitsr_fast.ops import nearest_code, nearest_code_triton, prepare_codebook
 from hitsr_fast.reference.nearest_code import nearest_code as reference
 from tests.ops.test_nearest_code import KINDS, OP, brute_force, problem
 
+SHIPPED = nearest_code_triton.recheck_constants
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _backend() -> Any:
     """The backend, with rows that share a program: the interpreter is slow to start one."""
-    blocks = nearest_code_triton.recheck_constants
 
     def shared(channels: int, metric: str) -> dict[str, int]:
-        return blocks(channels, metric) | {"ROWS": 16}
+        return SHIPPED(channels, metric) | {"ROWS": 16}
 
     with use_backend("triton"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(nearest_code_triton, "recheck_constants", shared)
-        patch.setattr(nearest_code_triton, "shipped_recheck_constants", blocks, raising=False)
         yield
 
 
@@ -79,9 +78,7 @@ def test_equals_exact_arithmetic(
 
 
 def test_as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        nearest_code_triton, "recheck_constants", nearest_code_triton.shipped_recheck_constants
-    )
+    monkeypatch.setattr(nearest_code_triton, "recheck_constants", SHIPPED)
     for kind in ("clustered", "near ties"):
         for metric in ("l2", "cosine"):
             check(*problem(kind, 18, 140, 20), metric)
