@@ -47,7 +47,7 @@ def test_an_audit_counts_and_predicts() -> None:
     assert plan is not None
     case = plan.cases[0]
     found = {finding.kernel: finding for finding in audit(plan, case, ["sm_90"])}
-    assert set(found) == {"_nearest_code_screen_kernel", "_nearest_code_recheck_kernel"}
+    assert {"_nearest_code_screen_kernel", "_nearest_code_recheck_kernel"} < set(found)
     screen, recheck = found["_nearest_code_screen_kernel"], found["_nearest_code_recheck_kernel"]
     assert (recheck.per_score, recheck.floor_ms) == (None, None)
     assert screen.per_score is not None and screen.floor_ms is not None
