@@ -12,6 +12,8 @@ import torch
 
 from hitsr_fast.dispatch import BackendUnavailableError, use_backend
 from hitsr_fast.ops import nearest_code, nearest_code_triton
+from hitsr_fast.reference.nearest_code import nearest_code as reference
+from tests.ops.test_nearest_code import KINDS, problem
 
 CASES = Path(__file__).with_name("nearest_code_interpreted.py")
 
@@ -51,3 +53,14 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.zeros(65536, 1, 1), torch.zeros(65536, 1, 1), "needs at most 65535 groups, found 65536"),
     ]:
         assert nearest_code_triton.supports(a, b, [], "", "l2") == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_on_a_gpu(kind: str, metric: str) -> None:
+    for rows, codes, channels in [(100_000, 4096, 32), (1000, 1030, 33), (300, 16384, 64), (50, 300, 256)]:
+        x, codebook = problem(kind, rows, codes, channels)
+        with use_backend("triton"):
+            found = nearest_code(x.cuda(), codebook.cuda(), metric=metric)  # type: ignore[arg-type]
+        assert torch.equal(found.cpu(), reference(x, codebook, metric))
