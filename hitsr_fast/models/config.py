@@ -246,7 +246,7 @@ HIT_TINY = HitConfig(
     transformer=TransformerConfig(
         depth=4, width=256, heads=4, position_grid=24, drop_path=0.0, gate_init=0.5, prefix_injection=True
     ),
-    colour_fix_levels=(1, 2, 2),
+    colour_fix_levels=(4, 4, 2),
 )
 
 PRESETS = {config.name: config for config in (HIT_D16, HIT_TINY)}

@@ -229,9 +229,9 @@ class Recipe:
     tokenizer: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
     tokenizer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=340))
     transformer: TransformerTrainConfig = field(default_factory=TransformerTrainConfig)
-    transformer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1020))
+    transformer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=2400))
     decoder: DecoderTrainConfig = field(default_factory=DecoderTrainConfig)
-    decoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=800))
+    decoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1200))
 
     def check(self) -> None:
         """Raise `ValueError` if a value of its own is out of range; the parts check themselves when made."""
