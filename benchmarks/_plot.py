@@ -29,13 +29,13 @@ def plot(rows: Sequence[Row], device: str, out: Path) -> None:
     Raises:
         PlotError: matplotlib is missing, or there is no measured row of the device.
     """
-    reason = missing_package("matplotlib")
-    if reason:
-        raise PlotError(f"{reason}; pip install 'hitsr-fast[bench]'")
     shown = [row for row in rows if row["device"] == device and row["speedup"]]
     if not shown:
         devices = ", ".join(sorted({row["device"] for row in rows})) or "none"
         raise PlotError(f"device: expected one that was measured ({devices}), found {device!r}")
+    reason = missing_package("matplotlib")
+    if reason:
+        raise PlotError(f"{reason}; pip install 'hitsr-fast[bench]'")
     cases = list(dict.fromkeys(case_name(row) for row in shown))
     heights = [sum(case_name(row) == case for row in shown) for case in cases]
     figure = importlib.import_module("matplotlib.figure").Figure(

@@ -32,11 +32,13 @@ const std::vector<IsaTraits>& available_isas() {
     std::vector<IsaTraits> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("popcnt");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back({"avx512_bf16", 16, true});
     if (avx512) found.push_back({"avx512", 16, false});
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back({"avx2", 8, false});
+    if (avx2) found.push_back({"avx2", 8, false});
 #endif
     found.push_back({"portable", 4, false});
     return found;
@@ -149,7 +151,7 @@ void pack_group(
   }
   for (int64_t k = 0; k < ceil_div(K, kClass) * kClass; ++k) {
     for (int64_t c = 0; c < C; ++c) {
-      const double value = k < K ? codes[k * C + c] : 0.0;
+      const double value = codes[std::min(k, K - 1) * C + c];  // padding is never nearer than the last code
       const int64_t place = (k / kClass * C + c) * kClass + k % kClass;
       if (cosine) {
         static_cast<double*>(exact)[place] = value;
@@ -221,6 +223,25 @@ int64_t search_with(
   return nearest::portable::search(book, rows, begin, end, indices);
 }
 
+void check_part(const at::Tensor& part, const char* name, at::IntArrayRef shape, at::ScalarType dtype) {
+  check_cpu(part, name);
+  check_contiguous(part, name);
+  check_dtype(part, dtype, name);
+  TORCH_CHECK_VALUE(part.sizes() == shape, name, ": expected shape ", shape, ", found ", part.sizes());
+}
+
+// Parts that were not made for this call would be read out of bounds.
+void check_parts(
+    const std::vector<at::Tensor>& parts, int64_t G, int64_t K, int64_t C, bool cosine, const IsaTraits& isa) {
+  TORCH_CHECK_VALUE(parts.size() == 5, "parts: expected 5 tensors, found ", parts.size());
+  const int64_t steps = isa.pairs ? ceil_div(C, 2) : C, tiles = ceil_div(K, kClass * isa.lanes);
+  check_part(parts[0], "mean", {G, C}, at::kFloat);
+  check_part(parts[1], "screen", {G, tiles, kClass, steps, isa.lanes}, at::kInt);
+  check_part(parts[2], "half_norms", {G, tiles, kClass, isa.lanes}, at::kFloat);
+  check_part(parts[3], "exact", {G, ceil_div(K, kClass), C, kClass}, cosine ? at::kDouble : at::kFloat);
+  check_part(parts[4], "bounds", {G, 4}, at::kFloat);
+}
+
 // x: (G, N, C), or (G, B, M, C) for rows in two strides, any strides; parts: of nearest_code_pack for the same isa.
 at::Tensor nearest_code_search(
     const at::Tensor& x, const std::vector<at::Tensor>& parts, int64_t K, bool cosine, const std::string& isa_name) {
@@ -228,6 +249,7 @@ at::Tensor nearest_code_search(
   const IsaTraits& isa = isa_by_name(isa_name);
   const at::Tensor rows = x.dim() == 3 ? x.unsqueeze(1) : x;
   const int64_t G = rows.size(0), inner = rows.size(2), N = rows.size(1) * inner;
+  check_parts(parts, G, K, rows.size(3), cosine, isa);
   at::Tensor indices = at::empty({G, N}, x.options().dtype(at::kLong));
   if (N == 0) return indices;
   std::vector<Codebook> books;

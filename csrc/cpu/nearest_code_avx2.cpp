@@ -5,7 +5,7 @@
 #include "cpu/nearest_code.h"
 #include "cpu/targets.h"
 
-HITSR_TARGET_BEGIN("avx2,fma,f16c,bmi,popcnt")
+HITSR_TARGET_BEGIN("avx2,fma,popcnt")
 namespace hitsr_fast::nearest::avx2 {
 namespace {
 

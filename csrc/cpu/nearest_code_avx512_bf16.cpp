@@ -5,7 +5,7 @@
 #include "cpu/nearest_code.h"
 #include "cpu/targets.h"
 
-HITSR_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,f16c,bmi,popcnt,prefer-vector-width=512")
+HITSR_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma,popcnt")
 namespace hitsr_fast::nearest::avx512_bf16 {
 namespace {
 

@@ -219,7 +219,7 @@ class Chunk {
       const float lowest = Isa::lowest(least);
       const float limit = lowest + slack_[n] + 0x1p-22f * std::abs(lowest);
       const int64_t first = listed;
-      bool full = slack_[n] < 0;
+      bool full = !(slack_[n] >= 0 && limit < std::numeric_limits<float>::infinity());
       for (int64_t k = 0; k < classes_ && !full; k += kWord) {
         uint64_t kept = 0;
         for (int64_t l = 0; l < smaller(kWord, classes_ - k); l += kLanes) {
@@ -240,6 +240,8 @@ class Chunk {
   // they add only what is not negative, and leave one code in nearly every case; the definition decides the others.
   void decide(int64_t candidates, int64_t count, int64_t* indices) {
     constexpr int kVectors = kClass / kLanes;
+    // The scale in two factors: one before the difference, which could overflow, and one after it.
+    const float before = book_.scale < 1 ? book_.scale : 1, after = book_.scale < 1 ? 1 : book_.scale;
     for (int64_t n = 0; n < count; ++n) {
       nearest_[n] = std::numeric_limits<float>::infinity();
       finalists_[n] = 0;
@@ -251,7 +253,8 @@ class Chunk {
       Scores total[kVectors] = {};
       for (int64_t c = 0; c < book_.channels; ++c) {
         for (int v = 0; v < kVectors; ++v) {
-          const Scores apart = (Isa::fill(value[c]) - Isa::load(codes + c * kClass + v * kLanes)) * book_.scale;
+          const Scores code = Isa::load(codes + c * kClass + v * kLanes);
+          const Scores apart = (value[c] * before - code * before) * after;
           total[v] += apart * apart;
         }
       }

@@ -22,7 +22,7 @@ class PreparedCodebook:
     """A codebook that was checked and packed once, to be searched many times; see `prepare_codebook`.
 
     Attributes:
-        codebook: `(K, C)` or `(G, K, C)`, what was packed; the packed form does not follow its changes.
+        codebook: `(K, C)` or `(G, K, C)`, a copy of what was packed.
         metric: that it was packed for.
         layout: what `parts` are made for; "" if no backend has a packed form for such a codebook.
         parts: the packed form.
@@ -60,10 +60,11 @@ def prepare_codebook(codebook: Tensor, *, metric: Metric = "l2") -> PreparedCode
         raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codebook.shape)}")
     check_choice("metric", metric, get_args(Metric))
     check_finite("codebook", codebook)
+    codes = codebook.detach().clone()
     for backend in (triton, cpu):
-        if backend.can_prepare(codebook):
-            return PreparedCodebook(codebook, metric, *backend.prepare(codebook.detach(), metric))
-    return PreparedCodebook(codebook, metric, "", ())
+        if backend.can_prepare(codes):
+            return PreparedCodebook(codes, metric, *backend.prepare(codes, metric))
+    return PreparedCodebook(codes, metric, "", ())
 
 
 def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, metric: Metric = "l2") -> Tensor:

@@ -11,7 +11,6 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks import _plot, _records
-from benchmarks._harness import missing_package
 
 ROOT = Path(__file__).resolve().parents[2]
 PROVIDERS = ("torch", "faiss-cpu", "reference", "cpu", "cpu:prepared", "cpu:avx2", "triton")
@@ -57,7 +56,6 @@ def test_a_quick_run_has_a_row_for_each_case_and_provider(results: Path) -> None
         assert row["threads"] == "1"
 
 
-@pytest.mark.skipif(missing_package("matplotlib") is not None, reason="needs matplotlib")
 def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(

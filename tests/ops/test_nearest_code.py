@@ -161,6 +161,46 @@ def test_values_at_the_ends_of_the_range() -> None:
         assert torch.equal(nearest_code(x, codes), reference(x, codes, "l2"))
 
 
+def test_padding_is_no_candidate() -> None:
+    # Zero is nearer than either code, and float32 cannot tell the two apart.
+    x = torch.tensor([[0.7, 0.9]])
+    codebook = torch.tensor(
+        [[1.704636812210083, 1.439172387123108], [1.8396443128585815, 0.8651784062385559]]
+    )
+    assert torch.equal(nearest_code(x, codebook), brute_force(x, codebook))
+
+
+def test_differences_beyond_the_range_of_float32() -> None:
+    largest = torch.finfo(torch.float32).max
+    codebook = torch.tensor([[-0.45, 0.0], [-0.38, 0.5], *[[0.0, -0.99]] * 14]) * largest
+    x = torch.tensor([[0.6, 0.0]]) * largest
+    assert torch.equal(nearest_code(x, codebook), brute_force(x, codebook))
+
+
+def test_cosine_of_codes_that_hardly_differ() -> None:
+    codebook = torch.tensor([[1.0, 0.0], [1.0, 1e-30]])
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, -1.0]])
+    assert torch.equal(nearest_code(x, codebook, metric="cosine"), reference(x, codebook, "cosine"))
+
+
+def test_parts_of_another_codebook_are_an_error(_backend: str) -> None:
+    if _backend == "reference":
+        return
+    x, prepared = torch.randn(5, 8), prepare_codebook(torch.randn(64, 8))
+    with pytest.raises(ValueError, match=r"screen: expected shape|exact: expected shape"):
+        OP(x, torch.randn(4096, 8), list(prepared.parts), prepared.layout, "l2")
+    with pytest.raises(TypeError, match="exact: expected dtype"):
+        OP(x, prepared.codebook, list(prepared.parts), prepared.layout, "cosine")
+
+
+def test_a_prepared_codebook_is_a_copy() -> None:
+    codebook = torch.tensor([[0.0], [1.0]])
+    prepared = prepare_codebook(codebook)
+    codebook.zero_()
+    assert nearest_code(torch.tensor([[1.0]]), prepared).tolist() == [1]
+    assert nearest_code(torch.tensor([[1.0]], dtype=torch.float64), prepared).tolist() == [1]
+
+
 def test_near_ties_are_told_apart() -> None:
     codebook = torch.ones(64, 4)
     codebook[::2, 0] = 1 + 2.0**-23
