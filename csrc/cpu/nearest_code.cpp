@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <atomic>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "check.h"
@@ -66,10 +65,24 @@ constexpr int64_t kSmallestShare = 48;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The parts of a packed codebook, each with a leading dimension of groups.
-struct Packed {
-  at::Tensor mean, screen, half_norms, exact, bounds;  // bounds: the floats of nearest::Codebook
-};
+// The parts of a packed codebook, in this order, each with a leading dimension of groups; bounds are the floats of
+// nearest::Codebook.
+constexpr int64_t kParts = 5;
+constexpr const char* kPartNames[kParts] = {"mean", "screen", "half_norms", "exact", "bounds"};
+
+std::vector<std::vector<int64_t>> part_shapes(int64_t G, int64_t K, int64_t C, const IsaTraits& isa) {
+  const int64_t steps = isa.pairs ? ceil_div(C, 2) : C, tiles = ceil_div(K, kClass * isa.lanes);
+  return {
+      {G, C},
+      {G, tiles, kClass, steps, isa.lanes},
+      {G, tiles, kClass, isa.lanes},
+      {G, ceil_div(K, kClass), C, kClass},
+      {G, 4}};
+}
+
+std::vector<at::ScalarType> part_dtypes(bool cosine) {
+  return {at::kFloat, at::kInt, at::kFloat, cosine ? at::kDouble : at::kFloat, at::kFloat};
+}
 
 uint32_t float_bits(float value) {
   uint32_t word;
@@ -167,27 +180,23 @@ void pack_group(
   bounds[3] = cosine ? static_cast<float>(scale * kUp) : bounds[1];
 }
 
-// codebook: (G, K, C) floating. Returns the parts of `Packed`.
+// codebook: (G, K, C) floating. Returns the parts.
 std::vector<at::Tensor> nearest_code_pack(const at::Tensor& codebook, bool cosine, const std::string& isa_name) {
   check_cpu(codebook, "codebook");
   const IsaTraits& isa = isa_by_name(isa_name);
   const int64_t G = codebook.size(0), K = codebook.size(1), C = codebook.size(2);
-  const int64_t steps = isa.pairs ? ceil_div(C, 2) : C, tiles = ceil_div(K, kClass * isa.lanes);
-  const auto floats = codebook.options().dtype(at::kFloat);
-  const Packed packed{
-      at::empty({G, C}, floats),
-      at::empty({G, tiles, kClass, steps, isa.lanes}, floats.dtype(at::kInt)),
-      at::empty({G, tiles, kClass, isa.lanes}, floats),
-      at::empty({G, ceil_div(K, kClass), C, kClass}, floats.dtype(cosine ? at::kDouble : at::kFloat)),
-      at::empty({G, 4}, floats)};
+  const auto shapes = part_shapes(G, K, C, isa);
+  const auto dtypes = part_dtypes(cosine);
+  std::vector<at::Tensor> parts;
+  for (int64_t i = 0; i < kParts; ++i) parts.push_back(at::empty(shapes[i], codebook.options().dtype(dtypes[i])));
   const at::Tensor codes = codebook.to(at::kDouble).contiguous();
   for (int64_t g = 0; g < G; ++g) {
     pack_group(
-        codes[g].data_ptr<double>(), K, C, cosine, isa, packed.mean[g].data_ptr<float>(),
-        reinterpret_cast<uint32_t*>(packed.screen[g].data_ptr<int>()), packed.half_norms[g].data_ptr<float>(),
-        packed.exact[g].data_ptr(), packed.bounds[g].data_ptr<float>());
+        codes[g].data_ptr<double>(), K, C, cosine, isa, parts[0][g].data_ptr<float>(),
+        reinterpret_cast<uint32_t*>(parts[1][g].data_ptr<int>()), parts[2][g].data_ptr<float>(),
+        parts[3][g].data_ptr(), parts[4][g].data_ptr<float>());
   }
-  return {packed.mean, packed.screen, packed.half_norms, packed.exact, packed.bounds};
+  return parts;
 }
 
 Codebook group_of(const std::vector<at::Tensor>& parts, int64_t g, int64_t K, bool cosine) {
@@ -223,23 +232,20 @@ int64_t search_with(
   return nearest::portable::search(book, rows, begin, end, indices);
 }
 
-void check_part(const at::Tensor& part, const char* name, at::IntArrayRef shape, at::ScalarType dtype) {
-  check_cpu(part, name);
-  check_contiguous(part, name);
-  check_dtype(part, dtype, name);
-  TORCH_CHECK_VALUE(part.sizes() == shape, name, ": expected shape ", shape, ", found ", part.sizes());
-}
-
 // Parts that were not made for this call would be read out of bounds.
 void check_parts(
     const std::vector<at::Tensor>& parts, int64_t G, int64_t K, int64_t C, bool cosine, const IsaTraits& isa) {
-  TORCH_CHECK_VALUE(parts.size() == 5, "parts: expected 5 tensors, found ", parts.size());
-  const int64_t steps = isa.pairs ? ceil_div(C, 2) : C, tiles = ceil_div(K, kClass * isa.lanes);
-  check_part(parts[0], "mean", {G, C}, at::kFloat);
-  check_part(parts[1], "screen", {G, tiles, kClass, steps, isa.lanes}, at::kInt);
-  check_part(parts[2], "half_norms", {G, tiles, kClass, isa.lanes}, at::kFloat);
-  check_part(parts[3], "exact", {G, ceil_div(K, kClass), C, kClass}, cosine ? at::kDouble : at::kFloat);
-  check_part(parts[4], "bounds", {G, 4}, at::kFloat);
+  TORCH_CHECK_VALUE(parts.size() == kParts, "parts: expected ", kParts, " tensors, found ", parts.size());
+  const auto shapes = part_shapes(G, K, C, isa);
+  const auto dtypes = part_dtypes(cosine);
+  for (int64_t i = 0; i < kParts; ++i) {
+    const at::Tensor& part = parts[i];
+    const at::IntArrayRef shape = shapes[i];
+    check_cpu(part, kPartNames[i]);
+    check_contiguous(part, kPartNames[i]);
+    check_dtype(part, dtypes[i], kPartNames[i]);
+    TORCH_CHECK_VALUE(part.sizes() == shape, kPartNames[i], ": expected shape ", shape, ", found ", part.sizes());
+  }
 }
 
 // x: (G, N, C), or (G, B, M, C) for rows in two strides, any strides; parts: of nearest_code_pack for the same isa.

@@ -91,7 +91,7 @@ class Chunk {
       for (int64_t n = 0; n < padded; n += kRows) screen(tile, n);
     }
     const int64_t candidates = collect(count);
-    book_.cosine ? decide_by_definition(candidates, count, indices) : decide(candidates, count, indices);
+    book_.cosine ? decide_by_definition(candidates, indices) : decide(candidates, count, indices);
     FullScans full_scans = 0;
     for (int64_t n = 0; n < count; ++n) {
       if (!needs_full_scan_[n]) continue;
@@ -281,7 +281,7 @@ class Chunk {
       }
     }
     for (int64_t i = 0; i < candidates; ++i) {
-      if (finalists_[candidates_[i].row] != 1) return decide_by_definition(candidates, count, indices);
+      if (finalists_[candidates_[i].row] != 1) return decide_by_definition(candidates, indices);
     }
   }
 
@@ -291,7 +291,7 @@ class Chunk {
   };
 
   // The same from the definition alone, for the rows that are not decided yet.
-  void decide_by_definition(int64_t candidates, int64_t, int64_t* indices) {
+  void decide_by_definition(int64_t candidates, int64_t* indices) {
     Winner winner;
     for (int64_t i = 0; i < candidates; ++i) {
       const int n = candidates_[i].row;

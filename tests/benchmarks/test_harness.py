@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,8 @@ def test_peak_memory_sees_native_allocations() -> None:
     for _ in range(2):  # the second finds what the first has freed
         found = _machine.peak_extra_bytes(hold, CPU)
         if found is None:
-            pytest.skip("this system does not let a process reset its peak memory")
+            assert not os.access("/proc/self/clear_refs", os.W_OK)  # nothing to measure with
+            return
         assert 90 * mebibyte < found < 110 * mebibyte
 
 
