@@ -291,6 +291,7 @@ BENCHMARK = Benchmark(
         _ours("reference"),
         _ours("cpu"),
         _ours("cpu", prepared=True),
+        _ours("cpu", "avx512_bf16"),
         _ours("cpu", "avx512"),
         _ours("cpu", "avx2"),
         _ours("cpu", "portable"),

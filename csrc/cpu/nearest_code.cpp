@@ -6,8 +6,15 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -22,8 +29,24 @@ using nearest::kClass;
 struct IsaTraits {
   const char* name;
   int64_t lanes;
-  bool pairs;
+  int64_t (*steps)(int64_t channels);  // of the screen
+  bool pairs;                          // of bfloat16 channels in a step
 };
+
+int64_t single_steps(int64_t channels) { return channels; }
+int64_t pair_steps(int64_t channels) { return (channels + 1) / 2; }
+
+#if defined(__x86_64__)
+// Whether the processor has AMX with BF16, and the system lets this process use it: its registers are large, so Linux
+// waits to be asked.
+bool may_use_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBf16) == 0 || (d & kTile) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 // Quickest first.
 const std::vector<IsaTraits>& available_isas() {
@@ -35,11 +58,15 @@ const std::vector<IsaTraits>& available_isas() {
                       __builtin_cpu_supports("popcnt");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found.push_back({"avx512_bf16", 16, true});
-    if (avx512) found.push_back({"avx512", 16, false});
-    if (avx2) found.push_back({"avx2", 8, false});
+    if (avx512 && may_use_amx()) found.push_back({"amx_bf16", 16, nearest::tile_steps, true});
+    // Intel's processors take as long for a product of pairs as for four of floats.
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16"), slow_bf16 = __builtin_cpu_is("intel");
+    if (bf16 && !slow_bf16) found.push_back({"avx512_bf16", 16, pair_steps, true});
+    if (avx512) found.push_back({"avx512", 16, single_steps, false});
+    if (bf16 && slow_bf16) found.push_back({"avx512_bf16", 16, pair_steps, true});
+    if (avx2) found.push_back({"avx2", 8, single_steps, false});
 #endif
-    found.push_back({"portable", 4, false});
+    found.push_back({"portable", 4, single_steps, false});
     return found;
   }();
   return isas;
@@ -60,8 +87,13 @@ const IsaTraits& isa_by_name(const std::string& name) {
 
 std::atomic<int64_t> full_scans{0};
 
-// Rows that are worth a thread.
-constexpr int64_t kSmallestShare = 48;
+// Rows, and classes of a codebook to be packed, that are worth a thread.
+constexpr int64_t kSmallestShare = 48, kPackedClasses = 32;
+
+#define HITSR_DISPATCH_CASES(...)               \
+  AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)     \
+  AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__)      \
+  AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__)
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -71,10 +103,10 @@ constexpr int64_t kParts = 5;
 constexpr const char* kPartNames[kParts] = {"mean", "screen", "half_norms", "exact", "bounds"};
 
 std::vector<std::vector<int64_t>> part_shapes(int64_t G, int64_t K, int64_t C, const IsaTraits& isa) {
-  const int64_t steps = isa.pairs ? ceil_div(C, 2) : C, tiles = ceil_div(K, kClass * isa.lanes);
+  const int64_t tiles = ceil_div(K, kClass * isa.lanes);
   return {
       {G, C},
-      {G, tiles, kClass, steps, isa.lanes},
+      {G, tiles, kClass, isa.steps(C), isa.lanes},
       {G, tiles, kClass, isa.lanes},
       {G, ceil_div(K, kClass), C, kClass},
       {G, 4}};
@@ -102,85 +134,109 @@ float word_value(uint32_t word) {
   return value;
 }
 
-void pack_group(
-    const double* codes, int64_t K, int64_t C, bool cosine, const IsaTraits& isa, float* mean, uint32_t* screen,
-    float* half_norms, void* exact, float* bounds) {
-  const int64_t steps = isa.pairs ? ceil_div(C, 2) : C;
-  std::vector<double> centre(C, 0.0), unit;
-  if (cosine) {
-    unit.resize(K * C);
-    for (int64_t k = 0; k < K; ++k) {
-      double energy = 0;
-      for (int64_t c = 0; c < C; ++c) energy += codes[k * C + c] * codes[k * C + c];
-      const double norm = std::sqrt(energy);
-      for (int64_t c = 0; c < C; ++c) unit[k * C + c] = codes[k * C + c] / (norm > 0 ? norm : 1.0);
+constexpr double kUp = 1.0 + 0x1p-20;  // over the rounding of sums in float64 and of casts to float
+
+// The codes as the definition wants them: classes of kClass, [class][C][kClass]; as given, or unit vectors for cosine.
+// Padding repeats the last code, so it is never nearer than that.
+template <typename T, typename E>
+void pack_exact(const T* codes, int64_t K, int64_t C, bool cosine, E* exact) {
+  at::parallel_for(0, ceil_div(K, kClass), kPackedClasses, [&](int64_t first, int64_t last) {
+    for (int64_t k = first * kClass; k < last * kClass; ++k) {
+      const T* code = codes + std::min(k, K - 1) * C;
+      double norm = 1;
+      if (cosine) {
+        double energy = 0;
+        for (int64_t c = 0; c < C; ++c) energy += static_cast<double>(code[c]) * static_cast<double>(code[c]);
+        norm = energy > 0 ? std::sqrt(energy) : 1.0;
+      }
+      E* to = exact + k / kClass * C * kClass + k % kClass;
+      for (int64_t c = 0; c < C; ++c) {
+        to[c * kClass] = cosine ? static_cast<E>(static_cast<double>(code[c]) / norm) : static_cast<E>(code[c]);
+      }
     }
-    codes = unit.data();
-  }
-  for (int64_t k = 0; k < K; ++k) {
-    for (int64_t c = 0; c < C; ++c) centre[c] += codes[k * C + c];
-  }
+  });
+}
+
+// What the screen needs of `exact`, for one group.
+template <typename E>
+void pack_screen(
+    const E* exact, int64_t K, int64_t C, bool cosine, const IsaTraits& isa, float* mean, uint32_t* screen,
+    float* half_norms, float* bounds) {
+  const int64_t classes = ceil_div(K, kClass), tiles = ceil_div(classes, isa.lanes), steps = isa.steps(C);
+  const auto over_tiles = [&](const auto& task) {
+    at::parallel_for(0, tiles, ceil_div(kPackedClasses, isa.lanes), [&](int64_t first, int64_t last) {
+      for (int64_t tile = first; tile < last; ++tile) task(tile, std::min(isa.lanes, classes - tile * isa.lanes));
+    });
+  };
+
   // Any float near the mean will do: what matters is that rows and codes are centred by the same one. For cosine only
   // the codes are: that moves all scores of a row alike.
+  std::vector<double> sums(tiles * C, 0.0), centre(C, 0.0);
+  over_tiles([&](int64_t tile, int64_t lanes) {
+    for (int64_t number = tile * isa.lanes; number < tile * isa.lanes + lanes; ++number) {
+      const int64_t members = std::min(kClass, K - number * kClass);
+      for (int64_t c = 0; c < C; ++c) {
+        const E* codes = exact + (number * C + c) * kClass;
+        sums[tile * C + c] += std::accumulate(codes, codes + members, 0.0);
+      }
+    }
+  });
   for (int64_t c = 0; c < C; ++c) {
+    for (int64_t tile = 0; tile < tiles; ++tile) centre[c] += sums[tile * C + c];
     centre[c] = static_cast<float>(centre[c] / static_cast<double>(K));
     mean[c] = cosine ? 0.0f : static_cast<float>(centre[c]);
   }
 
-  double longest = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    double energy = 0;
-    for (int64_t c = 0; c < C; ++c) {
-      const double value = codes[k * C + c] - centre[c];
-      energy += value * value;
+  std::vector<double> most(tiles, 0.0);
+  over_tiles([&](int64_t tile, int64_t lanes) {
+    for (int64_t number = tile * isa.lanes; number < tile * isa.lanes + lanes; ++number) {
+      double energy[kClass] = {};
+      for (int64_t c = 0; c < C; ++c) {
+        const E* codes = exact + (number * C + c) * kClass;
+        for (int64_t k = 0; k < kClass; ++k) energy[k] += (codes[k] - centre[c]) * (codes[k] - centre[c]);
+      }
+      most[tile] = std::max(most[tile], *std::max_element(energy, energy + kClass));
     }
-    longest = std::max(longest, energy);
-  }
-  longest = std::sqrt(longest);
+  });
+  const double longest = std::sqrt(*std::max_element(most.begin(), most.end()));
   int exponent = 0;
   std::frexp(longest, &exponent);
   const double scale = std::ldexp(1.0, -std::clamp(exponent, -126, 126));
 
-  double most_lost = 0;
-  const int64_t tile_codes = kClass * isa.lanes;
-  std::vector<uint32_t> words(2 * steps);
-  for (int64_t k = 0; k < ceil_div(K, tile_codes) * tile_codes; ++k) {
-    const int64_t tile = k / tile_codes, lane = k % tile_codes / kClass, block = k % kClass;
-    const int64_t place = tile * kClass + block;
-    double energy = 0, lost = 0;
-    std::fill(words.begin(), words.end(), 0u);
-    for (int64_t c = 0; k < K && c < C; ++c) {
-      const double value = (codes[k * C + c] - centre[c]) * scale;
-      words[c] = screen_word(static_cast<float>(value), isa.pairs);
-      energy += value * value;
-      lost += (value - word_value(words[c])) * (value - word_value(words[c]));
-    }
-    most_lost = std::max(most_lost, lost);
-    float& half_norm = half_norms[place * isa.lanes + lane];
-    half_norm = k >= K ? std::numeric_limits<float>::infinity() : cosine ? 0.0f : static_cast<float>(energy / 2);
-    for (int64_t s = 0; s < steps; ++s) {
-      screen[(place * steps + s) * isa.lanes + lane] = isa.pairs ? words[2 * s] >> 16 | words[2 * s + 1] : words[s];
-    }
-  }
-  for (int64_t k = 0; k < ceil_div(K, kClass) * kClass; ++k) {
-    for (int64_t c = 0; c < C; ++c) {
-      const double value = codes[std::min(k, K - 1) * C + c];  // padding is never nearer than the last code
-      const int64_t place = (k / kClass * C + c) * kClass + k % kClass;
-      if (cosine) {
-        static_cast<double*>(exact)[place] = value;
-      } else {
-        static_cast<float*>(exact)[place] = static_cast<float>(value);
+  over_tiles([&](int64_t tile, int64_t lanes) {
+    uint32_t* tile_screen = screen + tile * kClass * steps * isa.lanes;
+    float* tile_norms = half_norms + tile * kClass * isa.lanes;
+    std::fill_n(tile_screen, kClass * steps * isa.lanes, 0u);
+    std::fill_n(tile_norms, kClass * isa.lanes, std::numeric_limits<float>::infinity());
+    most[tile] = 0;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t number = tile * isa.lanes + lane, members = std::min(kClass, K - number * kClass);
+      double energy[kClass] = {}, lost[kClass] = {};
+      for (int64_t c = 0; c < C; ++c) {
+        const E* codes = exact + (number * C + c) * kClass;
+        const int64_t step = isa.pairs ? c / 2 : c, shift = isa.pairs && c % 2 == 0 ? 16 : 0;
+        for (int64_t k = 0; k < members; ++k) {
+          const double value = (codes[k] - centre[c]) * scale;
+          const uint32_t word = screen_word(static_cast<float>(value), isa.pairs);
+          const double dropped = value - word_value(word);
+          energy[k] += value * value;
+          lost[k] += dropped * dropped;
+          tile_screen[(k * steps + step) * isa.lanes + lane] |= word >> shift;
+        }
+      }
+      for (int64_t k = 0; k < members; ++k) {
+        tile_norms[k * isa.lanes + lane] = cosine ? 0.0f : static_cast<float>(energy[k] / 2);
+        most[tile] = std::max(most[tile], lost[k]);
       }
     }
-  }
-  constexpr double kUp = 1.0 + 0x1p-20;  // over the rounding of the sums above and of the cast to float
+  });
   bounds[0] = static_cast<float>(scale);
   bounds[1] = static_cast<float>(longest * scale * kUp);
-  bounds[2] = static_cast<float>(std::sqrt(most_lost) * kUp);
+  bounds[2] = static_cast<float>(std::sqrt(*std::max_element(most.begin(), most.end())) * kUp);
   bounds[3] = cosine ? static_cast<float>(scale * kUp) : bounds[1];
 }
 
-// codebook: (G, K, C) floating. Returns the parts.
+// codebook: (G, K, C), float16, bfloat16 or float32. Returns the parts.
 std::vector<at::Tensor> nearest_code_pack(const at::Tensor& codebook, bool cosine, const std::string& isa_name) {
   check_cpu(codebook, "codebook");
   const IsaTraits& isa = isa_by_name(isa_name);
@@ -189,13 +245,19 @@ std::vector<at::Tensor> nearest_code_pack(const at::Tensor& codebook, bool cosin
   const auto dtypes = part_dtypes(cosine);
   std::vector<at::Tensor> parts;
   for (int64_t i = 0; i < kParts; ++i) parts.push_back(at::empty(shapes[i], codebook.options().dtype(dtypes[i])));
-  const at::Tensor codes = codebook.to(at::kDouble).contiguous();
-  for (int64_t g = 0; g < G; ++g) {
-    pack_group(
-        codes[g].data_ptr<double>(), K, C, cosine, isa, parts[0][g].data_ptr<float>(),
-        reinterpret_cast<uint32_t*>(parts[1][g].data_ptr<int>()), parts[2][g].data_ptr<float>(),
-        parts[3][g].data_ptr(), parts[4][g].data_ptr<float>());
-  }
+  const at::Tensor given = codebook.contiguous();
+  AT_DISPATCH_SWITCH(codebook.scalar_type(), "nearest_code_pack", HITSR_DISPATCH_CASES([&] {
+    for (int64_t g = 0; g < G; ++g) {
+      const auto pack = [&](auto* exact) {
+        pack_exact(given.const_data_ptr<scalar_t>() + g * K * C, K, C, cosine, exact);
+        pack_screen(
+            exact, K, C, cosine, isa, parts[0][g].data_ptr<float>(),
+            reinterpret_cast<uint32_t*>(parts[1][g].data_ptr<int>()), parts[2][g].data_ptr<float>(),
+            parts[4][g].data_ptr<float>());
+      };
+      cosine ? pack(parts[3][g].data_ptr<double>()) : pack(parts[3][g].data_ptr<float>());
+    }
+  }));
   return parts;
 }
 
@@ -225,6 +287,7 @@ int64_t search_with(
     int64_t* indices) {
   const std::string name = isa.name;
 #if defined(__x86_64__)
+  if (name == "amx_bf16") return nearest::amx_bf16::search(book, rows, begin, end, indices);
   if (name == "avx512_bf16") return nearest::avx512_bf16::search(book, rows, begin, end, indices);
   if (name == "avx512") return nearest::avx512::search(book, rows, begin, end, indices);
   if (name == "avx2") return nearest::avx2::search(book, rows, begin, end, indices);
@@ -248,36 +311,32 @@ void check_parts(
   }
 }
 
-// x: (G, N, C), or (G, B, M, C) for rows in two strides, any strides; parts: of nearest_code_pack for the same isa.
+// maps: (G, B, H, W, C), of any strides; parts: of nearest_code_pack for the same isa. Returns (G, B * H * W).
 at::Tensor nearest_code_search(
-    const at::Tensor& x, const std::vector<at::Tensor>& parts, int64_t K, bool cosine, const std::string& isa_name) {
-  check_cpu(x, "x");
+    const at::Tensor& maps, const std::vector<at::Tensor>& parts, int64_t K, bool cosine, const std::string& isa_name) {
+  check_cpu(maps, "maps");
+  TORCH_CHECK_VALUE(maps.dim() == 5, "maps: expected shape (G, B, H, W, C), found ", maps.sizes());
   const IsaTraits& isa = isa_by_name(isa_name);
-  const at::Tensor rows = x.dim() == 3 ? x.unsqueeze(1) : x;
-  const int64_t G = rows.size(0), inner = rows.size(2), N = rows.size(1) * inner;
-  check_parts(parts, G, K, rows.size(3), cosine, isa);
-  at::Tensor indices = at::empty({G, N}, x.options().dtype(at::kLong));
+  const int64_t G = maps.size(0), height = maps.size(2), width = maps.size(3), N = maps.size(1) * height * width;
+  check_parts(parts, G, K, maps.size(4), cosine, isa);
+  at::Tensor indices = at::empty({G, N}, maps.options().dtype(at::kLong));
   if (N == 0) return indices;
   std::vector<Codebook> books;
   for (int64_t g = 0; g < G; ++g) books.push_back(group_of(parts, g, K, cosine));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "nearest_code", [&] {
-    if constexpr (!std::is_same_v<scalar_t, double>) {
-      at::parallel_for(0, G * N, kSmallestShare, [&](int64_t first, int64_t last) {
-        int64_t scans = 0;
-        for (int64_t row = first; row < last;) {
-          const int64_t g = row / N, begin = row % N, end = std::min(N, begin + last - row);
-          const nearest::Rows<scalar_t> view{
-              rows.const_data_ptr<scalar_t>() + g * rows.stride(0), inner, rows.stride(1), rows.stride(2),
-              rows.stride(3)};
-          scans += search_with(isa, books[g], view, begin, end, indices.data_ptr<int64_t>() + row);
-          row += end - begin;
-        }
-        full_scans += scans;
-      });
-    } else {
-      TORCH_CHECK_TYPE(false, "x: expected float16, bfloat16 or float32, found float64");
-    }
-  });
+  AT_DISPATCH_SWITCH(maps.scalar_type(), "nearest_code_search", HITSR_DISPATCH_CASES([&] {
+    at::parallel_for(0, G * N, kSmallestShare, [&](int64_t first, int64_t last) {
+      int64_t scans = 0;
+      for (int64_t row = first; row < last;) {
+        const int64_t g = row / N, begin = row % N, end = std::min(N, begin + last - row);
+        const nearest::Rows<scalar_t> rows{
+            maps.const_data_ptr<scalar_t>() + g * maps.stride(0), height, width,
+            maps.stride(1), maps.stride(2), maps.stride(3), maps.stride(4)};
+        scans += search_with(isa, books[g], rows, begin, end, indices.data_ptr<int64_t>() + row);
+        row += end - begin;
+      }
+      full_scans += scans;
+    });
+  }));
   return indices;
 }
 
@@ -290,7 +349,7 @@ TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
   library.def("_nearest_code_full_scans() -> int", &nearest_code_full_scans);
   library.def("_nearest_code_pack(Tensor codebook, bool cosine, str isa) -> Tensor[]", &nearest_code_pack);
   library.def(
-      "_nearest_code_search(Tensor x, Tensor[] parts, int K, bool cosine, str isa) -> Tensor", &nearest_code_search);
+      "_nearest_code_search(Tensor maps, Tensor[] parts, int K, bool cosine, str isa) -> Tensor", &nearest_code_search);
 }
 
 }  // namespace hitsr_fast

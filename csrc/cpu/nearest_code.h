@@ -16,6 +16,13 @@ namespace hitsr_fast::nearest {
 // Codes that are screened and re-checked together: a class. The exact layout is [class][C][kClass].
 constexpr int64_t kClass = 16;
 
+// Screen steps of AMX: a tile register holds this many pairs of channels. More channels come in whole tiles.
+constexpr int64_t kTileSteps = 16;
+constexpr int64_t tile_steps(int64_t channels) {
+  const int64_t steps = (channels + 1) / 2;
+  return steps <= kTileSteps ? steps : (steps + kTileSteps - 1) / kTileSteps * kTileSteps;
+}
+
 // A codebook of one group, packed for one instruction set.
 //
 // Screen layout: a tile holds kClass * lanes codes, block b of it one code of each of `lanes` neighbouring classes.
@@ -36,12 +43,12 @@ struct Codebook {
   float longest_given;      // at least the length of every scaled code before centring, for the cosine's own rounding
 };
 
-// Rows [0, count) of one group; element (n, c) lies at data[(n / inner) * outer_stride + (n % inner) * row_stride
-// + c * channel_stride].
+// Rows of one group: the positions of maps of `height` by `width`, one map after the other, row-major. Strides are of
+// maps, of the two sides of a map, and of channels.
 template <typename T>
 struct Rows {
   const T* data;
-  int64_t inner, outer_stride, row_stride, channel_stride;
+  int64_t height, width, map_stride, y_stride, x_stride, channel_stride;
 };
 
 // Rows that the screen could not decide, searched through the whole codebook.
@@ -57,6 +64,7 @@ HITSR_NEAREST_SEARCH(portable)
 HITSR_NEAREST_SEARCH(avx2)
 HITSR_NEAREST_SEARCH(avx512)
 HITSR_NEAREST_SEARCH(avx512_bf16)
+HITSR_NEAREST_SEARCH(amx_bf16)
 #endif
 #undef HITSR_NEAREST_SEARCH
 

@@ -12,7 +12,7 @@ namespace {
 #include "cpu/avx512.h"
 
 struct Isa : Avx512 {
-  static constexpr int kRows = 8, kBlocks = 2;
+  static constexpr int kRows = 8, kBlocks = 2, kRegisters = 32;
   static constexpr bool kPairs = true;
   using Codes = __m512bh;
 
@@ -22,6 +22,8 @@ struct Isa : Avx512 {
 };
 
 }  // namespace
+#include "cpu/nearest_code_vectors.h"
+#include "cpu/nearest_code_vector_screen.h"
 #include "cpu/nearest_code_search.h"
 }  // namespace hitsr_fast::nearest::avx512_bf16
 HITSR_TARGET_END

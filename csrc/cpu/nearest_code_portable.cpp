@@ -8,10 +8,13 @@ constexpr int kPlainLanes = 4;
 #include "cpu/plain_lanes.h"
 
 struct Isa : PlainLanes {
-  static constexpr int kRows = 4, kBlocks = 2;
+  static constexpr int kRows = 4, kBlocks = 2, kRegisters = 16;
   static constexpr bool kPairs = false;
   using Codes = Scores;
 
+  static int64_t list_at_most(const float* values, int64_t count, float limit, int* to) {
+    return list<Isa>(values, count, limit, to);
+  }
   static Codes load_codes(const uint32_t* from) {
     Codes codes;
     std::memcpy(&codes, from, sizeof codes);
@@ -26,5 +29,7 @@ struct Isa : PlainLanes {
 };
 
 }  // namespace
+#include "cpu/nearest_code_vectors.h"
+#include "cpu/nearest_code_vector_screen.h"
 #include "cpu/nearest_code_search.h"
 }  // namespace hitsr_fast::nearest::portable

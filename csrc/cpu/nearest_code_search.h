@@ -1,65 +1,21 @@
-// The search of nearest_code, once for each instruction set: a file that includes this defines, in a namespace of its
-// own and compiled for that instruction set, `struct Isa`:
+// The search of nearest_code, once for each instruction set: a file that includes this defines before it, in a namespace
+// of its own and compiled for that instruction set, `struct Isa`:
 //
 //   kLanes           floats in a vector, at most kClass
-//   kRows, kBlocks   the screen's register tile: rows by blocks of kLanes codes
-//   kPairs           whether a step takes a pair of bfloat16 channels or one float channel
+//   kRows            rows that the screen takes at a time
 //   Scores, Doubles  vectors of kLanes floats, of kLanes / 2 doubles
-//   Codes            a step of kLanes codes: load_codes, spread (one row's step on all lanes),
-//                    step(scores, x, codes) = scores + x * codes
-//   and the small functions of plain_lanes.h.
+//   and the small functions of plain_lanes.h;
+//
+// and `class Screen`: that of nearest_code_vector_screen.h, or its own.
 //
 // Everything here has internal linkage, and nothing is a template of the standard library: the linker would keep one
 // copy of a shared function, perhaps that of an instruction set which the processor lacks.
 
 namespace {
 
-using Scores = typename Isa::Scores;
-using Doubles = typename Isa::Doubles;
-typedef uint32_t Words __attribute__((vector_size(sizeof(Scores))));
-using Step = uint32_t;  // a float's bits, or two bfloat16, the even channel below
-
-constexpr int64_t kLanes = Isa::kLanes, kRows = Isa::kRows;
-// Rows are padded to whole vectors and whole register tiles.
-constexpr int64_t kPadding = kRows % 3 == 0 ? 3 * kLanes : kLanes;
-static_assert(kPadding % kRows == 0 && kPadding % kLanes == 0);
-constexpr int64_t kMostRows = 96;
-// A chunk's minima stay in the second-level cache.
-constexpr int64_t kMinimaBytes = 256 * 1024;
-// Beyond this share of the classes, searching the whole codebook is as quick.
-constexpr int64_t kFullScanShare = 4;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
-// What the screen's number format keeps of a value: for pairs, the nearest bfloat16 (ties to even).
-inline Words rounded(Scores value) {
-  const Words words = (Words)value;
-  return Isa::kPairs ? (words + 0x7fffu + ((words >> 16) & 1u)) & 0xffff0000u : words;
-}
-
-// Uninitialised memory for `size` elements, on a cache line.
-template <typename E>
-class Buffer {
- public:
-  explicit Buffer(int64_t size)
-      : data_(static_cast<E*>(std::aligned_alloc(64, (static_cast<size_t>(size) * sizeof(E) + 63) / 64 * 64))) {
-    if (data_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  E* at(int64_t i) { return data_ + i; }
-  const E* at(int64_t i) const { return data_ + i; }
-  E& operator[](int64_t i) { return data_[i]; }
-
- private:
-  E* data_;
-};
-
-struct Candidate {
-  int row, number;  // of the class
-};
+constexpr int kVectors = kClass / kLanes;  // of a class
+// From this scale to its inverse, squares of distances are far from overflow and underflow.
+constexpr float kPlainScale = 0x1p-30f;
 
 // A chunk of rows of one group, from input to indices.
 template <typename T>
@@ -68,41 +24,45 @@ class Chunk {
   Chunk(const Codebook& book, const Rows<T>& rows, int64_t capacity)
       : book_(book),
         rows_(rows),
-        capacity_(capacity),
-        steps_(Isa::kPairs ? (book.channels + 1) / 2 : book.channels),
         classes_(book.tiles * kLanes),
         minima_stride_(classes_ + kLanes),
         most_(classes_ / kFullScanShare + 4),
+        screen_(book, capacity),
         values_(capacity * book.channels),
-        negated_(capacity * steps_),
         slack_(capacity),
+        least_(capacity * kLanes),
         minima_(capacity * minima_stride_),
-        candidates_(capacity * most_),
+        first_(capacity + 1),
+        candidates_(capacity * most_ + classes_ + kLanes),
         near_(capacity * most_ * kClass),
-        nearest_(capacity),
-        finalists_(capacity),
-        needs_full_scan_(capacity) {}
+        undecided_(capacity) {}
 
   FullScans search(int64_t begin, int64_t count, int64_t* indices) {
     const int64_t padded = round_up(count, kPadding);
     read(begin, count, padded);
     for (int64_t n = 0; n < padded; n += kLanes) centre(n);
+    for (int64_t i = 0; i < padded; ++i) Isa::store(least_.at(i * kLanes), Isa::fill(kInfinity));
     for (int64_t tile = 0; tile < book_.tiles; ++tile) {
-      for (int64_t n = 0; n < padded; n += kRows) screen(tile, n);
+      for (int64_t n = 0; n < padded; n += kRows) {
+        float* minima = minima_.at(n * minima_stride_ + tile * kLanes);
+        screen_.search(tile, n, minima, minima_stride_, least_.at(n * kLanes));
+      }
     }
-    const int64_t candidates = collect(count);
-    book_.cosine ? decide_by_definition(candidates, indices) : decide(candidates, count, indices);
+    // One stage after the other for all rows: a stage's rows do not wait for each other.
+    first_[0] = 0;
+    for (int64_t n = 0; n < count; ++n) first_[n + 1] = first_[n] + collect(n, candidates_.at(first_[n]));
+    if (book_.cosine) {
+      for (int64_t n = 0; n < count; ++n) indices[n] = by_definition(n);
+    } else {
+      const bool plain = kPlainScale <= book_.scale && book_.scale <= 1 / kPlainScale;
+      for (int64_t n = 0; n < count; ++n) plain ? measure<false>(n) : measure<true>(n);
+      for (int64_t n = 0; n < count; ++n) indices[n] = nearest(n);
+    }
     FullScans full_scans = 0;
     for (int64_t n = 0; n < count; ++n) {
-      if (!needs_full_scan_[n]) continue;
-      if (!finite(n)) {
-        indices[n] = 0;
-        continue;
-      }
-      ++full_scans;
-      Winner winner;
-      for (int64_t k = 0; k * kClass < book_.codes; ++k) check(n, k, winner);
-      indices[n] = winner.index;
+      if (!undecided_[n]) continue;
+      full_scans += finite(n);
+      indices[n] = finite(n) ? anywhere(n) : 0;
     }
     return full_scans;
   }
@@ -110,49 +70,31 @@ class Chunk {
  private:
   // Rows as given; zeros for padding.
   void read(int64_t begin, int64_t count, int64_t padded) {
-    const int64_t channels = book_.channels, stride = rows_.channel_stride;
-    int64_t place = begin % rows_.inner;
-    const T* from = rows_.data + begin / rows_.inner * rows_.outer_stride + place * rows_.row_stride;
+    const int64_t channels = book_.channels, stride = rows_.channel_stride, area = rows_.height * rows_.width;
+    int64_t x = begin % rows_.width, y = begin % area / rows_.width;
+    const T* map = rows_.data + begin / area * rows_.map_stride;
     for (int64_t n = 0; n < count; ++n) {
+      const T* from = map + y * rows_.y_stride + x * rows_.x_stride;
       float* to = values_.at(n * channels);
       if (stride == 1) {
         for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<float>(from[c]);
       } else {
         for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<float>(from[c * stride]);
       }
-      from += rows_.row_stride;
-      if (++place == rows_.inner) {
-        place = 0;
-        from += rows_.outer_stride - rows_.inner * rows_.row_stride;
-      }
+      if (++x < rows_.width) continue;
+      x = 0;
+      if (++y < rows_.height) continue;
+      y = 0;
+      map += rows_.map_stride;
     }
     std::memset(values_.at(count * channels), 0, static_cast<size_t>((padded - count) * channels) * sizeof(float));
   }
 
-  // The negated steps and the slack of kLanes rows. A row beyond the range of the bound gets the slack -1.
+  // The slack of kLanes rows, which the screen rounds. A row beyond the range of the bound gets the slack -1.
   void centre(int64_t n) {
-    Scores length = Isa::fill(0), error = Isa::fill(0);
-    Words even = {};
-    for (int64_t c = 0; c < book_.channels; ++c) {
-      const Scores value = Isa::gather(values_.at(n * book_.channels + c), book_.channels);
-      const Scores x = (Isa::fill(book_.mean[c]) - value) * Isa::fill(book_.scale);
-      const Words kept = rounded(x);
-      const Scores lost = x - (Scores)kept;
-      length += x * x;
-      error += lost * lost;
-      Step* to = negated_.at((Isa::kPairs ? c / 2 : c) * capacity_ + n);
-      if (!Isa::kPairs) {
-        std::memcpy(to, &kept, sizeof kept);
-      } else if (c % 2 == 0) {
-        even = kept >> 16;
-        std::memcpy(to, &even, sizeof even);  // to stay if there is no odd channel
-      } else {
-        const Words pair = even | kept;
-        std::memcpy(to, &pair, sizeof pair);
-      }
-    }
-    const Scores slack = slack_of(length, error);
-    Isa::store(slack_.at(n), slack);
+    Scores length, error;
+    screen_.round(values_.at(n * book_.channels), n, length, error);
+    Isa::store(slack_.at(n), slack_of(length, error));
   }
 
   // The bound of docs/ops/nearest_code.md, twice, from the squared lengths of rows and of what rounding took.
@@ -170,155 +112,95 @@ class Chunk {
     return squared_length < 0x1p100f ? slack : Isa::fill(-1);  // NaN is not below
   }
 
-  // Least scores in the classes of a tile, for kRows rows.
-  void screen(int64_t tile, int64_t n) {
-    constexpr int kBlocks = Isa::kBlocks;
-    const Step* codes = static_cast<const Step*>(book_.screen) + tile * kClass * steps_ * kLanes;
-    const float* norms = book_.half_norms + tile * kClass * kLanes;
-    const Step* x = negated_.at(n);
-    Scores least[kRows];
-    for (auto& scores : least) scores = Isa::fill(std::numeric_limits<float>::infinity());
-    for (int64_t block = 0; block < kClass; block += kBlocks) {
-      Scores scores[kRows][kBlocks];
-#pragma GCC unroll 16
-      for (int j = 0; j < kBlocks; ++j) {
-        const Scores norm = Isa::load(norms + (block + j) * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) scores[r][j] = norm;
-      }
-      const Step* code = codes + block * steps_ * kLanes;
-      for (int64_t s = 0; s < steps_; ++s) {
-        typename Isa::Codes step[kBlocks];
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlocks; ++j) step[j] = Isa::load_codes(code + (j * steps_ + s) * kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          const auto value = Isa::spread(x + s * capacity_ + r);
-#pragma GCC unroll 16
-          for (int j = 0; j < kBlocks; ++j) scores[r][j] = Isa::step(scores[r][j], value, step[j]);
-        }
-      }
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-        for (int j = 0; j < kBlocks; ++j) least[r] = Isa::minimum(least[r], scores[r][j]);
-      }
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) Isa::store(minima_.at((n + r) * minima_stride_ + tile * kLanes), least[r]);
+  // List every class that may hold the row's nearest code, in ascending order; how many there are. Rows that the screen
+  // cannot decide get none.
+  int64_t collect(int64_t n, int* to) {
+    const float* minima = minima_.at(n * minima_stride_);
+    const float lowest = Isa::lowest(Isa::load(least_.at(n * kLanes)));
+    const float limit = lowest + slack_[n] + 0x1p-22f * std::abs(lowest);
+    const int64_t listed = Isa::list_at_most(minima, classes_, limit, to);
+    undecided_[n] = !(slack_[n] >= 0 && limit < kInfinity && listed <= most_);
+    return undecided_[n] ? 0 : listed;
   }
 
-  // List every class that may hold a row's nearest code: rows, and classes of a row, in ascending order.
-  int64_t collect(int64_t count) {
-    constexpr int64_t kWord = 64;
-    int64_t listed = 0;
-    for (int64_t n = 0; n < count; ++n) {
-      const float* minima = minima_.at(n * minima_stride_);
-      Scores least = Isa::load(minima);
-      for (int64_t k = kLanes; k < classes_; k += kLanes) least = Isa::minimum(least, Isa::load(minima + k));
-      const float lowest = Isa::lowest(least);
-      const float limit = lowest + slack_[n] + 0x1p-22f * std::abs(lowest);
-      const int64_t first = listed;
-      bool full = !(slack_[n] >= 0 && limit < std::numeric_limits<float>::infinity());
-      for (int64_t k = 0; k < classes_ && !full; k += kWord) {
-        uint64_t kept = 0;
-        for (int64_t l = 0; l < smaller(kWord, classes_ - k); l += kLanes) {
-          kept |= static_cast<uint64_t>(Isa::at_most(Isa::load(minima + k + l), limit)) << l;
-        }
-        full = listed - first + __builtin_popcountll(kept) > most_;
-        for (; kept != 0 && !full; kept &= kept - 1) {
-          candidates_[listed++] = {static_cast<int>(n), static_cast<int>(k + __builtin_ctzll(kept))};
-        }
-      }
-      needs_full_scan_[n] = full;
-      if (full) listed = first;
-    }
-    return listed;
-  }
-
-  // The nearest code of each row, from the classes that are left. Distances in float32 have a relative error, as
-  // they add only what is not negative, and leave one code in nearly every case; the definition decides the others.
-  void decide(int64_t candidates, int64_t count, int64_t* indices) {
-    constexpr int kVectors = kClass / kLanes;
-    // The scale in two factors: one before the difference, which could overflow, and one after it.
+  // Distances in float32 to the codes of the row's candidates. Their error is relative, as they add only what is not
+  // negative. Values far from the order of one are scaled: by one factor before the difference, which could overflow, and
+  // by one after it.
+  template <bool kScaled>
+  void measure(int64_t n) {
     const float before = book_.scale < 1 ? book_.scale : 1, after = book_.scale < 1 ? 1 : book_.scale;
-    for (int64_t n = 0; n < count; ++n) {
-      nearest_[n] = std::numeric_limits<float>::infinity();
-      finalists_[n] = 0;
-    }
-    for (int64_t i = 0; i < candidates; ++i) {
-      const auto [n, number] = candidates_[i];
-      const float* value = values_.at(n * book_.channels);
-      const float* codes = static_cast<const float*>(book_.exact) + number * book_.channels * kClass;
-      Scores total[kVectors] = {};
-      for (int64_t c = 0; c < book_.channels; ++c) {
+    const float* value = values_.at(n * book_.channels);
+    for (int64_t i = first_[n]; i < first_[n + 1]; ++i) {
+      const float* codes = static_cast<const float*>(book_.exact) + candidates_[i] * book_.channels * kClass;
+      const auto add_square = [&](Scores& total, int64_t c, int v) {
+        const Scores code = Isa::load(codes + c * kClass + v * kLanes);
+        const Scores apart = kScaled ? (value[c] * before - code * before) * after : value[c] - code;
+        total = Isa::fused(apart, apart, total);
+      };
+      Scores even[kVectors] = {}, odd[kVectors] = {};  // channels apart: half as long to wait for the sum
+      for (int64_t c = 0; c + 1 < book_.channels; c += 2) {
         for (int v = 0; v < kVectors; ++v) {
-          const Scores code = Isa::load(codes + c * kClass + v * kLanes);
-          const Scores apart = (value[c] * before - code * before) * after;
-          total[v] += apart * apart;
+          add_square(even[v], c, v);
+          add_square(odd[v], c + 1, v);
         }
       }
-      Scores least = total[0];
       for (int v = 0; v < kVectors; ++v) {
-        Isa::store(near_.at(i * kClass + v * kLanes), total[v]);
-        least = Isa::minimum(least, total[v]);
+        if (book_.channels % 2 != 0) add_square(even[v], book_.channels - 1, v);
+        Isa::store(near_.at(i * kClass + v * kLanes), even[v] + odd[v]);
       }
-      const float lowest = Isa::lowest(least);
-      nearest_[n] = lowest < nearest_[n] ? lowest : nearest_[n];
     }
+  }
+
+  // The code of least distance. Mostly float32 leaves one; the definition decides the others.
+  int64_t nearest(int64_t n) {
+    const int64_t first = first_[n] * kVectors, last = first_[n + 1] * kVectors;
+    Scores least = Isa::fill(kInfinity);
+    for (int64_t i = first; i < last; ++i) least = Isa::minimum(least, Isa::load(near_.at(i * kLanes)));
     const float relative = 1.0f + static_cast<float>(book_.channels + 4) * 0x1p-22f;
-    for (int64_t i = 0; i < candidates; ++i) {
-      const auto [n, number] = candidates_[i];
-      const float limit = nearest_[n] * relative + 0x1p-100f;
-      for (int v = 0; v < kVectors; ++v) {
-        for (uint32_t kept = Isa::at_most(Isa::load(near_.at(i * kClass + v * kLanes)), limit); kept != 0;
-             kept &= kept - 1) {
-          const int64_t k = number * kClass + v * kLanes + __builtin_ctz(kept);
-          if (k >= book_.codes) break;
-          indices[n] = k;
-          ++finalists_[n];
-        }
-      }
+    const float limit = Isa::lowest(least) * relative + 0x1p-100f;
+    int finalists = 0;
+    int64_t index = 0;
+    for (int64_t i = first; i < last; ++i) {
+      const uint32_t kept = Isa::at_most(Isa::load(near_.at(i * kLanes)), limit);
+      finalists += __builtin_popcount(kept);
+      if (kept != 0) index = candidates_[i / kVectors] * kClass + i % kVectors * kLanes + __builtin_ctz(kept);
     }
-    for (int64_t i = 0; i < candidates; ++i) {
-      if (finalists_[candidates_[i].row] != 1) return decide_by_definition(candidates, indices);
-    }
+    return finalists == 1 ? index : by_definition(n);
   }
 
   struct Winner {
-    double distance = std::numeric_limits<double>::infinity();
+    double distance = kInfinity;
     int64_t index = 0;
   };
 
-  // The same from the definition alone, for the rows that are not decided yet.
-  void decide_by_definition(int64_t candidates, int64_t* indices) {
+  // The same from the definition alone: among the candidates, and among all codes.
+  int64_t by_definition(int64_t n) {
     Winner winner;
-    for (int64_t i = 0; i < candidates; ++i) {
-      const int n = candidates_[i].row;
-      if (i == 0 || candidates_[i - 1].row != n) winner = Winner{};
-      if (!book_.cosine && finalists_[n] == 1) continue;
-      check(n, candidates_[i].number, winner);
-      indices[n] = winner.index;
-    }
+    for (int64_t i = first_[n]; i < first_[n + 1]; ++i) check(n, candidates_[i], winner);
+    return winner.index;
+  }
+  int64_t anywhere(int64_t n) {
+    Winner winner;
+    for (int64_t number = 0; number * kClass < book_.codes; ++number) check(n, number, winner);
+    return winner.index;
   }
 
   // The distances of the definition between a row and a class, channel by channel in float64.
   void check(int64_t n, int64_t number, Winner& winner) {
     const float* value = values_.at(n * book_.channels);
     const int64_t offset = number * book_.channels * kClass;
-    constexpr int kVectors = 2 * kClass / kLanes;
-    Doubles total[kVectors] = {};
+    Doubles total[2 * kVectors] = {};
     if (book_.cosine) {
       const double* codes = static_cast<const double*>(book_.exact) + offset;
       for (int64_t c = 0; c < book_.channels; ++c) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < 2 * kVectors; ++v) {
           total[v] -= static_cast<double>(value[c]) * Isa::widen(codes + c * kClass + v * kLanes / 2);
         }
       }
     } else {
       const float* codes = static_cast<const float*>(book_.exact) + offset;
       for (int64_t c = 0; c < book_.channels; ++c) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < 2 * kVectors; ++v) {
           const Doubles apart = static_cast<double>(value[c]) - Isa::widen(codes + c * kClass + v * kLanes / 2);
           total[v] += apart * apart;
         }
@@ -341,16 +223,16 @@ class Chunk {
   const Codebook& book_;
   const Rows<T>& rows_;
   // Rows of minima are a vector apart beside their length, or a tile's would all fall into the same cache sets.
-  const int64_t capacity_, steps_, classes_, minima_stride_, most_;
-  Buffer<float> values_;          // [rows][C], as given
-  Buffer<Step> negated_;          // [steps][rows]
-  Buffer<float> slack_;           // [rows]
-  Buffer<float> minima_;          // [rows][classes], padded
-  Buffer<Candidate> candidates_;
-  Buffer<float> near_;            // [candidates][kClass], distances in float32
-  Buffer<float> nearest_;         // [rows], the least of them
-  Buffer<int> finalists_;         // [rows], codes that float32 cannot tell from the nearest
-  Buffer<bool> needs_full_scan_;  // [rows]
+  const int64_t classes_, minima_stride_, most_;
+  Screen screen_;
+  Buffer<float> values_;    // [rows][C], as given
+  Buffer<float> slack_;     // [rows]
+  Buffer<float> least_;     // [rows][kLanes], of the minima
+  Buffer<float> minima_;    // [rows][classes], padded
+  Buffer<int64_t> first_;   // [rows + 1], of a row's candidates
+  Buffer<int> candidates_;  // numbers of classes
+  Buffer<float> near_;      // [candidates][kClass], distances in float32
+  Buffer<bool> undecided_;  // [rows]
 };
 
 }  // namespace

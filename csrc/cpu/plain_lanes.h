@@ -13,6 +13,7 @@ struct PlainLanes {
   static void store(float* to, Scores values) { std::memcpy(to, &values, sizeof values); }
   static Scores fill(float value) { return value - Scores{}; }
   static Scores minimum(Scores a, Scores b) { return a < b ? a : b; }
+  static Scores fused(Scores a, Scores b, Scores c) { return a * b + c; }  // may round once or twice
 
   static Scores root(Scores values) {
     for (int l = 0; l < kLanes; ++l) values[l] = std::sqrt(values[l]);
@@ -36,6 +37,22 @@ struct PlainLanes {
     uint32_t mask = 0;
     for (int l = 0; l < kLanes; ++l) mask |= static_cast<uint32_t>(values[l] <= limit) << l;
     return mask;
+  }
+
+  // Write the numbers of the values that are at most `limit`, in ascending order; how many there are. count: whole vectors;
+  // `to` has room for one more. Lanes: the struct that builds on this one.
+  template <typename Lanes>
+  static int64_t list(const float* values, int64_t count, float limit, int* to) {
+    constexpr int64_t kWord = 64;  // of a mask: one guess of a branch for many values
+    const int* first = to;
+    for (int64_t i = 0; i < count; i += kWord) {
+      uint64_t kept = 0;
+      for (int64_t l = 0; l < kWord && i + l < count; l += kLanes) {
+        kept |= static_cast<uint64_t>(Lanes::at_most(Lanes::load(values + i + l), limit)) << l;
+      }
+      for (; kept != 0; kept &= kept - 1) *to++ = static_cast<int>(i) + __builtin_ctzll(kept);
+    }
+    return to - first;
   }
 
   static Doubles widen(const float* from) {

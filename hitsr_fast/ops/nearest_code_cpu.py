@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from hitsr_fast import env, extension
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_CHANNELS = 256
+from hitsr_fast.ops.nearest_code_inputs import as_maps, unsupported
 
 
 def available() -> str | None:
@@ -20,15 +18,7 @@ def available() -> str | None:
 
 def supports(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> str | None:
     """Why a call with such arguments cannot run here, or None."""
-    for name, tensor in (("x", x), ("codebook", codebook)):
-        if tensor.device.type != "cpu":
-            return f"needs CPU tensors, found {name} on {tensor.device.type}"
-        if tensor.dtype not in DTYPES:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            return f"needs float16, bfloat16 or float32, found {name} of {dtype}"
-    if codebook.shape[-1] > MAX_CHANNELS:
-        return f"needs C of at most {MAX_CHANNELS}, found {codebook.shape[-1]}"
-    return None
+    return unsupported(x, codebook, "cpu")
 
 
 def instruction_sets() -> list[str]:
@@ -81,11 +71,8 @@ def nearest_code_cpu(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: s
     packed: Sequence[Tensor] = parts
     if not layout.startswith("cpu:"):
         layout, packed = prepare(codebook, metric)
-    if x.dim() == 4:
-        rows, shape = x.flatten(2).transpose(1, 2)[None], (x.shape[0], *x.shape[2:])
-    else:
-        rows, shape = (x if x.dim() == 3 else x[None]), x.shape[:-1]
+    maps, shape = as_maps(x)
     cosine, codes = metric == "cosine", codebook.shape[-2]
     isa = layout.removeprefix("cpu:")
-    indices: Tensor = torch.ops.hitsr_fast._nearest_code_search(rows, list(packed), codes, cosine, isa)
+    indices: Tensor = torch.ops.hitsr_fast._nearest_code_search(maps, list(packed), codes, cosine, isa)
     return indices.view(shape)

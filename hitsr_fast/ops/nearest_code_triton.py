@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from hitsr_fast import env
+from hitsr_fast.ops.nearest_code_inputs import as_maps, unsupported
 
 LAYOUT = "triton"
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_CHANNELS = 256
 MAX_GROUPS = 65535  # of the third axis of a grid
 
 _TILE = 128  # codes that a turn of the screen's loop takes
@@ -33,14 +32,9 @@ def available() -> str | None:
 
 def supports(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> str | None:
     """Why a call with such arguments cannot run here, or None."""
-    for name, tensor in (("x", x), ("codebook", codebook)):
-        if tensor.device.type != "cuda" and not env.triton_interpret():
-            return f"needs CUDA or HIP tensors, found {name} on {tensor.device.type}"
-        if tensor.dtype not in DTYPES:
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            return f"needs float16, bfloat16 or float32, found {name} of {dtype}"
-    if codebook.shape[-1] > MAX_CHANNELS:
-        return f"needs C of at most {MAX_CHANNELS}, found {codebook.shape[-1]}"
+    reason = unsupported(x, codebook, None if env.triton_interpret() else "cuda")
+    if reason is not None:
+        return reason
     if codebook.dim() == 3 and codebook.shape[0] > MAX_GROUPS:
         return f"needs at most {MAX_GROUPS} groups, found {codebook.shape[0]}"
     return None
@@ -178,19 +172,15 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
         _nearest_code_screen_kernel,
     )
 
-    if x.dim() == 4:
-        rows, shape = x.flatten(2).transpose(1, 2)[None], (x.shape[0], *x.shape[2:])
-    else:
-        rows, shape = (x if x.dim() == 3 else x[None])[:, None], x.shape[:-1]
-    groups, blocks, inner, channels = rows.shape
-    count = blocks * inner
+    maps, shape = as_maps(x)
+    groups, batch, height, width, channels = maps.shape
+    count = batch * height * width
     indices = torch.empty((groups, count), dtype=torch.int64, device=x.device)
     if indices.numel() == 0:
         return indices.view(shape)
 
     packed = parts if layout == LAYOUT else prepare(codebook, metric)[1]
     mean, codes, half_norms, exact, bounds = packed
-    tiles = codes.shape[1] // _TILE
     tiles = codes.shape[1] // _TILE
     rounding, screen = round_constants(channels), screen_constants(channels)
     recheck, cosine = recheck_constants(channels, metric), metric == "cosine"
@@ -203,15 +193,15 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
     with torch.cuda.device_of(x):
         for begin in range(0, count, most):
             end = min(begin + most, count)
-            place = (begin, end, inner)
+            place = (begin, end, height, width)
             _nearest_code_round_kernel[(_blocks(end - begin, rounding["ROWS"]), groups)](
-                rows,
+                maps,
                 mean,
                 bounds,
                 rounded,
                 margins,
                 *place,
-                *rows.stride(),
+                *maps.stride(),
                 COSINE=cosine,
                 **rounding,
                 **ROUND_OPTIONS,
@@ -231,7 +221,7 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
                 **screen_options(channels),
             )
             _nearest_code_recheck_kernel[(_blocks(end - begin, recheck["ROWS"]), groups)](
-                rows,
+                maps,
                 exact,
                 bounds,
                 minima,
@@ -241,7 +231,7 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
                 codebook.shape[-2],
                 channels,
                 tiles,
-                *rows.stride(),
+                *maps.stride(),
                 count,
                 COSINE=cosine,
                 **recheck,

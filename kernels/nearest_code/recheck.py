@@ -43,13 +43,15 @@ def _nearest_code_recheck_kernel(
     indices,
     begin,
     end,
-    inner,
+    height,
+    width,
     codes,
     channels,
     tiles,
     stride_xg,
-    stride_xo,
-    stride_xn,
+    stride_xb,
+    stride_xy,
+    stride_xx,
     stride_xc,
     stride_ig,
     COSINE: tl.constexpr,
@@ -69,7 +71,7 @@ def _nearest_code_recheck_kernel(
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     count = end - begin
-    start = x + row_offsets(group, begin + row, inner, stride_xg, stride_xo, stride_xn)
+    start = x + row_offsets(group, begin + row, height, width, stride_xg, stride_xb, stride_xy, stride_xx)
     margin = margins + group * 3 * count + row
     slack = tl.load(margin, mask=row < count, other=-2.0)
     in_range = slack >= 0

@@ -46,10 +46,14 @@ def _margins(centred, kept, back, bounds, COSINE: tl.constexpr, CP: tl.constexpr
 
 
 @triton.jit
-def row_offsets(group, rows, inner, stride_xg, stride_xo, stride_xn):
-    """Of the first channel of rows; row n is place n % inner of block n // inner. group: int64."""
+def row_offsets(group, rows, height, width, stride_xg, stride_xb, stride_xy, stride_xx):
+    """Of the first channel of rows, the positions of maps, one map after the other. group: int64."""
+    y = rows // width
     return (
-        group * stride_xg + (rows // inner).to(tl.int64) * stride_xo + (rows % inner).to(tl.int64) * stride_xn
+        group * stride_xg
+        + (y // height).to(tl.int64) * stride_xb
+        + (y % height).to(tl.int64) * stride_xy
+        + (rows % width).to(tl.int64) * stride_xx
     )
 
 
@@ -62,10 +66,12 @@ def _nearest_code_round_kernel(
     margins,
     begin,
     end,
-    inner,
+    height,
+    width,
     stride_xg,
-    stride_xo,
-    stride_xn,
+    stride_xb,
+    stride_xy,
+    stride_xx,
     stride_xc,
     COSINE: tl.constexpr,
     C: tl.constexpr,
@@ -83,7 +89,7 @@ def _nearest_code_round_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     count = end - begin
     channels = tl.arange(0, CP)
-    offsets = row_offsets(group, begin + row, inner, stride_xg, stride_xo, stride_xn)
+    offsets = row_offsets(group, begin + row, height, width, stride_xg, stride_xb, stride_xy, stride_xx)
     inside = (row < count)[:, None] & (channels < C)[None, :]
     values = tl.load(
         x + offsets[:, None] + channels.to(tl.int64)[None, :] * stride_xc, mask=inside, other=0.0

@@ -119,6 +119,8 @@ def test_strides_maps_and_groups(metric: str) -> None:
     expected = reference(x.movedim(1, 3).reshape(-1, 6), codebook, metric).view(2, 5, 7)
     for view in (x, x.to(memory_format=torch.channels_last), x.mT.contiguous().mT):
         assert torch.equal(nearest_code(view, codebook, metric=metric), expected)  # type: ignore[arg-type]
+    cut = nearest_code(x[:, :, 1:4, 2:], codebook, metric=metric)  # type: ignore[arg-type]
+    assert torch.equal(cut, expected[:, 1:4, 2:])
     check(torch.randn(5, 12).T, torch.randn(9, 5).to(torch.bfloat16), metric)
     check(torch.randn(3, 10, 4), torch.randn(3, 8, 4), metric)
     for x, codebook in [(torch.zeros(0, 4), torch.zeros(2, 4)), (torch.zeros(0, 3, 4), torch.zeros(0, 2, 4))]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hitsr_fast import extension
 from hitsr_fast.dispatch import BackendUnavailableError, use_backend
 from hitsr_fast.ops import nearest_code, nearest_code_cpu, prepare_codebook
+from hitsr_fast.ops.nearest_code_inputs import as_maps
 from hitsr_fast.reference.nearest_code import nearest_code as reference
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -277,6 +278,14 @@ def test_maps(metric: str) -> None:
         assert torch.equal(nearest_code(view, codebook, metric=metric), expected)  # type: ignore[arg-type]
     assert torch.equal(nearest_code(x[:, :, 1:4, 2:], codebook, metric=metric), expected[:, 1:4, 2:])  # type: ignore[arg-type]
     assert nearest_code(x[:0], codebook).shape == (0, 5, 7)
+
+
+@pytest.mark.parametrize("cut", [slice(None), slice(1, 4)])
+def test_maps_are_not_copied_to_rows(cut: slice) -> None:
+    x = torch.randn(2, 6, 5, 7)[:, :, cut, cut]
+    maps, shape = as_maps(x)
+    assert (maps.data_ptr(), tuple(maps.shape)) == (x.data_ptr(), (1, 2, *x.shape[2:], 6))
+    assert shape == (2, *x.shape[2:])
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
