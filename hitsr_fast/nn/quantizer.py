@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hitsr_fast.nn.prepared import CodebookCache
 from hitsr_fast.ops import (
     ResidualDecoded,
     TokenizedPyramid,
@@ -52,6 +53,7 @@ class MultiScaleQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
         self.phi_weight = nn.Parameter(torch.zeros(config.num_phi, config.code_dim, config.code_dim, 3, 3))
         self.phi_bias = nn.Parameter(torch.zeros(config.num_phi, config.code_dim))
+        self._prepared = CodebookCache()
         nn.init.kaiming_uniform_(self.phi_weight.view(-1, *self.phi_weight.shape[2:]), a=5**0.5)
 
     def phi_index(self, target: int) -> list[int]:
@@ -91,6 +93,7 @@ class MultiScaleQuantizer(nn.Module):
             target_steps=self.config.target_steps,
             phi_index=[self.phi_index(target) for target in range(len(self.config.target_steps))],
             phi_ratio=self.config.phi_ratio,
+            prepared=self._prepared(self.codebook),
         )
 
     def reconstruct(self, indices: Tensor, target: int) -> Tensor:
