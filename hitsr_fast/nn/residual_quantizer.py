@@ -77,9 +77,10 @@ class ResidualQuantizer(nn.Module):
         self.metric: Metric = metric
         self.commitment = commitment
         self.phi_ratio = phi_ratio
-        self.embedding = nn.Embedding(codebook_size, code_dim)
+        # Made in VAR's order, so that one seed gives both the same weights.
         self.quant_resi = phi_bank(code_dim, phi_ratio, share_phi, separate_phi or len(self.scales))
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(self.scales), codebook_size))
+        self.embedding = nn.Embedding(codebook_size, code_dim)
         self.record_hit = 0
         self._prepared = CodebookCache()
 
@@ -131,7 +132,7 @@ class ResidualQuantizer(nn.Module):
             inputs: see there.
             per_scale: see there.
         """
-        lengths = [h * w for h, w in map(_pair, self.scales)]
+        lengths = [h * w for h, w in map(pair, self.scales)]
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
         if indices.dim() != 2 or indices.shape[1] not in ends:
             raise ValueError(
@@ -143,7 +144,7 @@ class ResidualQuantizer(nn.Module):
             *self.bank(),
             scales=self.scales[:steps],
             phi_index=self.phi_index(len(self.scales))[:steps],
-            size=_pair(self.scales[-1]),
+            size=pair(self.scales[-1]),
             phi_ratio=self.phi_ratio,
             inputs=inputs,
             per_scale=per_scale,
@@ -207,7 +208,7 @@ class ResidualQuantizer(nn.Module):
         The counter that lets the average slow down ticks once a scale.
         """
         S, K = self.ema_vocab_hit_SV.shape
-        lengths = [h * w for h, w in map(_pair, self.scales)]
+        lengths = [h * w for h, w in map(pair, self.scales)]
         scale = torch.arange(S, device=indices.device).repeat_interleave(
             torch.tensor(lengths, device=indices.device), output_size=sum(lengths)
         )
@@ -229,7 +230,8 @@ class ResidualQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _pair(scale: Scale) -> tuple[int, int]:
+def pair(scale: Scale) -> tuple[int, int]:
+    """Of a side or (h, w)."""
     return (scale, scale) if isinstance(scale, int) else scale
 
 

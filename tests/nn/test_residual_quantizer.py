@@ -27,8 +27,10 @@ OPTIONS = [
 ]
 
 
-def make(dtype: torch.dtype = torch.float64, scales: Any = SCALES, **options: Any) -> ResidualQuantizer:
-    quantizer = ResidualQuantizer(40, 3, scales, **options).to(dtype)
+def make(
+    dtype: torch.dtype = torch.float64, scales: Any = SCALES, K: int = 40, **options: Any
+) -> ResidualQuantizer:
+    quantizer = ResidualQuantizer(K, 3, scales, **options).to(dtype)
     randomize(quantizer)
     return quantizer
 
@@ -75,7 +77,7 @@ def test_gradcheck_of_the_loss() -> None:
 
     Finite differences see what a stopped gradient hides: each check takes the other part off, as a value.
     """
-    quantizer = make(share_phi=1, scales=[1, 2, (2, 3)], commitment=0.5)
+    quantizer = make(K=6, share_phi=1, scales=[1, 2, (2, 3)], commitment=0.5)
     z = torch.randn(1, 3, 2, 3, dtype=torch.float64)
     names = [name for name, _ in quantizer.named_parameters()]
     parameters = [parameter.detach().clone().requires_grad_() for parameter in quantizer.parameters()]
@@ -136,7 +138,7 @@ def test_names_of_the_state_dict(share: int) -> None:
         4: [f"quant_resi.qresi_ls.{i}.{part}" for i in range(4) for part in ("weight", "bias")],
     }[share]
     state = make(share_phi=share).state_dict()
-    assert list(state) == ["ema_vocab_hit_SV", "embedding.weight", *names]
+    assert list(state) == ["ema_vocab_hit_SV", *names, "embedding.weight"]
     assert state["ema_vocab_hit_SV"].shape == (5, 40)
     assert list(make(share_phi=share, phi_ratio=0.0).state_dict()) == ["ema_vocab_hit_SV", "embedding.weight"]
 
