@@ -2,24 +2,31 @@
 
 from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, nearest_code, prepare_codebook
 from hitsr_fast.ops.residual_quantize import (
+    ResidualDecoded,
     ResidualQuantized,
+    TokenizedPyramid,
     residual_decode,
     residual_quantize,
     residual_step,
+    tokenize_pyramid,
 )
 from hitsr_fast.ops.scale_block_attention import cached_attention_step, scale_block_attention
-from hitsr_fast.reference.residual_quantize import phi_table
+from hitsr_fast.reference.residual_quantize import nearest_phi, phi_table
 
 __all__ = [
     "Metric",
     "PreparedCodebook",
+    "ResidualDecoded",
     "ResidualQuantized",
+    "TokenizedPyramid",
     "cached_attention_step",
     "nearest_code",
+    "nearest_phi",
     "phi_table",
     "prepare_codebook",
     "residual_decode",
     "residual_quantize",
     "residual_step",
     "scale_block_attention",
+    "tokenize_pyramid",
 ]
