@@ -51,21 +51,30 @@ struct Rows {
   int64_t height, width, map_stride, y_stride, x_stride, channel_stride;
 };
 
-// Rows that the screen could not decide, searched through the whole codebook.
-using FullScans = int64_t;
+// Searches rows of one group, time and again, without allocating anything. Not for two threads at once.
+template <typename T>
+class Searcher {
+ public:
+  virtual ~Searcher() = default;
 
-#define HITSR_NEAREST_SEARCH(isa)                                                                       \
-  namespace isa {                                                                                       \
-  template <typename T>                                                                                 \
-  FullScans search(const Codebook&, const Rows<T>&, int64_t begin, int64_t end, int64_t* indices);      \
+  // Indices of rows [begin, end), to `indices`. Returns how many the screen could not decide, so that they were searched
+  // through the whole codebook.
+  virtual int64_t search(const Rows<T>& rows, int64_t begin, int64_t end, int64_t* indices) = 0;
+};
+
+// For up to `rows` rows at a time as fits; the caller owns it, and the codebook must outlive it.
+#define HITSR_NEAREST_SEARCHER(isa)                            \
+  namespace isa {                                              \
+  template <typename T>                                        \
+  Searcher<T>* make_searcher(const Codebook&, int64_t rows);   \
   }
-HITSR_NEAREST_SEARCH(portable)
+HITSR_NEAREST_SEARCHER(portable)
 #if defined(__x86_64__)
-HITSR_NEAREST_SEARCH(avx2)
-HITSR_NEAREST_SEARCH(avx512)
-HITSR_NEAREST_SEARCH(avx512_bf16)
-HITSR_NEAREST_SEARCH(amx_bf16)
+HITSR_NEAREST_SEARCHER(avx2)
+HITSR_NEAREST_SEARCHER(avx512)
+HITSR_NEAREST_SEARCHER(avx512_bf16)
+HITSR_NEAREST_SEARCHER(amx_bf16)
 #endif
-#undef HITSR_NEAREST_SEARCH
+#undef HITSR_NEAREST_SEARCHER
 
 }  // namespace hitsr_fast::nearest

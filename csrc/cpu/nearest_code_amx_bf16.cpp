@@ -25,12 +25,15 @@ class Screen {
       : book_(book),
         steps_(tile_steps(book.channels)),
         stride_(smaller(steps_, kTileSteps)),
-        negated_(rows * steps_) {
-    configure();
-  }
-  ~Screen() { _tile_release(); }
-  Screen(const Screen&) = delete;
-  Screen& operator=(const Screen&) = delete;
+        negated_(rows * steps_) {}
+
+  // Tiles are this thread's, and are shaped for these steps.
+  struct Active {
+    explicit Active(const Screen& screen) { screen.configure(); }
+    ~Active() { _tile_release(); }
+    Active(const Active&) = delete;
+    Active& operator=(const Active&) = delete;
+  };
 
   void round(const float* values, int64_t n, Scores& length, Scores& error) {
     float lengths[kLanes], errors[kLanes];

@@ -17,13 +17,13 @@ constexpr int kVectors = kClass / kLanes;  // of a class
 // From this scale to its inverse, squares of distances are far from overflow and underflow.
 constexpr float kPlainScale = 0x1p-30f;
 
-// A chunk of rows of one group, from input to indices.
+// Rows go from input to indices in chunks.
 template <typename T>
-class Chunk {
+class Search final : public Searcher<T> {
  public:
-  Chunk(const Codebook& book, const Rows<T>& rows, int64_t capacity)
+  Search(const Codebook& book, int64_t capacity)
       : book_(book),
-        rows_(rows),
+        capacity_(capacity),
         classes_(book.tiles * kLanes),
         minima_stride_(classes_ + kLanes),
         most_(classes_ / kFullScanShare + 4),
@@ -37,9 +37,19 @@ class Chunk {
         near_(capacity * most_ * kClass),
         undecided_(capacity) {}
 
-  FullScans search(int64_t begin, int64_t count, int64_t* indices) {
+  int64_t search(const Rows<T>& rows, int64_t begin, int64_t end, int64_t* indices) override {
+    const typename Screen::Active active(screen_);
+    int64_t full_scans = 0;
+    for (int64_t n = begin; n < end; n += capacity_) {
+      full_scans += search_chunk(rows, n, smaller(capacity_, end - n), indices + (n - begin));
+    }
+    return full_scans;
+  }
+
+ private:
+  int64_t search_chunk(const Rows<T>& rows, int64_t begin, int64_t count, int64_t* indices) {
     const int64_t padded = round_up(count, kPadding);
-    read(begin, count, padded);
+    read(rows, begin, count, padded);
     for (int64_t n = 0; n < padded; n += kLanes) centre(n);
     for (int64_t i = 0; i < padded; ++i) Isa::store(least_.at(i * kLanes), Isa::fill(kInfinity));
     for (int64_t tile = 0; tile < book_.tiles; ++tile) {
@@ -58,7 +68,7 @@ class Chunk {
       for (int64_t n = 0; n < count; ++n) plain ? measure<false>(n) : measure<true>(n);
       for (int64_t n = 0; n < count; ++n) indices[n] = nearest(n);
     }
-    FullScans full_scans = 0;
+    int64_t full_scans = 0;
     for (int64_t n = 0; n < count; ++n) {
       if (!undecided_[n]) continue;
       full_scans += finite(n);
@@ -67,25 +77,24 @@ class Chunk {
     return full_scans;
   }
 
- private:
   // Rows as given; zeros for padding.
-  void read(int64_t begin, int64_t count, int64_t padded) {
-    const int64_t channels = book_.channels, stride = rows_.channel_stride, area = rows_.height * rows_.width;
-    int64_t x = begin % rows_.width, y = begin % area / rows_.width;
-    const T* map = rows_.data + begin / area * rows_.map_stride;
+  void read(const Rows<T>& rows, int64_t begin, int64_t count, int64_t padded) {
+    const int64_t channels = book_.channels, stride = rows.channel_stride, area = rows.height * rows.width;
+    int64_t x = begin % rows.width, y = begin % area / rows.width;
+    const T* map = rows.data + begin / area * rows.map_stride;
     for (int64_t n = 0; n < count; ++n) {
-      const T* from = map + y * rows_.y_stride + x * rows_.x_stride;
+      const T* from = map + y * rows.y_stride + x * rows.x_stride;
       float* to = values_.at(n * channels);
       if (stride == 1) {
         for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<float>(from[c]);
       } else {
         for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<float>(from[c * stride]);
       }
-      if (++x < rows_.width) continue;
+      if (++x < rows.width) continue;
       x = 0;
-      if (++y < rows_.height) continue;
+      if (++y < rows.height) continue;
       y = 0;
-      map += rows_.map_stride;
+      map += rows.map_stride;
     }
     std::memset(values_.at(count * channels), 0, static_cast<size_t>((padded - count) * channels) * sizeof(float));
   }
@@ -221,9 +230,8 @@ class Chunk {
   }
 
   const Codebook& book_;
-  const Rows<T>& rows_;
   // Rows of minima are a vector apart beside their length, or a tile's would all fall into the same cache sets.
-  const int64_t classes_, minima_stride_, most_;
+  const int64_t capacity_, classes_, minima_stride_, most_;
   Screen screen_;
   Buffer<float> values_;    // [rows][C], as given
   Buffer<float> slack_;     // [rows]
@@ -238,19 +246,13 @@ class Chunk {
 }  // namespace
 
 template <typename T>
-FullScans search(const Codebook& book, const Rows<T>& rows, int64_t begin, int64_t end, int64_t* indices) {
+Searcher<T>* make_searcher(const Codebook& book, int64_t rows) {
   const int64_t row_bytes = book.tiles * kLanes * static_cast<int64_t>(sizeof(float));
   const int64_t fitting = kMinimaBytes / row_bytes / kPadding * kPadding;
-  const int64_t wanted = smaller(round_up(end - begin, kPadding), kMostRows);
-  const int64_t capacity = fitting < kPadding ? kPadding : smaller(fitting, wanted);
-  Chunk<T> chunk(book, rows, capacity);
-  FullScans full_scans = 0;
-  for (int64_t n = begin; n < end; n += capacity) {
-    full_scans += chunk.search(n, smaller(capacity, end - n), indices + (n - begin));
-  }
-  return full_scans;
+  const int64_t wanted = smaller(round_up(rows, kPadding), kMostRows);
+  return new Search<T>(book, fitting < kPadding ? kPadding : smaller(fitting, wanted));
 }
 
-template FullScans search(const Codebook&, const Rows<float>&, int64_t, int64_t, int64_t*);
-template FullScans search(const Codebook&, const Rows<c10::Half>&, int64_t, int64_t, int64_t*);
-template FullScans search(const Codebook&, const Rows<c10::BFloat16>&, int64_t, int64_t, int64_t*);
+template Searcher<float>* make_searcher(const Codebook&, int64_t);
+template Searcher<c10::Half>* make_searcher(const Codebook&, int64_t);
+template Searcher<c10::BFloat16>* make_searcher(const Codebook&, int64_t);

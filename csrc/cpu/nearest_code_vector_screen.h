@@ -17,6 +17,11 @@ class Screen {
         steps_(Isa::kPairs ? (book.channels + 1) / 2 : book.channels),
         negated_(rows * steps_) {}
 
+  // Holds while rows are taken in and searched.
+  struct Active {
+    explicit Active(const Screen&) {}
+  };
+
   // Take in kLanes rows of floats, to be numbered from n. Gives the squared lengths of the centred, scaled rows, and of
   // what rounding took from them.
   void round(const float* values, int64_t n, Scores& length, Scores& error) {

@@ -45,7 +45,12 @@ def full_scans() -> int:
     return count
 
 
-def _chosen() -> str:
+def chosen_isa() -> str:
+    """The instruction set that HITSR_FAST_CPU_ISA asks for, or the quickest.
+
+    Raises:
+        ValueError: this machine does not have it.
+    """
     names = instruction_sets()
     wanted = env.cpu_isa()
     if wanted is not None and wanted not in names:
@@ -61,7 +66,7 @@ def can_prepare(codebook: Tensor) -> bool:
 
 def prepare(codebook: Tensor, metric: str) -> tuple[str, tuple[Tensor, ...]]:
     """Name of the layout and the packed form of a codebook, `(K, C)` or `(G, K, C)`."""
-    isa = _chosen()
+    isa = chosen_isa()
     groups = codebook if codebook.dim() == 3 else codebook[None]
     return f"cpu:{isa}", tuple(torch.ops.hitsr_fast._nearest_code_pack(groups, metric == "cosine", isa))
 

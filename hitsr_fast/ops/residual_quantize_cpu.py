@@ -1,20 +1,27 @@
-"""CPU backend of `residual_quantize`: the definition's loop on the compiled codebook search."""
+"""CPU backend of the residual quantizer: csrc/cpu/residual_quantize*.cpp, on the best instruction set."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-import hitsr_fast.reference.residual_quantize as reference
 from hitsr_fast.ops import nearest_code_cpu
+from hitsr_fast.ops.nearest_code_inputs import unsupported
+
+_LIBRARY = torch.ops.hitsr_fast
 
 
 def supports(z: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
-    """Why a call with such arguments cannot run here, or None."""
-    rows = z.new_empty(0, dtype=reference.arithmetic_dtype(codebook))
-    return nearest_code_cpu.supports(rows, codebook, [], "", "l2")
+    """Why a call of `residual_quantize` with such arguments cannot run here, or None."""
+    return unsupported(z, codebook, "cpu")
+
+
+def supports_codes(codebook: Tensor) -> str | None:
+    """The same of the ops that search for nothing."""
+    return unsupported(codebook, codebook, "cpu")
 
 
 def residual_quantize_cpu(
@@ -32,24 +39,24 @@ def residual_quantize_cpu(
     inputs: bool,
     per_scale: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.residual_quantize`; the codebook is packed once for all scales."""
+    """As `reference.residual_quantize`."""
     if not layout.startswith("cpu:"):
         layout, parts = nearest_code_cpu.prepare(codebook, metric)
-
-    def search(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
-        return nearest_code_cpu.nearest_code_cpu(rows, codes, list(parts), layout, metric)
-
-    return reference.residual_quantize(
-        z,
-        codebook,
-        phi_weight,
-        phi_bias,
-        scales,
-        phi_index,
-        phi_ratio,
-        replay,
-        metric,
-        inputs,
-        per_scale,
-        search=search,
+    bank, isa = (codebook, phi_weight, phi_bias, parts), layout.removeprefix("cpu:")
+    cosine = metric == "cosine"
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = _LIBRARY._residual_quantize(
+        z, *bank, scales, phi_index, phi_ratio, replay, cosine, inputs, per_scale, isa
     )
+    return out
+
+
+def residual_decode_cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.residual_decode`."""
+    out: tuple[Tensor, Tensor, Tensor] = _LIBRARY._residual_decode(*args, nearest_code_cpu.chosen_isa())
+    return out
+
+
+def residual_step_cpu(*args: Any) -> Tensor:
+    """As `reference.residual_step`."""
+    pooled: Tensor = _LIBRARY._residual_step(*args, nearest_code_cpu.chosen_isa())
+    return pooled
