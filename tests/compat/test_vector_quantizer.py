@@ -136,7 +136,7 @@ def test_mixtures_of_codes(share: int) -> None:
     for h, w in eager.scales:
         mixture = torch.randn(2, h * w, 50, dtype=torch.float64).softmax(-1) @ quantizer.embedding.weight
         maps.append(mixture.transpose(1, 2).unflatten(2, (h, w)))
-    check_lists(quantizer.embed_to_fhat(maps), eager.decode(maps))
+    check_lists(quantizer.embed_to_fhat(maps), eager.decode(maps, every_map=True))
     walk(quantizer, eager, maps)
 
 
@@ -216,7 +216,7 @@ def test_varsr_leaves_phi_out_of_the_last_scale(share: int, ratio: float) -> Non
     every_phi = eager_of(quantizer)
     rows = [
         F.interpolate(m, size=size, mode="area").flatten(2).transpose(1, 2)
-        for m, size in zip(every_phi.decode(maps), eager.scales, strict=True)
+        for m, size in zip(every_phi.decode(maps, every_map=True), eager.scales, strict=True)
     ]
     torch.testing.assert_close(quantizer.idxBl_to_input(encoded.indices), torch.cat(rows, 1), **SAME)
     quantizer.prog_si = 3
