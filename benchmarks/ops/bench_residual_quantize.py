@@ -129,7 +129,8 @@ class QuantizerCase(Case):
         decoded = torch.ops.hitsr_fast.residual_decode(
             indices[:1], *bank, scales, self.phi_index, [side, side], RATIO, False, False
         )[0]
-        latents = [_octaves(self.B, self.C, size, generator) * decoded.std() for size in self.target_sizes]
+        finest = _octaves(self.B, self.C, side, generator) * decoded.std()
+        latents = [F.adaptive_avg_pool2d(finest, size) for size in self.target_sizes]
         return tuple(tensor.to(device) for tensor in (*bank, *latents))
 
     def expected(self, *inputs: Tensor) -> Expected:
