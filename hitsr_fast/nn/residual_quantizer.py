@@ -253,7 +253,7 @@ class _ScaleLosses(torch.autograd.Function):
 
 def pair(scale: Scale) -> tuple[int, int]:
     """Of a side or (h, w)."""
-    return (scale, scale) if isinstance(scale, int) else scale
+    return (scale, scale) if isinstance(scale, int) else (scale[0], scale[1])
 
 
 def _distributed() -> bool:

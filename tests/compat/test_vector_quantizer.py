@@ -162,6 +162,8 @@ def test_other_scales() -> None:
     expected = eager_of(quantizer).encode(z, scales=scales, every_map=True)
     check_lists(quantizer.f_to_idxBl_or_fhat(z, False, v_patch_nums=scales), expected.indices)
     check_lists(quantizer.f_to_idxBl_or_fhat(z, True, scales), expected.maps)
+    lists: Any = [2, [3, 5], [7, 9]]  # as they come out of a configuration file
+    check_lists(quantizer.f_to_idxBl_or_fhat(z, False, lists), expected.indices)
     with pytest.raises(ValueError, match=r"the size of the last scale, \(16, 16\), found \(7, 9\)"):
         quantizer.f_to_idxBl_or_fhat(z, False)
     with pytest.raises(ValueError, match="the size of the last scale"):
