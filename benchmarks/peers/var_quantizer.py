@@ -67,7 +67,7 @@ class EagerQuantizer(nn.Module):
         self.znorm, self.beta, self.ratio, self.last_phi = znorm, beta, ratio, last_phi
         count = len(phi_weight)
         margin = 1 / 3 / count if count == 4 else 1 / 2 / count
-        self.ticks = np.linspace(margin, 1 - margin, count)
+        self.ticks: list[float] = np.linspace(margin, 1 - margin, count).tolist()
         self.hits = torch.zeros(len(scales), len(codebook))
         self.recorded = 0
 
@@ -75,7 +75,8 @@ class EagerQuantizer(nn.Module):
         """phi of scale number `scale` out of `scales`."""
         if self.ratio < 1e-6 or (scale == scales - 1 and not self.last_phi):
             return h
-        k = int(np.argmin(np.abs(self.ticks - scale / (scales - 1))))
+        position = scale / (scales - 1)
+        k = min(range(len(self.ticks)), key=lambda tick: abs(self.ticks[tick] - position))
         convolved = F.conv2d(h, self.phi_weight[k], self.phi_bias[k], padding=1)
         return h.mul(1 - self.ratio) + convolved.mul(self.ratio)
 
@@ -171,18 +172,19 @@ class EagerQuantizer(nn.Module):
         enough = world * (z.numel() / z.shape[1]) / len(self.codebook) * 0.08
         return [(hits >= enough).float().mean().item() * 100 for hits in self.hits]
 
-    def decode(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Reconstructions after each scale from the maps of codes `(B, C, h, w)` of all scales."""
-        total = torch.zeros((), dtype=maps[0].dtype)
+    def decode(self, maps: Sequence[Tensor], *, every_map: bool = False) -> list[Tensor]:
+        """Reconstructions after each scale, or after the last, from the maps of codes `(B, C, h, w)`."""
+        total = maps[0].new_zeros(len(maps[0]), maps[0].shape[1], *self.scales[-1])
         out = []
         for scale, h in enumerate(maps):
-            total = total + self.add(h, self.scales[-1], scale, len(self.scales))
+            added = self.add(h, self.scales[-1], scale, len(self.scales))
+            total = total + added if every_map else total.add_(added)
             out.append(total)
-        return out
+        return out if every_map else out[-1:]
 
     def teacher_inputs(self, indices: Sequence[Tensor]) -> Tensor:
         """`(B, T - tokens of the first scale, C)`: the reconstruction so far, pooled to each next scale."""
-        total = torch.zeros((), dtype=self.codebook.dtype)
+        total = self.codebook.new_zeros(len(indices[0]), self.codebook.shape[1], *self.scales[-1])
         rows = []
         for scale, following in enumerate(self.scales[1:]):
             h = self.lookup(indices[scale], self.scales[scale])

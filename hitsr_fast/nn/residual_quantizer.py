@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from hitsr_fast.nn.phi_bank import phi_bank, stacked
 from hitsr_fast.nn.prepared import CodebookCache
@@ -176,10 +177,8 @@ class ResidualQuantizer(nn.Module):
         z = z.to(torch.promote_types(self.embedding.weight.dtype, torch.float32))
         out = self.quantize(z, per_scale=True)
         assert out.reconstructions is not None
-        with torch.autocast(z.device.type, enabled=False):
-            each, latent = out.reconstructions, z.expand_as(out.reconstructions)
-            loss = F.mse_loss(each, latent.detach()) + self.commitment * F.mse_loss(latent, each.detach())
-            reconstruction = (out.reconstruction.detach() - z.detach()) + z
+        loss: Tensor = _ScaleLosses.apply(z, out.reconstructions, self.commitment)
+        reconstruction = (out.reconstruction.detach() - z.detach()) + z
         if self.training:
             self._count(out.indices)
         return TrainedQuantization(reconstruction, loss, out.indices)
@@ -230,9 +229,31 @@ class ResidualQuantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+class _ScaleLosses(torch.autograd.Function):
+    """Mean over s of `mse(Q_s, sg(z)) + commitment * mse(sg(Q_s), z)`; the two terms share their differences.
+
+    Autograd would take each difference twice, and go over all S maps more than twice as often.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, each: Tensor, commitment: float) -> Tensor:
+        """Of z `(B, C, H, W)` and Q `(S, B, C, H, W)`."""
+        ctx.save_for_backward(z, each)
+        ctx.commitment = commitment
+        errors = torch.stack([F.mse_loss(reconstruction, z) for reconstruction in each])
+        return errors.mean() * (1 + commitment)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, each = ctx.saved_tensors
+        grad_each = (each - z).mul_(2 * grad / each.numel())
+        return grad_each.sum(dim=0) * -ctx.commitment, grad_each, None
+
+
 def pair(scale: Scale) -> tuple[int, int]:
     """Of a side or (h, w)."""
-    return (scale, scale) if isinstance(scale, int) else scale
+    return (scale, scale) if isinstance(scale, int) else (scale[0], scale[1])
 
 
 def _distributed() -> bool:

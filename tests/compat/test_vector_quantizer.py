@@ -136,7 +136,7 @@ def test_mixtures_of_codes(share: int) -> None:
     for h, w in eager.scales:
         mixture = torch.randn(2, h * w, 50, dtype=torch.float64).softmax(-1) @ quantizer.embedding.weight
         maps.append(mixture.transpose(1, 2).unflatten(2, (h, w)))
-    check_lists(quantizer.embed_to_fhat(maps), eager.decode(maps))
+    check_lists(quantizer.embed_to_fhat(maps), eager.decode(maps, every_map=True))
     walk(quantizer, eager, maps)
 
 
@@ -162,6 +162,8 @@ def test_other_scales() -> None:
     expected = eager_of(quantizer).encode(z, scales=scales, every_map=True)
     check_lists(quantizer.f_to_idxBl_or_fhat(z, False, v_patch_nums=scales), expected.indices)
     check_lists(quantizer.f_to_idxBl_or_fhat(z, True, scales), expected.maps)
+    lists: Any = [2, [3, 5], [7, 9]]  # as they come out of a configuration file
+    check_lists(quantizer.f_to_idxBl_or_fhat(z, False, lists), expected.indices)
     with pytest.raises(ValueError, match=r"the size of the last scale, \(16, 16\), found \(7, 9\)"):
         quantizer.f_to_idxBl_or_fhat(z, False)
     with pytest.raises(ValueError, match="the size of the last scale"):
@@ -216,7 +218,7 @@ def test_varsr_leaves_phi_out_of_the_last_scale(share: int, ratio: float) -> Non
     every_phi = eager_of(quantizer)
     rows = [
         F.interpolate(m, size=size, mode="area").flatten(2).transpose(1, 2)
-        for m, size in zip(every_phi.decode(maps), eager.scales, strict=True)
+        for m, size in zip(every_phi.decode(maps, every_map=True), eager.scales, strict=True)
     ]
     torch.testing.assert_close(quantizer.idxBl_to_input(encoded.indices), torch.cat(rows, 1), **SAME)
     quantizer.prog_si = 3
