@@ -6,7 +6,7 @@ import os
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Result:
-    """What the kernel gives, with the rows (B, T, C) that it searched and what it planned."""
+    """What the kernel gives; what it planned; the rows (B, T, C) that it searched, and where (B, T) in full."""
 
     ranks: int
     strip: int
@@ -67,7 +67,7 @@ class Result:
     inputs: Tensor
     reconstructions: Tensor
     rows: Tensor
-    log: str = field(default="", compare=False)
+    full_scans: Tensor
 
 
 def write(problem: Problem, path: Path) -> None:
@@ -91,7 +91,7 @@ def write(problem: Problem, path: Path) -> None:
                 file.write(tensor.contiguous().numpy().tobytes())
 
 
-def read(problem: Problem, path: Path, log: str) -> Result:
+def read(problem: Problem, path: Path) -> Result:
     C, (H, W), B, S = problem.codebook.shape[1], problem.size, problem.batch, len(problem.scales)
     T = sum(h * w for h, w in problem.scales)
     first = problem.scales[0][0] * problem.scales[0][1]
@@ -111,7 +111,7 @@ def read(problem: Problem, path: Path, log: str) -> Result:
         take(np.float32, B, T - first if problem.inputs else 0, C),
         take(np.float32, S if problem.per_scale else 0, B, C, H, W),
         take(np.float32, B, T, C),
-        log,
+        take(np.uint8, B, T).bool(),
     )
     assert place == len(data)
     return result
@@ -135,4 +135,4 @@ def run(program: Path, problem: Problem, folder: Path) -> Result:
     """Runs the program and reads what it leaves."""
     done = execute(program, problem, folder)
     assert done.returncode == 0, done.stderr
-    return read(problem, folder / "result", done.stderr)
+    return read(problem, folder / "result")

@@ -92,11 +92,13 @@ void solve(const char* from, const char* to) {
   std::vector<int64_t> indices(size_t(p.batch) * tokens, -1);
   std::vector<float> reconstruction(map), inputs(p.inputs ? size_t(p.batch) * (tokens - skipped) * C : 0);
   std::vector<float> reconstructions(p.per_scale ? map * p.num_scales : 0), rows(size_t(p.batch) * tokens * C);
+  std::vector<uint8_t> full_scans(size_t(p.batch) * tokens);
   args.indices = indices.data();
   args.reconstruction = reconstruction.data();
   args.inputs = p.inputs ? inputs.data() : nullptr;
   args.reconstructions = p.per_scale ? reconstructions.data() : nullptr;
   args.rows = rows.data();
+  args.full_scans = full_scans.data();
   args.batch = p.batch;
   args.height = p.height;
   args.width = p.width;
@@ -125,6 +127,7 @@ void solve(const char* from, const char* to) {
   write(file, inputs);
   write(file, reconstructions);
   write(file, rows);
+  write(file, full_scans);
 }
 
 }  // namespace

@@ -35,7 +35,9 @@ struct Arguments {
   float* reconstruction;         // (B, C, H, W)
   float* inputs;                 // (B, T - h0 w0, C), or null
   float* reconstructions;        // (S, B, C, H, W), or null
-  float* rows;                   // (B, T, C): the rows that were searched, for tests; or null
+  // For tests, or null: the rows (B, T, C) that were searched, and where (B, T) the screen could not decide.
+  float* rows;
+  uint8_t* full_scans;
   int batch, height, width, size, tiles, tokens, replayed, num_scales, strip;
   float ratio;
   Scale scales[kMaxScales];

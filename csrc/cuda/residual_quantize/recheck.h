@@ -144,7 +144,9 @@ HITSR_DEVICE void recheck_rows(
     if (lane % kTeam == 0 && row < count) {
       const int token = first + row;
       for (int rank = 0; rank < ranks; ++rank) block.remote(part.tokens, rank)[token] = code;
-      args.indices[size_t(part.image) * args.tokens + part.start + token] = code;
+      const size_t place = size_t(part.image) * args.tokens + part.start + token;
+      args.indices[place] = code;
+      if (args.full_scans != nullptr) args.full_scans[place] = every;
     }
   }
 }
