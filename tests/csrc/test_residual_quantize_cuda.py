@@ -18,7 +18,7 @@ from torch import Tensor
 import hitsr_fast.reference.residual_quantize as reference
 from hitsr_fast.reference.nearest_code import nearest_code
 from hitsr_fast.reference.residual_quantize import phi_table
-from tests.csrc.host_kernel import ROOT, SHARED, SOURCE, Problem, Result, build, execute, run
+from tests.csrc.host_kernel import ROOT, SHARED, SOURCE, Problem, Result, build, execute, read, run
 from tests.tolerances import TOLERANCES
 
 QUICK = ("-O2", "-march=native")
@@ -240,7 +240,9 @@ def test_threads_do_not_race(tmp_path: Path) -> None:
     """A thread of the system for each of the GPU's, watched by a sanitizer that sees what is not ordered."""
     program = build(tmp_path, *THREADS)
     for made in sanitized():
-        check(made, run(program, made, tmp_path))
+        found = run(program, made, tmp_path)
+        check(made, found)
+        assert not found.full_scans.any()
 
 
 def barriers() -> Iterator[tuple[Path, int]]:
@@ -260,15 +262,6 @@ def break_copy(folder: Path, path: Path, number: int) -> None:
     (folder / path).write_text(text[: call.start()] + text[call.end() :])
 
 
-def fails(program: Path, made: Problem, folder: Path) -> bool:
-    done = execute(program, made, folder)
-    if done.returncode == REPORTED:
-        assert RACED in done.stderr
-        return True
-    found = run(program, made, folder)
-    return bool(found.full_scans.any())
-
-
 def test_a_removed_barrier_is_found(tmp_path: Path) -> None:
     path, number = next(found for found in barriers() if found[0].name == "spread.h")
     break_copy(tmp_path, path, number)
@@ -280,7 +273,14 @@ def test_a_removed_barrier_is_found(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("path", "number"), list(barriers()), ids=lambda value: getattr(value, "stem", value))
 def test_every_removed_barrier_is_found(tmp_path: Path, path: Path, number: int) -> None:
-    """A race; or, of a copy that nobody waits for, rows that the screen cannot decide."""
+    """By a race or what comes of it; or, of copies that nobody waits for, by rows that the screen cannot decide.
+
+    Nothing else can fail: the same problems pass with all barriers in place.
+    """
     break_copy(tmp_path, path, number)
     program = build(tmp_path, *THREADS, root=tmp_path)
-    assert any(fails(program, made, tmp_path) for made in sanitized())
+    assert any(
+        execute(program, made, tmp_path).returncode != 0
+        or read(made, tmp_path / "result").full_scans.any()
+        for made in sanitized()
+    )
