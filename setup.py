@@ -38,7 +38,7 @@ def nvcc_module() -> ModuleType:
 
 
 def cuda_wanted() -> str:
-    """`HITSR_FAST_CUDA`: "0" leaves the CUDA extension out, "1" asks for it; else "", it is built for a GPU."""
+    """`HITSR_FAST_CUDA`: "0" leaves the CUDA extension out, "1" asks for it; "": it is built for a GPU."""
     wanted = os.environ.get("HITSR_FAST_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise ValueError(f"HITSR_FAST_CUDA: expected 0 or 1, found {wanted!r}")
@@ -62,7 +62,9 @@ def cuda_toolkit() -> Any:
     else:
         major = int(torch.version.cuda.split(".")[0])
         toolkit = nvcc_module().find_toolkit(major)
-        reason = f"no CUDA {major} toolkit (set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,cccl]=={major}.*')"
+        reason = (
+            f"no CUDA {major} toolkit (set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,cccl]=={major}.*')"
+        )
     if toolkit is None and wanted == "1":
         raise RuntimeError(f"HITSR_FAST_CUDA=1: {reason}")
     if toolkit is None:
@@ -103,7 +105,7 @@ def build_command(base: Any, toolkit: Any) -> Any:
 
 
 def cuda_extension(base: Any, toolkit: Any) -> Any:
-    """hitsr_fast._C_cuda, apart from its kernels: those are compiled by nvcc, which sees no header of torch."""
+    """hitsr_fast._C_cuda, but for its kernels: those are compiled by nvcc, which sees no header of torch."""
     nvcc = nvcc_module()
     targets = " ".join((*nvcc.TARGETS, nvcc.PTX))
     return base(
@@ -120,7 +122,7 @@ def cuda_extension(base: Any, toolkit: Any) -> Any:
 
 
 def extension() -> dict[str, Any]:
-    """Arguments of setup() that build hitsr_fast._C, and hitsr_fast._C_cuda for a GPU or where it is asked for.
+    """Arguments of setup() that build hitsr_fast._C, and hitsr_fast._C_cuda for a GPU or on demand.
 
     None where they are not wanted or cannot be built. The package works without them, and `hitsr-fast info`
     says what is missing. What goes wrong once the build of _C has started is an error.

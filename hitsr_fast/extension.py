@@ -6,7 +6,6 @@ import functools
 import importlib
 import importlib.util
 
-
 MODULES = {
     "_C": "install with --no-build-isolation where torch and a C++ compiler are",
     "_C_cuda": "install with --no-build-isolation where torch, a CUDA toolkit and a GPU are; "

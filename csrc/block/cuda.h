@@ -27,7 +27,7 @@ class CudaBlock {
   __device__ __forceinline__ void sync_warp() const { __syncwarp(); }
   __device__ __forceinline__ void sync_cluster() const {
     if constexpr (RANKS > 1) {
-      asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
+      asm volatile("barrier.cluster.arrive; barrier.cluster.wait;" ::: "memory");
     } else {
       __syncthreads();
     }

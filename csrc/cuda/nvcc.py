@@ -30,7 +30,7 @@ class Toolkit:
 
 
 def _candidates() -> Iterator[Path]:
-    """Where nvcc may be: a toolkit that is named, one that pip installed, one on the PATH, the usual place."""
+    """Where nvcc may be: a toolkit that is named, one of pip's, one on the PATH, the usual place."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             yield Path(os.environ[variable]) / "bin" / "nvcc"

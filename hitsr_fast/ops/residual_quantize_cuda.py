@@ -1,4 +1,4 @@
-"""CUDA C++ backend of `residual_quantize` and `residual_decode`: csrc/cuda, one kernel for all scales of a batch."""
+"""CUDA C++ backend of `residual_quantize` and `residual_decode`: csrc/cuda, one kernel for all scales."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _unsupported(
     if codebook.dtype not in CODEBOOK_DTYPES:
         dtype = str(codebook.dtype).removeprefix("torch.")
         return f"needs a codebook of float16, bfloat16 or float32, found {dtype}"
-    K, C = codebook.shape
+    C = codebook.shape[1]
     if C not in CHANNELS:
         return f"needs C of {', '.join(map(str, CHANNELS))}, found {C}"
     if len(scales) > 2 * MAX_SCALES:
@@ -80,7 +80,9 @@ def _unsupported(
         codebook.device.index, C, *size, list(scales)
     )
     if ranks == 0:
-        return f"needs the residual of an image in shared memory: {(C, *size)} does not fit into {limit} bytes"
+        return (
+            f"needs the residual of an image in shared memory: {(C, *size)} does not fit into {limit} bytes"
+        )
     return None
 
 

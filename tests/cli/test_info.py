@@ -35,8 +35,8 @@ def test_every_op_and_backend_is_listed(capsys: pytest.CaptureFixture[str]) -> N
 def test_state_of_the_extension(
     reason: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extension, "unavailable", lambda module: reason)
-    monkeypatch.setattr(extension, "build_info", lambda module: {"torch": "2.x", "cxx_standard": 202002})
+    monkeypatch.setattr(extension, "unavailable", lambda module="_C": reason)
+    monkeypatch.setattr(extension, "build_info", lambda module="_C": {"torch": "2.x", "cxx_standard": 202002})
     Info().run()
     shown = sections(capsys.readouterr().out)["extension"]
     assert shown == dict.fromkeys(
@@ -45,7 +45,7 @@ def test_state_of_the_extension(
 
 
 def test_build_info_tells_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "unavailable", lambda module: "not built")
+    monkeypatch.setattr(extension, "unavailable", lambda module="_C": "not built")
     with pytest.raises(RuntimeError, match=r"hitsr_fast\._C: not built"):
         extension.build_info()
 

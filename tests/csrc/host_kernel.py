@@ -35,7 +35,10 @@ def build(folder: Path, *options: str, root: Path = ROOT) -> Path:
 
 @dataclass(frozen=True)
 class Problem:
-    """Arguments of `residual_quantize`, and of the launch. z None: decode `replay`."""
+    """Arguments of `residual_quantize`, and of the launch. z None: decode `replay`.
+
+    phi_weight may be packed already; no parts: the codebook is packed here.
+    """
 
     z: Tensor | None
     codebook: Tensor
@@ -53,11 +56,12 @@ class Problem:
     max_ranks: int = 1
     strip: int = 0
     limit: int = SHARED["sm_80"]
+    parts: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the kernel gives; what it planned; the rows (B, T, C) that it searched, and where (B, T) in full."""
+    """What the kernel gives; its plan; the rows (B, T, C) that it searched, and where (B, T) in full."""
 
     ranks: int
     strip: int
@@ -72,16 +76,23 @@ class Result:
 
 def write(problem: Problem, path: Path) -> None:
     (K, C), (H, W) = problem.codebook.shape, problem.size
-    mean, codes, half_norms, exact, bounds = packing.prepare(problem.codebook, "l2")[1]
-    replay = problem.replay
+    parts = tuple(problem.parts) or packing.prepare(problem.codebook, "l2")[1]
+    phi, replay = problem.phi_weight, problem.replay
     header = [
-        *(C, problem.batch, H, W, K, codes.shape[1] // 128, problem.phi_weight.shape[0]),
+        *(C, problem.batch, H, W, K, parts[1].shape[1] // 128, phi.shape[0]),
         *(len(problem.scales), 0 if replay is None else replay.shape[1], problem.z is None),
-        *(problem.inputs, problem.per_scale, problem.threads, problem.max_ranks, problem.strip, problem.limit),
+        *(
+            problem.inputs,
+            problem.per_scale,
+            problem.threads,
+            problem.max_ranks,
+            problem.strip,
+            problem.limit,
+        ),
     ]
     scales = [(h, w, phi) for (h, w), phi in zip(problem.scales, problem.phi_index, strict=True)]
-    tensors = [problem.z, problem.codebook, mean, codes, half_norms, exact, bounds]
-    tensors += [pack_phi(problem.phi_weight), problem.phi_bias, replay]
+    packed = phi if phi.shape[-1] == 4 else pack_phi(phi)
+    tensors = [problem.z, problem.codebook, *parts, packed, problem.phi_bias, replay]
     with path.open("wb") as file:
         file.write(np.array(header, dtype=np.int32).tobytes())
         file.write(np.array(problem.phi_ratio, dtype=np.float32).tobytes())

@@ -1,4 +1,4 @@
-"""The CUDA kernel's own code on the CPU: against the reference, and under sanitizers of memory and of threads."""
+"""The CUDA kernel's own code on the CPU: against the reference, and under sanitizers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def problem(
 
 
 def check(given: Problem, found: Result) -> None:
-    """Every token against the definition on the rows that were searched, and those and all else in float64."""
+    """Tokens against the definition on the rows that were searched; those and all else in float64."""
     flat = [side for scale in given.scales for side in scale]
     replayed = 0 if given.replay is None else given.replay.shape[1]
     if given.replay is not None:
@@ -271,16 +271,17 @@ def test_a_removed_barrier_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("path", "number"), list(barriers()), ids=lambda value: getattr(value, "stem", value))
+@pytest.mark.parametrize(
+    ("path", "number"), list(barriers()), ids=lambda value: getattr(value, "stem", value)
+)
 def test_every_removed_barrier_is_found(tmp_path: Path, path: Path, number: int) -> None:
-    """By a race or what comes of it; or, of copies that nobody waits for, by rows that the screen cannot decide.
+    """By a race or what comes of it; or, where nobody waits for copies, by rows that no screen decides.
 
     Nothing else can fail: the same problems pass with all barriers in place.
     """
     break_copy(tmp_path, path, number)
     program = build(tmp_path, *THREADS, root=tmp_path)
     assert any(
-        execute(program, made, tmp_path).returncode != 0
-        or read(made, tmp_path / "result").full_scans.any()
+        execute(program, made, tmp_path).returncode != 0 or read(made, tmp_path / "result").full_scans.any()
         for made in sanitized()
     )

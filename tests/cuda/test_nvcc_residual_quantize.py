@@ -1,4 +1,4 @@
-"""The kernels of the CUDA backend, compiled by nvcc for chips that are not here: what they take, what they are made of."""
+"""The kernels of the CUDA backend, compiled by nvcc for chips that are not here, and taken apart."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def resources(report: str) -> dict[tuple[int, int], dict[str, int]]:
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a", "sm_100a"])
 def test_nothing_is_spilled(nvcc: ModuleType, tmp_path: Path, target: str) -> None:
-    """The plan of the launch is for dynamic shared memory alone, and for one block of a cluster of two at least twice."""
+    """Nor is shared memory taken that the plan of the launch does not know."""
     report = nvcc.compile_kernels(
         toolkit_or_fail(nvcc), f"-arch={target}", "-cubin", "-Xptxas=-v", out=tmp_path / "cubin"
     )
@@ -93,7 +93,12 @@ print(extension.build_info("_C_cuda")["targets"])
 print(torch.ops.hitsr_fast._residual_quantize_cuda.default._schema.name)
 """
     shown = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert shown.stdout.split("\n")[0] == " ".join((*nvcc.TARGETS, nvcc.PTX))
     assert "hitsr_fast::_residual_quantize_cuda" in shown.stdout

@@ -22,5 +22,7 @@ def load_nvcc() -> ModuleType:
 
 def toolkit_or_fail(nvcc: ModuleType) -> Any:
     toolkit = nvcc.find_toolkit()
-    assert toolkit is not None, "no nvcc: pip install 'cuda-toolkit[nvcc,cccl]', which is among the dev extras"
+    assert toolkit is not None, (
+        "no nvcc: pip install 'cuda-toolkit[nvcc,cccl]', which is among the dev extras"
+    )
     return toolkit
