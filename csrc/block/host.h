@@ -1,9 +1,10 @@
 // Block contexts that run on a CPU, for tests; block.h says what each member does.
 //
-// A Team runs the threads of a cluster and joins them at barriers. Fibers takes turns on one thread of the system: quick,
-// and a barrier that not all reach is an error rather than a hang. Threads gives each its own: slow, but a sanitizer of
-// threads then sees what a GPU's threads may do to each other. To that end nothing here orders more than CUDA promises:
-// shuffles and tile products wait for each other behind the sanitizer's back, and shared memory starts as NaN.
+// A Team runs the threads of a cluster and joins them at barriers. Fibers takes turns on one thread of the system:
+// quick, and a barrier that not all reach is an error rather than a hang. Threads gives each its own: slow, but a
+// sanitizer of threads then sees what a GPU's threads may do to each other. To that end nothing here orders more than
+// CUDA promises: shuffles and tile products wait for each other behind the sanitizer's back, and shared memory starts
+// as NaN.
 #pragma once
 
 #include <pthread.h>
@@ -140,16 +141,20 @@ template <class Team>
 struct HostWarp {
   static constexpr int kMaxWords = 40;
 
+  using Words = std::atomic<uint32_t>[kWarp][kMaxWords];  // what each thread puts in
+
   explicit HostWarp(Team& team) : sync(team, kWarp), exchange(team, kWarp) {}
 
   typename Team::Barrier sync, exchange;
-  std::atomic<uint32_t> words[2][kWarp][kMaxWords];
+  Words words[2];
 };
 
 template <class Team>
 struct HostShared {
   HostShared(Team& team, int threads, size_t size)
-      : bytes(size), memory(static_cast<unsigned char*>(std::aligned_alloc(64, (size + 63) / 64 * 64))), sync(team, threads) {
+      : bytes(size),
+        memory(static_cast<unsigned char*>(std::aligned_alloc(64, (size + 63) / 64 * 64))),
+        sync(team, threads) {
     memset(memory, 0xff, bytes);
     for (int warp = 0; warp < threads / kWarp; ++warp) warps.emplace_back(new HostWarp<Team>(team));
   }
@@ -223,8 +228,8 @@ class HostBlock {
     return flags;
   }
 
-  // A copy may land at any time until one waits for it: it writes to its place at once, for a sanitizer to see, and lands
-  // at the last moment, so that who reads too early reads what was there before.
+  // A copy may land at any time until one waits for it: it writes to its place at once, for a sanitizer to see, and
+  // lands at the last moment, so that who reads too early reads what was there before.
   void copy_async(void* to, const void* from) {
     auto* const words = static_cast<volatile uint32_t*>(to);
     for (int i = 0; i < 4; ++i) words[i] = words[i];
@@ -279,7 +284,7 @@ class HostBlock {
   };
 
   // What all threads of the warp have put in. Two places by turns: none is filled anew before all have read it.
-  auto exchange(const uint32_t* mine, size_t count) -> const std::atomic<uint32_t> (&)[kWarp][HostWarp<Team>::kMaxWords] {
+  const typename HostWarp<Team>::Words& exchange(const uint32_t* mine, size_t count) {
     auto& place = warp_.words[turn_];
     turn_ ^= 1;
     for (size_t i = 0; i < count; ++i) place[thread_ % kWarp][i].store(mine[i], std::memory_order_relaxed);

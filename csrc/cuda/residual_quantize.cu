@@ -1,5 +1,6 @@
-// Kernels of the CUDA backend of `residual_quantize`. What they do is in residual_quantize/, which the host can run too;
-// docs/ops/residual_quantize.md describes it. Compiled with -fmad=false: where one step is meant, the source says so.
+// Kernels of the CUDA backend of `residual_quantize`. What they do is in residual_quantize/, which the host can run
+// too; docs/ops/residual_quantize.md describes it. Compiled with -fmad=false: where one step is meant, the source says
+// so.
 #include "../block/cuda.h"
 #include "residual_quantize.cuh"
 #include "residual_quantize/quantize.h"

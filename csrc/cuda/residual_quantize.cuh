@@ -1,5 +1,5 @@
-// The CUDA backend of `residual_quantize`, as its binding (residual_quantize_op.cpp) sees it: no header of torch's here,
-// so that nvcc compiles little.
+// The CUDA backend of `residual_quantize`, as its binding (residual_quantize_op.cpp) sees it: no header of torch's
+// here, so that nvcc compiles little.
 #pragma once
 
 #include <cuda_runtime_api.h>

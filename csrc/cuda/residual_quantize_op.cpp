@@ -43,8 +43,8 @@ Plan plan_on(int device, int64_t C, int64_t H, int64_t W, const Scale* scales, i
       static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
 }
 
-// Blocks that would share an image on a device, and bytes of shared memory that each of them may have; 0 blocks where an
-// image does not fit.
+// Blocks that would share an image on a device, and bytes of shared memory that each of them may have; 0 blocks where
+// an image does not fit.
 std::tuple<int64_t, int64_t> plan_op(int64_t device, int64_t C, int64_t H, int64_t W, at::IntArrayRef flat) {
   Scale scales[residual::kMaxScales];
   const std::vector<int64_t> no_phi(flat.size() / 2, 0);
@@ -65,7 +65,8 @@ const void* pointer(
 }
 
 // The low-level op of hitsr_fast/ops/residual_quantize.py, except that z and parts may be missing (the codes of `replay`
-// are then decoded), that phi_weight is packed as `pack_phi` does, and that all is float32. parts: of nearest_code_triton.prepare.
+// are then decoded), that phi_weight is packed as `pack_phi` does, and that all is float32. parts: of
+// nearest_code_triton.prepare.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_op(
     const std::optional<at::Tensor>& z, const at::Tensor& codebook, const std::vector<at::Tensor>& parts,
     const at::Tensor& phi_weight, const at::Tensor& phi_bias, at::IntArrayRef flat, at::IntArrayRef phi_index,
@@ -81,9 +82,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> quantize_op(
   const int64_t K = codebook.size(0), C = codebook.size(1), H = size[0], W = size[1], P = phi_bias.size(0);
   const int64_t CP = std::max<int64_t>(C, 16), T0 = replay.has_value() ? replay->size(1) : 0;
   const int64_t first = int64_t(args.scales[0].height) * args.scales[0].width;
-  TORCH_CHECK_VALUE(residual::has_channels(static_cast<int>(C)), "codebook: expected 8, 16, 32 or 64 channels, found ", C);
+  TORCH_CHECK_VALUE(
+      residual::has_channels(static_cast<int>(C)), "codebook: expected 8, 16, 32 or 64 channels, found ", C);
   TORCH_CHECK_VALUE(z.has_value() || T0 == T, "replay: expected ", T, " tokens to decode, found ", T0);
-  for (int64_t phi : phi_index) TORCH_CHECK_VALUE(phi >= 0 && phi < P, "phi_index: expected 0 to ", P - 1, ", found ", phi);
+  for (int64_t phi : phi_index) {
+    TORCH_CHECK_VALUE(phi >= 0 && phi < P, "phi_index: expected 0 to ", P - 1, ", found ", phi);
+  }
 
   const int64_t tiles = (K + residual::kTile - 1) / residual::kTile, codes = tiles * residual::kTile;
   if (z.has_value()) {

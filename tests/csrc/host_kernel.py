@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -20,14 +22,17 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path("tests/csrc/residual_quantize_host.cpp")
 # Shared memory of a block holds one type after another: the compiler is not to tell them apart.
 FLAGS = ("-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror", "-pthread")
+COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which(COMPILER[0]) is None, reason=f"no C++ compiler ({COMPILER[0]})"
+)
 SHARED = {"sm_80": 166912, "sm_90": 232448}  # bytes that a block may have
 
 
 def build(folder: Path, *options: str, root: Path = ROOT) -> Path:
     """The executable of a checkout's source, in a folder."""
     program = folder / "residual_quantize_host"
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    command = [*compiler, *FLAGS, *options, str(root / SOURCE), "-o", str(program)]
+    command = [*COMPILER, *FLAGS, *options, str(root / SOURCE), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return program

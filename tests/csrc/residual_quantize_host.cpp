@@ -1,5 +1,5 @@
 // Runs the kernel of the CUDA backend of `residual_quantize` on the CPU: problem from one file, results to another.
-// test_residual_quantize_cuda.py writes and reads them. -DTEAM=Threads takes a thread of the system for each of the GPU's.
+// host_kernel.py writes and reads them. -DTEAM=Threads takes a thread of the system for each of the GPU's.
 #include <algorithm>
 #include <fstream>
 #include <stdexcept>
@@ -76,7 +76,8 @@ void solve(const char* from, const char* to) {
     tokens += count;
     most_tokens = std::max(most_tokens, count);
   }
-  const size_t C = p.channels, map = size_t(p.batch) * C * p.height * p.width, codes = size_t(p.tiles) * residual::kTile;
+  const size_t C = p.channels, map = size_t(p.batch) * C * p.height * p.width;
+  const size_t codes = size_t(p.tiles) * residual::kTile;
   if (!p.decode) args.z = reader.take<float>(map);
   args.codebook = reader.take<float>(size_t(p.size) * C);
   args.mean = reader.take<float>(C);

@@ -15,10 +15,12 @@ from hitsr_fast.dispatch import Backend, BackendUnavailableError, use_backend
 from hitsr_fast.ops import nearest_code_triton as packing
 from hitsr_fast.ops import residual_decode, residual_quantize
 from hitsr_fast.ops import residual_quantize_cuda as cuda
-from tests.csrc.host_kernel import Problem, build, run
+from tests.csrc.host_kernel import NEEDS_COMPILER, Problem, build, run
 from tests.tolerances import TOLERANCES
 
 SCALES, PHI = [(1, 2), (4, 4), (8, 6)], [0, 1, 1]
+
+pytestmark = NEEDS_COMPILER
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,18 @@ from torch import Tensor
 import hitsr_fast.reference.residual_quantize as reference
 from hitsr_fast.reference.nearest_code import nearest_code
 from hitsr_fast.reference.residual_quantize import phi_table
-from tests.csrc.host_kernel import ROOT, SHARED, SOURCE, Problem, Result, build, execute, read, run
+from tests.csrc.host_kernel import (
+    NEEDS_COMPILER,
+    ROOT,
+    SHARED,
+    SOURCE,
+    Problem,
+    Result,
+    build,
+    execute,
+    read,
+    run,
+)
 from tests.tolerances import TOLERANCES
 
 QUICK = ("-O2", "-march=native")
@@ -27,6 +38,8 @@ THREADS = ("-O1", "-g", "-march=native", "-fsanitize=thread", "-DTEAM=Threads")
 HIT = tuple((side, side) for side in (4, 6, 8, 10, 14, 16, 20, 24, 28, 32))
 BARRIER = re.compile(r"block\.(sync|sync_warp|sync_cluster|copy_wait)\(\);")
 RACED, REPORTED = "data race", 66
+
+pytestmark = NEEDS_COMPILER
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ struct Layout {
   size_t work, residual, tokens, taps, bytes;
 };
 
-// Parts that only one stage uses share `work`: the search's (see screen.h and recheck.h) and the strip (spread.h).
+// Parts that only one stage uses share `work`: the search's (screen.h, recheck.h) and the ring of rows (spread.h).
 HITSR_BOTH Layout layout_of(
     int channels, int height, int width, int ranks, int threads, int strip, int most_tokens, size_t gap = 0) {
   const auto padded = [](size_t bytes) { return (bytes + 15) / 16 * 16; };
@@ -82,7 +82,8 @@ struct Plan {
 
 // Two blocks where a cluster can have them and no window of the pooling lies in both; one else.
 inline Plan plan_for(
-    int channels, int height, int width, const Scale* scales, int num_scales, int threads, int max_ranks, size_t limit) {
+    int channels, int height, int width, const Scale* scales, int num_scales, int threads, int max_ranks,
+    size_t limit) {
   int most_tokens = 0;
   bool even = height % 2 == 0;
   for (int s = 0; s < num_scales; ++s) {
