@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml setup.py hitsr_fast/_version.py \
-                $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu kernels/*/__init__.py)
+                $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.py \
+                csrc/*/*/*.h kernels/*/__init__.py)
 
 # ninja, which builds the extension, is looked up on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)

@@ -1,16 +1,20 @@
-"""Packages and the optional C++ extension; all other metadata is in pyproject.toml."""
+"""Packages and the optional extensions in C++ and CUDA; all other metadata is in pyproject.toml."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 import sysconfig
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+CUDA = "hitsr_fast._C_cuda"
 
 
 def kernel_packages() -> dict[str, str]:
@@ -23,11 +27,105 @@ def kernel_packages() -> dict[str, str]:
     return {f"hitsr_fast.kernels.{folder.name}": f"kernels/{folder.name}" for folder in folders}
 
 
-def extension() -> dict[str, Any]:
-    """Arguments of setup() that build hitsr_fast._C; none where it is not wanted or cannot be built.
+def nvcc_module() -> ModuleType:
+    """csrc/cuda/nvcc.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("nvcc", ROOT / "csrc" / "cuda" / "nvcc.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nvcc"] = module  # where its dataclasses look for it
+    spec.loader.exec_module(module)
+    return module
 
-    The package works without it, and `hitsr-fast info` says that it is missing. What goes wrong once the
-    build has started is an error.
+
+def cuda_wanted() -> str:
+    """`HITSR_FAST_CUDA`: "0" leaves the CUDA extension out, "1" asks for it; "": it is built for a GPU."""
+    wanted = os.environ.get("HITSR_FAST_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"HITSR_FAST_CUDA: expected 0 or 1, found {wanted!r}")
+    return wanted
+
+
+def cuda_toolkit() -> Any:
+    """The toolkit for hitsr_fast._C_cuda, or None where it is not wanted or cannot be built.
+
+    Where it was asked for and cannot be built, that is an error.
+    """
+    import torch
+
+    wanted, toolkit = cuda_wanted(), None
+    if wanted == "0":
+        reason = "HITSR_FAST_CUDA=0"
+    elif torch.version.cuda is None:
+        reason = "torch is built without CUDA"
+    elif not wanted and not torch.cuda.is_available():
+        reason = "no GPU (HITSR_FAST_CUDA=1 builds it none the less)"
+    else:
+        major = int(torch.version.cuda.split(".")[0])
+        toolkit = nvcc_module().find_toolkit(major)
+        reason = (
+            f"no CUDA {major} toolkit (set CUDA_HOME, or pip install 'cuda-toolkit[nvcc,cccl]=={major}.*')"
+        )
+    if toolkit is None and wanted == "1":
+        raise RuntimeError(f"HITSR_FAST_CUDA=1: {reason}")
+    if toolkit is None:
+        print(f"hitsr_fast: {reason}, the CUDA extension is left out")
+    return toolkit
+
+
+def build_command(base: Any, toolkit: Any) -> Any:
+    """build_ext that compiles the CUDA extension's kernels by nvcc, and leaves the extension out if it fails.
+
+    Neither a mismatched compiler nor a full disk must cost the CPU backends; where the extension was asked
+    for, the failure is an error none the less.
+    """
+
+    class Build(base):  # type: ignore[misc]
+        def build_extension(self, extension: Any) -> None:
+            if extension.name != CUDA:
+                super().build_extension(extension)
+                return
+            try:
+                extension.extra_objects = [str(self.compiled_kernels())]
+                super().build_extension(extension)
+            except Exception as error:
+                if cuda_wanted() == "1":
+                    raise
+                print(f"hitsr_fast: the CUDA extension is left out, for its build failed: {error}")
+
+        def compiled_kernels(self) -> Path:
+            out = Path(self.build_temp).resolve() / "cuda_kernels.o"
+            sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+            if not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in sources):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                nvcc = nvcc_module()
+                nvcc.compile_kernels(toolkit, "-c", *nvcc.architectures(), out=out)
+            return out
+
+    return Build
+
+
+def cuda_extension(base: Any, toolkit: Any) -> Any:
+    """hitsr_fast._C_cuda, but for its kernels: those are compiled by nvcc, which sees no header of torch."""
+    nvcc = nvcc_module()
+    targets = " ".join((*nvcc.TARGETS, nvcc.PTX))
+    return base(
+        CUDA,
+        sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cpp")),
+        include_dirs=[str(ROOT / "csrc"), str(toolkit.include)],
+        depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()],
+        libraries=["c10_cuda"],
+        define_macros=[("HITSR_FAST_CUDA_TARGETS", f'"{targets}"')],
+        extra_compile_args=["-O2", "-Wall", "-fvisibility=hidden"],
+        extra_link_args=[f"-L{toolkit.library}", f"-l:libcudart.so.{toolkit.version[0]}"],
+        optional=cuda_wanted() != "1",
+    )
+
+
+def extension() -> dict[str, Any]:
+    """Arguments of setup() that build hitsr_fast._C, and hitsr_fast._C_cuda for a GPU or on demand.
+
+    None where they are not wanted or cannot be built. The package works without them, and `hitsr-fast info`
+    says what is missing. What goes wrong once the build of _C has started is an error.
     """
     if os.environ.get("HITSR_FAST_EXTENSION") == "0":
         print("hitsr_fast: HITSR_FAST_EXTENSION=0, the C++ extension is left out")
@@ -65,7 +163,9 @@ def extension() -> dict[str, Any]:
         ],
         extra_link_args=["-fopenmp"],
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    toolkit = cuda_toolkit()
+    modules = [module, cuda_extension(CppExtension, toolkit)] if toolkit else [module]
+    return {"ext_modules": modules, "cmdclass": {"build_ext": build_command(BuildExtension, toolkit)}}
 
 
 kernels = kernel_packages()

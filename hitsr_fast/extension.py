@@ -1,4 +1,4 @@
-"""The optional compiled module `hitsr_fast._C`. That it is missing is a normal state, with a reason."""
+"""The optional compiled modules `_C` and `_C_cuda`. That one is missing is a normal state, with a reason."""
 
 from __future__ import annotations
 
@@ -6,34 +6,40 @@ import functools
 import importlib
 import importlib.util
 
+MODULES = {
+    "_C": "install with --no-build-isolation where torch and a C++ compiler are",
+    "_C_cuda": "install with --no-build-isolation where torch, a CUDA toolkit and a GPU are; "
+    "HITSR_FAST_CUDA=1 needs no GPU",
+}
+
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why the extension cannot be used, or None once it is loaded.
+def unavailable(module: str = "_C") -> str | None:
+    """Why an extension, "_C" or "_C_cuda", cannot be used, or None once it is loaded.
 
     Example:
         >>> unavailable() is None or isinstance(unavailable(), str)
         True
     """
-    if importlib.util.find_spec("hitsr_fast._C") is None:
-        return "not built (install with --no-build-isolation where torch and a C++ compiler are)"
-    importlib.import_module("torch")  # _C links against its libraries
+    if importlib.util.find_spec(f"hitsr_fast.{module}") is None:
+        return f"not built ({MODULES[module]})"
+    importlib.import_module("torch")  # both link against its libraries
     try:
-        importlib.import_module("hitsr_fast._C")
+        importlib.import_module(f"hitsr_fast.{module}")
     except ImportError as error:
         # Typically a torch of another version than the one it was built with.
         return f"built, but does not load: {error}"
     return None
 
 
-def build_info() -> dict[str, str | int]:
-    """What the extension was built with: torch, compiler, cxx_standard.
+def build_info(module: str = "_C") -> dict[str, str | int]:
+    """What an extension was built with: torch, and the compiler and its standard, or cuda and its targets.
 
     Raises:
         RuntimeError: the extension is unavailable; the message says why.
     """
-    reason = unavailable()
+    reason = unavailable(module)
     if reason is not None:
-        raise RuntimeError(f"hitsr_fast._C: {reason}")
-    info: dict[str, str | int] = importlib.import_module("hitsr_fast._C").build_info()
+        raise RuntimeError(f"hitsr_fast.{module}: {reason}")
+    info: dict[str, str | int] = importlib.import_module(f"hitsr_fast.{module}").build_info()
     return info

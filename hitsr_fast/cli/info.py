@@ -33,13 +33,11 @@ class Info:
         _row("cuda", _cuda_state())
 
         _section("extension")
-        reason = extension.unavailable()
-        if reason is not None:
-            _row("hitsr_fast._C", reason)
-        else:
-            _row(
-                "hitsr_fast._C", ", ".join(f"{key} {value}" for key, value in extension.build_info().items())
-            )
+        for module in extension.MODULES:
+            reason = extension.unavailable(module)
+            if reason is None:
+                reason = ", ".join(f"{key} {value}" for key, value in extension.build_info(module).items())
+            _row(f"hitsr_fast.{module}", reason)
 
         _section("settings")
         _row("HITSR_FAST_BACKEND", env.backend() or "not set")

@@ -35,15 +35,17 @@ def test_every_op_and_backend_is_listed(capsys: pytest.CaptureFixture[str]) -> N
 def test_state_of_the_extension(
     reason: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extension, "unavailable", lambda: reason)
-    monkeypatch.setattr(extension, "build_info", lambda: {"torch": "2.x", "cxx_standard": 202002})
+    monkeypatch.setattr(extension, "unavailable", lambda module="_C": reason)
+    monkeypatch.setattr(extension, "build_info", lambda module="_C": {"torch": "2.x", "cxx_standard": 202002})
     Info().run()
-    shown = sections(capsys.readouterr().out)["extension"]["hitsr_fast._C"]
-    assert shown == (reason or "torch 2.x, cxx_standard 202002")
+    shown = sections(capsys.readouterr().out)["extension"]
+    assert shown == dict.fromkeys(
+        ("hitsr_fast._C", "hitsr_fast._C_cuda"), reason or "torch 2.x, cxx_standard 202002"
+    )
 
 
 def test_build_info_tells_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "unavailable", lambda: "not built")
+    monkeypatch.setattr(extension, "unavailable", lambda module="_C": "not built")
     with pytest.raises(RuntimeError, match=r"hitsr_fast\._C: not built"):
         extension.build_info()
 
