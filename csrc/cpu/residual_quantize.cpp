@@ -289,10 +289,10 @@ void walk_all(const Pyramid& pyramid, const Batch& batch, const nearest::Codeboo
 at::Tensor as_float(const at::Tensor& tensor) { return tensor.to(at::kFloat).contiguous(); }
 
 void check_indices(const at::Tensor& indices, int64_t codes, const char* name) {
-  if (indices.numel() == 0) return;
-  const int64_t low = indices.min().item<int64_t>(), high = indices.max().item<int64_t>();
+  const int64_t* first = indices.const_data_ptr<int64_t>();
+  const auto found = std::find_if(first, first + indices.numel(), [&](int64_t k) { return k < 0 || k >= codes; });
   TORCH_CHECK_VALUE(
-      0 <= low && high < codes, name, ": expected indices from 0 to ", codes - 1, ", found ", low, " to ", high);
+      found == first + indices.numel(), name, ": expected indices from 0 to ", codes - 1, ", found ", *found);
 }
 
 void make_outputs(Batch& batch, const Pyramid& pyramid, int64_t B, bool inputs, bool per_scale) {
@@ -316,9 +316,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> residual_quantize(
   const at::Tensor codes = as_float(codebook);
   Batch batch{codes, z, at::empty({B, pyramid.tokens}, codes.options().dtype(at::kLong)), 0, {}, {}, {}};
   if (replay) {
-    check_indices(*replay, codes.size(0), "replay");
-    batch.replayed = replay->size(1);
-    batch.indices.slice(1, 0, batch.replayed).copy_(*replay);
+    const at::Tensor given = replay->contiguous();
+    check_indices(given, codes.size(0), "replay");
+    batch.replayed = given.size(1);
+    batch.indices.slice(1, 0, batch.replayed).copy_(given);
   }
   make_outputs(batch, pyramid, B, inputs, per_scale);
   walk_all(pyramid, batch, &books[0], isa);
@@ -331,9 +332,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> residual_decode(
     bool per_scale, const std::string& isa) {
   check_cpu(indices, "indices");
   const Pyramid pyramid(codebook.size(1), size[0], size[1], isa, scales, phi_weight, phi_bias, phi_index, phi_ratio);
-  check_indices(indices, codebook.size(0), "indices");
   const at::Tensor codes = as_float(codebook);
   Batch batch{codes, {}, indices.contiguous(), pyramid.tokens, {}, {}, {}};
+  check_indices(batch.indices, codes.size(0), "indices");
   TORCH_CHECK_VALUE(indices.size(1) == pyramid.tokens, "indices: expected ", pyramid.tokens, " of each image");
   make_outputs(batch, pyramid, indices.size(0), inputs, per_scale);
   walk_all(pyramid, batch, nullptr, isa);
@@ -351,8 +352,8 @@ at::Tensor residual_step(
   const Pyramid pyramid(
       C, reconstruction.size(2), reconstruction.size(3), isa, scale, phi_weight.unsqueeze(0), phi_bias.unsqueeze(0), {0},
       phi_ratio, pooled);
-  check_indices(indices, codebook.size(0), "indices");
   const at::Tensor codes = as_float(codebook), tokens = indices.contiguous();
+  check_indices(tokens, codes.size(0), "indices");
   const at::Tensor out = at::empty({B, C, next_scale[0], next_scale[1]}, reconstruction.options());
   const Geometry& map = pyramid.map;
   for_each_image(pyramid, B, nullptr, isa, [&](int64_t image, const auto& run, float* work, float*) {

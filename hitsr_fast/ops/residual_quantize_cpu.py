@@ -19,8 +19,13 @@ def supports(z: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
     return unsupported(z, codebook, "cpu")
 
 
-def supports_codes(codebook: Tensor) -> str | None:
-    """The same of the ops that search for nothing."""
+def supports_decode(indices: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
+    """The same of `residual_decode`."""
+    return unsupported(codebook, codebook, "cpu")
+
+
+def supports_step(reconstruction: Tensor, indices: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
+    """The same of `residual_step`."""
     return unsupported(codebook, codebook, "cpu")
 
 

@@ -194,6 +194,7 @@ register(
     "-> (Tensor, Tensor, Tensor)",
     backends=[
         Backend("cuda", cuda.residual_decode_cuda, cuda.supports_decode, cuda.available),
+        Backend("cpu", cpu.residual_decode_cpu, cpu.supports_decode, nearest_code_cpu.available),
         Backend("reference", reference.residual_decode),
     ],
     fake=_decode_fake,
@@ -208,7 +209,10 @@ register(
 register(
     "residual_step(Tensor(a!) reconstruction, Tensor indices, Tensor codebook, Tensor phi_weight, "
     "Tensor phi_bias, int[] scale, int[] next_scale, float phi_ratio) -> Tensor",
-    backends=[Backend("reference", reference.residual_step)],
+    backends=[
+        Backend("cpu", cpu.residual_step_cpu, cpu.supports_step, nearest_code_cpu.available),
+        Backend("reference", reference.residual_step),
+    ],
     fake=_step_fake,
     check=_check_step,
 )
