@@ -43,8 +43,9 @@ Kernels kernels_of(const std::string& isa) {
   return {4, residual::portable::pool, residual::portable::spread};
 }
 
-// Zeros, on a cache line.
-at::Tensor floats(int64_t count) { return at::zeros({count + 16}, at::kFloat); }
+// Memory for floats, used from the first cache line on.
+at::Tensor floats(int64_t count) { return at::empty({count + 16}, at::kFloat); }
+at::Tensor zeros(int64_t count) { return at::zeros({count + 16}, at::kFloat); }
 float* aligned(const at::Tensor& memory) {
   const auto address = reinterpret_cast<uintptr_t>(memory.data_ptr<float>());
   return reinterpret_cast<float*>((address + 63) / 64 * 64);
@@ -92,8 +93,8 @@ class Pyramid {
   void fold(const at::Tensor& phi_weight, const at::Tensor& phi_bias, float ratio) {
     const int64_t phis = phi_bias.size(0), C = map.channels, stride = map.channels_stride;
     const at::Tensor weight = phi_weight.to(at::kFloat).contiguous(), bias = phi_bias.to(at::kFloat).contiguous();
-    weight_ = floats(phis * 9 * C * stride);
-    bias_ = floats(phis * stride);
+    weight_ = zeros(phis * 9 * C * stride);
+    bias_ = zeros(phis * stride);
     const float* from = weight.const_data_ptr<float>();
     float* to = aligned(weight_);
     for (int64_t p = 0; p < phis; ++p) {
@@ -137,10 +138,9 @@ class Worker {
  public:
   Worker(const Pyramid& pyramid, const nearest::Codebook* book, const std::string& isa) {
     const Geometry& map = pyramid.map;
-    const int64_t sizes[3] = {
-        map.width * map.channels_stride, pyramid.map_floats(),
-        (residual::kBandRows + 2) * (map.stride + 2) * map.channels_stride};
-    for (int i = 0; i < 3; ++i) memory_[i] = floats(sizes[i]);
+    memory_[0] = zeros(map.width * map.channels_stride);
+    memory_[1] = floats(pyramid.map_floats());
+    memory_[2] = zeros((residual::kBandRows + 2) * (map.stride + 2) * map.channels_stride);
     band = {aligned(memory_[0]), aligned(memory_[1]), aligned(memory_[2])};
     memory_[3] = floats(pyramid.most_tokens * map.channels_stride);
     rows = aligned(memory_[3]);
