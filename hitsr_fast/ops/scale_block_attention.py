@@ -38,7 +38,7 @@ def scale_block_attention(
     Notes:
         No mask tensor exists on any backend. Softmax and sums run in float32 at least.
         Gradient: in q, k and v, by an op of its own.
-        Backends: cpu (PyTorch's flash kernel once per block), reference.
+        Backends: cpu (AMX, AVX-512, AVX2 or portable), reference.
         Source: the block-wise causal attention of VAR (arXiv 2404.02905), section 3.2.
 
     Example:
@@ -92,7 +92,7 @@ def cached_attention_step(
 
     Notes:
         Steps over all blocks give what `scale_block_attention` gives, up to rounding.
-        Backends: reference.
+        Backends: cpu, reference.
         Source: VAR (arXiv 2404.02905), section 3.2.
 
     Example:
@@ -181,7 +181,10 @@ register(
 register(
     "cached_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
     "SymInt start, float softmax_scale) -> Tensor",
-    backends=[Backend("reference", reference.cached_attention_step)],
+    backends=[
+        Backend("cpu", cpu.cached_attention_step_cpu, cpu.supports),
+        Backend("reference", reference.cached_attention_step),
+    ],
     fake=_step_fake,
 )
 register_autograd("scale_block_attention", _attention_backward, _attention_context)

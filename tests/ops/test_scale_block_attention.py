@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,14 +12,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hitsr_fast import extension
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import cached_attention_step, scale_block_attention
+from hitsr_fast.ops.nearest_code_cpu import instruction_sets
 from tests.tolerances import TOLERANCES
 
+BUILT = extension.unavailable() is None
+KERNELS = ("amx_bf16", "avx512", "avx2", "portable")  # avx512_bf16 runs that of avx512
 BACKENDS = ["cpu", "reference"]
+COMPILED = [f"cpu:{isa}" for isa in KERNELS if isa in instruction_sets()] if BUILT else []
 FORWARD = torch.ops.hitsr_fast.scale_block_attention.default
 BACKWARD = torch.ops.hitsr_fast.scale_block_attention_backward.default
 STEP = torch.ops.hitsr_fast.cached_attention_step.default
+ROUNDINGS = 4  # of the largest value, beside twice PyTorch's error
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """`use_backend`; the CPU's may name an instruction set behind a colon."""
+    name, _, isa = backend.partition(":")
+    with pytest.MonkeyPatch.context() as patch, use_backend(name):
+        if isa:
+            patch.setenv("HITSR_FAST_CPU_ISA", isa)
+        yield
 
 
 def qkv(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> list[Tensor]:
@@ -50,7 +69,7 @@ def test_equals_a_dense_mask(
     torch.testing.assert_close(out, expected, **TOLERANCES["float64_reordered"]._asdict())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS + COMPILED)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, "float32_reordered"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")],
@@ -60,7 +79,7 @@ def test_lower_precision_and_long_blocks(backend: str, dtype: torch.dtype, toler
     blocks = [300, 9, 16]
     q, k, v = qkv(1, 325, 2, 8, dtype=dtype, grad=True)
     weight = torch.randn(1, 325, 2, 8, dtype=dtype)
-    with use_backend(backend):
+    with forced(backend):
         out = scale_block_attention(q, k, v, blocks)
     grads = torch.autograd.grad(out, (q, k, v), weight)
     expected = dense(q, k, v, blocks)
@@ -129,21 +148,182 @@ def test_lse_is_the_log_of_the_denominator(backend: str) -> None:
     torch.testing.assert_close(lse, expected, **TOLERANCES["float64_reordered"]._asdict())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(block_lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), room=st.integers(0, 3))
-def test_cached_steps_equal_the_whole(block_lengths: list[int], room: int) -> None:
+def test_cached_steps_equal_the_whole(backend: str, block_lengths: list[int], room: int) -> None:
     T = sum(block_lengths)
     q, k, v = qkv(2, T, 2, 4)
     k_cache, v_cache = (torch.full((2, T + room, 2, 4), torch.nan, dtype=torch.float64) for _ in range(2))
     start, outs = 0, []
     for length in block_lengths:
         rows = slice(start, start + length)
-        outs.append(cached_attention_step(q[:, rows], k[:, rows], v[:, rows], k_cache, v_cache, start))
+        with use_backend(backend):
+            outs.append(cached_attention_step(q[:, rows], k[:, rows], v[:, rows], k_cache, v_cache, start))
         start += length
     assert torch.equal(k_cache[:, :T], k)
     assert torch.equal(v_cache[:, :T], v)
     assert k_cache[:, T:].isnan().all()
     expected = scale_block_attention(q, k, v, block_lengths)
     torch.testing.assert_close(torch.cat(outs, 1), expected, **TOLERANCES["float64_reordered"]._asdict())
+
+
+# --- the compiled kernels
+
+
+def assert_as_exact_as_pytorch(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: list[int], scale: float | None = None
+) -> None:
+    """At most twice the error of PyTorch's own attention in that dtype, and a few roundings."""
+    exact = dense(q, k, v, blocks, scale)
+    with use_backend("reference"):
+        pytorch = scale_block_attention(q, k, v, blocks, softmax_scale=scale)
+    assert out.dtype == q.dtype and out.is_contiguous()
+    allowed = 2 * (pytorch.double() - exact).abs().max()
+    unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[q.dtype]
+    error = (out.double() - exact).abs().max()
+    assert error <= allowed + ROUNDINGS * unit * v.double().abs().max(), (error, allowed)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@given(
+    blocks=st.lists(st.one_of(st.integers(1, 9), st.integers(30, 150)), min_size=1, max_size=4),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 5),
+    head_dim=st.sampled_from([1, 3, 8, 17, 32, 40, 64, 96, 128, 130]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([None, 0.3, 0.0, -0.2]),
+)
+def test_kernels_of_each_instruction_set(
+    backend: str, blocks: list[int], batch: int, heads: int, head_dim: int, dtype: torch.dtype, scale: float
+) -> None:
+    q, k, v = qkv(batch, sum(blocks), heads, head_dim, dtype=dtype)
+    with forced(backend):
+        out = scale_block_attention(q, k, v, blocks, softmax_scale=scale)
+    assert_as_exact_as_pytorch(out, q, k, v, blocks, scale)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@given(
+    blocks=st.lists(st.one_of(st.integers(1, 9), st.integers(30, 150)), min_size=1, max_size=4),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 3, 17, 32, 40, 64, 128, 130]),
+    scale=st.sampled_from([None, 0.0, -0.2]),
+)
+def test_gradients_of_each_instruction_set(
+    backend: str, blocks: list[int], batch: int, heads: int, head_dim: int, scale: float | None
+) -> None:
+    fused = torch.randn(batch, sum(blocks), 3, heads, head_dim)
+    inputs = [part.requires_grad_() for part in fused.unbind(2)]
+    weight = torch.randn(heads, head_dim, batch, sum(blocks)).permute(2, 3, 0, 1)
+
+    def gradients(name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        with forced(name):
+            out = scale_block_attention(*(t.to(dtype) for t in inputs), blocks, softmax_scale=scale)
+            return torch.autograd.grad(out, inputs, weight.to(dtype))
+
+    exact = gradients("reference", torch.float64)
+    for found, pytorch, want in zip(gradients(backend), gradients("reference"), exact, strict=True):
+        assert found.is_contiguous()
+        allowed = 2 * (pytorch - want).abs().max() + ROUNDINGS * 2.0**-23 * (1 + want.abs().max())
+        assert (found - want).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_peaks_that_rise_and_scores_that_are_far_apart(backend: str, dtype: torch.dtype) -> None:
+    # Each block of keys scores higher than all before, by more than the headroom; the first score 200 less.
+    T = 700
+    q, k, v = qkv(1, T, 2, 16, dtype=torch.float32)
+    q[..., 0], k[..., 0] = 1.0, torch.arange(T)[None, :, None] * 0.3
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    with forced(backend):
+        out, lse = FORWARD(q, k, v, [600, 100], 1.0)
+    assert_as_exact_as_pytorch(out, q, k, v, [600, 100], 1.0)
+    scores = q.double().transpose(1, 2) @ k.double().transpose(1, 2).mT
+    expected = torch.cat([scores[:, :, :600, :600].logsumexp(-1), scores[:, :, 600:].logsumexp(-1)], dim=2)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), expected, **TOLERANCES["float32_lse"]._asdict())
+
+
+@pytest.mark.parametrize("backend", ["cpu", *COMPILED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_stay_where_they_are_seen(backend: str, dtype: torch.dtype) -> None:
+    blocks = [45, 30, 7]
+    q, k, v = qkv(1, 82, 2, 40, dtype=dtype)
+    with forced(backend):
+        before = scale_block_attention(q, k, v, blocks)
+        k[:, 45:], v[:, 45:60], v[:, 60:] = torch.nan, torch.inf, torch.nan
+        after = scale_block_attention(q, k, v, blocks)
+    assert torch.equal(before[:, :45], after[:, :45])
+    assert after[:, 45:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(1, 460, 5, 24, dtype=dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with forced(backend):
+                out, lse = FORWARD(q, k, v, [260, 40, 160], 0.2)
+                results.append((out, lse, *BACKWARD(out, q, k, v, out, lse, [260, 40, 160], 0.2)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_read_any_strides(backend: str, dtype: torch.dtype) -> None:
+    fused = torch.randn(2, 90, 3, 2, 24, dtype=dtype)
+    q, k, v = fused.unbind(2)
+    spread = k.mT.contiguous().mT
+    assert spread.stride(-1) != 1
+    with forced(backend):
+        expected = scale_block_attention(*(t.contiguous() for t in (q, k, v)), [50, 40])
+        assert torch.equal(scale_block_attention(q, spread, v, [50, 40]), expected)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_of_the_step(backend: str, dtype: torch.dtype) -> None:
+    blocks = [70, 1, 33, 150]
+    T = sum(blocks)
+    q, k, v = qkv(2, T, 3, 16, dtype=dtype)
+    caches = [torch.full((2, T + 9, 3, 16), torch.nan, dtype=dtype) for _ in range(2)]
+    start = 0
+    with forced(backend):
+        whole = scale_block_attention(q, k, v, blocks)
+        for length in blocks:
+            rows = slice(start, start + length)
+            out = cached_attention_step(q[:, rows], k[:, rows], v[:, rows], *caches, start)
+            assert torch.equal(out, whole[:, rows])
+            start += length
+    assert all(cache[:, T:].isnan().all() for cache in caches)
+
+
+def test_an_instruction_set_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HITSR_FAST_CPU_ISA", "neon")
+    error, message = (ValueError, "HITSR_FAST_CPU_ISA") if BUILT else (RuntimeError, "not built")
+    with use_backend("cpu"), pytest.raises(error, match=message):
+        scale_block_attention(*qkv(1, 5, 2, 4, dtype=torch.float32), [5])
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hitsr_fast.extension.unavailable", lambda: "not built")
+    q, k, v = qkv(1, 50, 2, 8, dtype=torch.float32)
+    caches = [torch.zeros(1, 50, 2, 8) for _ in range(2)]
+    with use_backend("cpu"):
+        out = scale_block_attention(q, k, v, [20, 30])
+        cached_attention_step(q[:, :20], k[:, :20], v[:, :20], *caches, 0)
+        step = cached_attention_step(q[:, 20:], k[:, 20:], v[:, 20:], *caches, 20)
+    tolerance = TOLERANCES["float32_reordered"]._asdict()
+    torch.testing.assert_close(out.double(), dense(q, k, v, [20, 30]), **tolerance)
+    torch.testing.assert_close(step, out[:, 20:], **tolerance)
 
 
 def test_second_derivatives_are_refused() -> None:
