@@ -33,7 +33,7 @@ void differentiate_block(const BackwardTask& task, int64_t tile, int64_t first, 
     const Scores delta = Isa::load(task.delta + tile * kQueries + v * kLanes);
     for (int64_t k = 0; k < count; ++k) {
       const int64_t place = k * kQueries + v * kLanes;
-      const Scores weight = power_of_two<5>(Isa::fused(Isa::load(weights + place), power, -lse));
+      const Scores weight = power_of_two<6>(Isa::fused(Isa::load(weights + place), power, -lse));
       Isa::store(weights + place, weight);
       Isa::store(gradients + place, (Isa::load(gradients + place) - delta) * weight * scale);
     }

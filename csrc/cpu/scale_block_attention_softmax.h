@@ -15,7 +15,7 @@ constexpr float kHeadroom = 8;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // 2^x for x up to kHeadroom; what is below -126 counts as -126. The polynomials are minimax on [-1/2, 1/2]. Relative
-// error, rounding included: below 2^-22 with kDegree 5, below 2^-13 with 3.
+// error, rounding included: below 2^-23 with kDegree 6, below 2^-13 with 3.
 template <int kDegree>
 inline Scores power_of_two(Scores x) {
   x = Isa::maximum(Isa::fill(-126), x);            // in this order NaN stays NaN
@@ -23,12 +23,13 @@ inline Scores power_of_two(Scores x) {
   const Scores shifted = x + shifter;
   const Scores part = x - (shifted - shifter);
   Scores y;
-  if constexpr (kDegree == 5) {
-    y = Isa::fused(Isa::fill(0.0013276472454890609f), part, Isa::fill(0.009675540961325169f));
-    y = Isa::fused(y, part, Isa::fill(0.05550713092088699f));
-    y = Isa::fused(y, part, Isa::fill(0.24022120237350464f));
-    y = Isa::fused(y, part, Isa::fill(0.6931469440460205f));
-    y = Isa::fused(y, part, Isa::fill(1.0000001192092896f));
+  if constexpr (kDegree == 6) {
+    y = Isa::fused(Isa::fill(0.0001534581242594868f), part, Isa::fill(0.0013399930903688073f));
+    y = Isa::fused(y, part, Isa::fill(0.009618489071726799f));
+    y = Isa::fused(y, part, Isa::fill(0.05550328642129898f));
+    y = Isa::fused(y, part, Isa::fill(0.24022646248340607f));
+    y = Isa::fused(y, part, Isa::fill(0.6931471824645996f));
+    y = Isa::fused(y, part, Isa::fill(1.0f));
   } else {
     static_assert(kDegree == 3);
     y = Isa::fused(Isa::fill(0.0551716685295105f), part, Isa::fill(0.2426111251115799f));
@@ -82,19 +83,20 @@ inline void finish(const Task& task) {
 template <int V>
 struct Softmax {
   const State state;
-  Scores peak[V], total[V];
+  Scores peak[V];
+  Scores total[V];  // of this block
   const Scores scale;
 
   Softmax(const State& state, float scale) : state(state), scale(Isa::fill(scale)) {
     for (int v = 0; v < V; ++v) {
       peak[v] = Isa::load(state.peak + v * kLanes);
-      total[v] = Isa::load(state.total + v * kLanes);
+      total[v] = Isa::fill(0);
     }
   }
   ~Softmax() {
     for (int v = 0; v < V; ++v) {
       Isa::store(state.peak + v * kLanes, peak[v]);
-      Isa::store(state.total + v * kLanes, total[v]);
+      Isa::store(state.total + v * kLanes, Isa::load(state.total + v * kLanes) + total[v]);
     }
   }
   Softmax(const Softmax&) = delete;
@@ -120,13 +122,13 @@ struct Softmax {
       const auto higher = found > peak[v] + Isa::fill(kHeadroom);
       const Scores next = higher ? found : peak[v];
       // At first the peak is -infinity, and the sums are 0.
-      factor[v] = higher ? power_of_two<5>(peak[v] - next) : Isa::fill(1);
+      factor[v] = higher ? power_of_two<6>(peak[v] - next) : Isa::fill(1);
       peak[v] = next;
       moves = moves || Isa::at_most(factor[v], 0.5f) != 0;
     }
     if (!moves) return;
     for (int v = 0; v < V; ++v) {
-      total[v] = total[v] * factor[v];
+      Isa::store(state.total + v * kLanes, Isa::load(state.total + v * kLanes) * factor[v]);
       for (int64_t d = 0; d < channels; ++d) {
         float* sum = state.sums + d * kQueries + v * kLanes;
         Isa::store(sum, Isa::load(sum) * factor[v]);

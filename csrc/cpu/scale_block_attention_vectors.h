@@ -8,7 +8,7 @@ namespace {
 constexpr int kRows = kFormat.rows, kVectors = kFormat.queries / Isa::kLanes;
 
 // Products of R rows with V vectors: to[r][v] (+)= sum over i of rows[i * kStep + r * kRow] * vectors[i][v], with strides
-// from one i and one r to the next.
+// from one i and one r to the next. What is there already is added last: short sums of short sums round less.
 template <int R, int V, bool kAdd, int64_t kStep, int64_t kRow>
 inline void multiply(
     const float* rows, const float* vectors, int64_t vectors_stride, int64_t count, float* to, int64_t to_stride) {
@@ -16,7 +16,7 @@ inline void multiply(
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) sums[r][v] = kAdd ? Isa::load(to + r * to_stride + v * kLanes) : Isa::fill(0);
+    for (int v = 0; v < V; ++v) sums[r][v] = Isa::fill(0);
   }
   for (int64_t i = 0; i < count; ++i, rows += kStep, vectors += vectors_stride) {
     Scores vector[V];
@@ -32,7 +32,10 @@ inline void multiply(
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) Isa::store(to + r * to_stride + v * kLanes, sums[r][v]);
+    for (int v = 0; v < V; ++v) {
+      float* sum = to + r * to_stride + v * kLanes;
+      Isa::store(sum, kAdd ? Isa::load(sum) + sums[r][v] : sums[r][v]);
+    }
   }
 }
 
@@ -67,7 +70,7 @@ void attend_block(const Task& task, int64_t tile, int64_t first, int64_t count) 
   for (int64_t k = 0; k < count; ++k) {
     float* score = scores + k * kQueries;
 #pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) Isa::store(score + v * kLanes, softmax.template weigh<5>(score, v));
+    for (int v = 0; v < V; ++v) Isa::store(score + v * kLanes, softmax.template weigh<6>(score, v));
   }
   gather<V>(values, count, scores, channels, softmax.state.sums);
 }
