@@ -1,0 +1,408 @@
+"""Triton backend of `residual_quantize`, `residual_decode` and `residual_step`: two kernels a scale."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hitsr_fast import env
+from hitsr_fast.ops import nearest_code_triton as nearest
+
+available = nearest.available
+
+_WORKSPACE = 2**23  # floats, 32 MiB, of what programs keep for themselves: a second-level cache holds it
+_SEARCH_PROGRAMS = 512  # enough to fill a large GPU: more rows are taken in turns,
+_UPDATE_PROGRAMS = 1024  # and of fewer the search shares the codes out
+
+
+def supports_quantize(z: Tensor, codebook: Tensor, phi_weight: Tensor, *_rest: Any) -> str | None:
+    """Why `residual_quantize` cannot run here with such arguments, or None."""
+    return _supports("z", z, codebook)
+
+
+def supports_decode(indices: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
+    """Why `residual_decode` cannot run here with such arguments, or None."""
+    return _supports("indices", indices, codebook)
+
+
+def supports_step(reconstruction: Tensor, indices: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
+    """Why `residual_step` cannot run here with such arguments, or None."""
+    return _supports("reconstruction", reconstruction, codebook)
+
+
+def _supports(name: str, tensor: Tensor, codebook: Tensor) -> str | None:
+    if tensor.device.type != "cuda" and not env.triton_interpret():
+        return f"needs CUDA or HIP tensors, found {name} on {tensor.device.type}"
+    if codebook.dtype not in nearest.DTYPES:
+        dtype = str(codebook.dtype).removeprefix("torch.")
+        return f"needs a codebook of float16, bfloat16 or float32, found {dtype}"
+    if codebook.shape[1] > nearest.MAX_CHANNELS:
+        return f"needs C of at most {nearest.MAX_CHANNELS}, found {codebook.shape[1]}"
+    return None
+
+
+def search_constants(channels: int) -> dict[str, int]:
+    """Block sizes of the search: those of the screen and of the re-check of `nearest_code` in one."""
+    padded = nearest.padded_channels(channels)
+    return {
+        "C": channels,
+        "CP": padded,
+        "CLASSES": 4,
+        "MEMBERS": 32,
+        "BLOCK_N": 64 if padded <= 64 else 32,
+        "BLOCK_K": 64,
+        "PARTS": 2,
+        "ROWS": 16,
+        "BLOCK_C": 8,
+        "CHUNK": 128,
+    }
+
+
+def update_constants(channels: int) -> dict[str, int]:
+    """Block sizes of the update."""
+    padded = nearest.padded_channels(channels)
+    return {
+        "C": channels,
+        "CP": padded,
+        "ROWS": 8,
+        "COLUMNS": 8,
+        "BLOCK_I": min(padded, 32),
+        "BLOCK_O": min(padded, 64),
+    }
+
+
+def pool_constants(channels: int) -> dict[str, int]:
+    """Block sizes of the pooling kernel."""
+    return {"C": channels, "BLOCK_C": min(nearest.padded_channels(channels), 32), "BLOCK_N": 64}
+
+
+def search_options(channels: int) -> dict[str, int]:
+    """Options of the search's launch."""
+    wide = nearest.padded_channels(channels) > 128
+    return {"num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2, "enable_fp_fusion": False}
+
+
+# One stage: what the update loads in its loop is what it has just stored.
+UPDATE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+POOL_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One scale: its size, its first token, its phi."""
+
+    h: int
+    w: int
+    begin: int
+    phi: int
+
+    @property
+    def end(self) -> int:
+        """One beyond its last token."""
+        return self.begin + self.h * self.w
+
+
+def _walk(scales: Sequence[int], phi_index: Sequence[int]) -> list[Scale]:
+    walk: list[Scale] = []
+    for h, w, phi in zip(scales[::2], scales[1::2], phi_index, strict=True):
+        walk.append(Scale(h, w, walk[-1].end if walk else 0, phi))
+    return walk
+
+
+class _Searcher:
+    """The packed codebook, and what the programs of a search keep for themselves, for all scales."""
+
+    def __init__(
+        self, codebook: Tensor, parts: list[Tensor], layout: str, metric: str, most_rows: int
+    ) -> None:
+        channels = codebook.shape[1]
+        packed = parts if layout == nearest.LAYOUT else nearest.prepare(codebook, metric)[1]
+        self._mean, self._codes, self._half_norms, self._exact, self._bounds = packed
+        self._constants, self._options = search_constants(channels), search_options(channels)
+        self._cosine, self._size = metric == "cosine", codebook.shape[0]
+        block, classes = self._constants["BLOCK_N"], self._constants["CLASSES"]
+        self._tiles = self._codes.shape[1] // (self._constants["BLOCK_K"] * self._constants["PARTS"])
+        row = self._tiles * classes + self._constants["CP"] + 2
+        self._programs = max(min(_SEARCH_PROGRAMS, _WORKSPACE // (row * block)), 1)
+        slots = min(_blocks(most_rows, block), self._programs)
+        new = codebook.new_empty
+        self._minima = new(slots * block * self._tiles * classes, dtype=torch.float32)
+        self._pooled = new(slots * block * self._constants["CP"], dtype=torch.float32)
+        self._margins = new(slots * block * 2, dtype=torch.float32)
+        self._arrived = codebook.new_zeros(slots, dtype=torch.int32)
+
+    def __call__(
+        self,
+        residual: Tensor,
+        scale: Scale,
+        indices: Tensor,
+        reconstruction: Tensor | None,
+        inputs: Tensor | None,
+    ) -> None:
+        """Codes of a scale into `indices`, and the pooled reconstruction into `inputs` where there is one."""
+        from hitsr_fast.kernels.residual_quantize import _residual_quantize_search_kernel
+
+        rows = residual.shape[0] * scale.h * scale.w
+        blocks = _blocks(rows, self._constants["BLOCK_N"])
+        programs = min(blocks, self._programs)
+        share = _blocks(self._tiles, max(self._programs // blocks, 1))
+        shares = _blocks(self._tiles, share)
+        pooled = self._pooled.view(-1, 1, 1) if inputs is None else inputs
+        map_pooled = residual if reconstruction is None else reconstruction
+        _residual_quantize_search_kernel[(programs, shares)](
+            residual,
+            map_pooled,
+            indices,
+            pooled,
+            self._mean,
+            self._codes,
+            self._half_norms,
+            self._exact,
+            self._bounds,
+            self._minima,
+            self._pooled,
+            self._margins,
+            self._arrived,
+            rows,
+            scale.begin,
+            *_bins(scale, residual),
+            self._size,
+            self._tiles,
+            share,
+            *residual.stride(),
+            *map_pooled.stride(),
+            indices.stride(0),
+            *pooled.stride(),
+            INPUTS=inputs is not None,
+            SHARED=shares > 1,
+            COSINE=self._cosine,
+            **self._constants,
+            **self._options,
+        )
+
+
+def _pool(x: Tensor, scale: Scale, rows: Tensor) -> None:
+    """Area averages of `x (B, C, H, W)` into `rows (B, h * w, C)`."""
+    from hitsr_fast.kernels.residual_quantize import _residual_quantize_pool_kernel
+
+    constants = pool_constants(x.shape[1])
+    count = x.shape[0] * scale.h * scale.w
+    _residual_quantize_pool_kernel[
+        (_blocks(count, constants["BLOCK_N"]), _blocks(x.shape[1], constants["BLOCK_C"]))
+    ](x, rows, count, *_bins(scale, x), *x.stride(), *rows.stride(), **constants, **POOL_OPTIONS)
+
+
+def _bins(scale: Scale, x: Tensor) -> tuple[int, ...]:
+    """Sizes of a scale and of a map, and of the largest area bin between them."""
+    H, W = x.shape[2:]
+    return scale.h, scale.w, H, W, _largest_bin(scale.h, H), _largest_bin(scale.w, W)
+
+
+def _largest_bin(size: int, length: int) -> int:
+    return max(_blocks((i + 1) * length, size) - i * length // size for i in range(size))
+
+
+class _Updater:
+    """The codebook, the phi bank, and what the programs of an update keep for themselves."""
+
+    def __init__(
+        self, codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, phi_ratio: float, places: Tensor
+    ) -> None:
+        self._codebook, self._weight, self._bias = codebook, phi_weight, phi_bias
+        self._ratio, self._constants = phi_ratio, update_constants(codebook.shape[1])
+        B, _, H, W = places.shape
+        tall, broad = self._constants["ROWS"], self._constants["COLUMNS"]
+        strip = (tall + 2) * (broad + 2) * self._constants["CP"] if phi_ratio else 0
+        self._blocks = B * _blocks(H, tall) * _blocks(W, broad)
+        self._blocks *= _blocks(codebook.shape[1], self._constants["BLOCK_O"])
+        self._programs = min(self._blocks, _UPDATE_PROGRAMS, _WORKSPACE // max(strip, 1))
+        self._strips = codebook.new_empty(self._programs * strip, dtype=torch.float32)
+
+    def __call__(
+        self,
+        scale: Scale,
+        indices: Tensor,
+        reconstruction: Tensor | None,
+        out: Tensor,
+        residual: Tensor | None = None,
+        residual_out: Tensor | None = None,
+    ) -> None:
+        """out = reconstruction + f, residual_out = residual - f; the two have the same strides."""
+        from hitsr_fast.kernels.residual_quantize import _residual_quantize_update_kernel
+
+        taken = out if residual is None else residual
+        _residual_quantize_update_kernel[(self._programs,)](
+            indices,
+            self._codebook,
+            self._weight[scale.phi],
+            self._bias[scale.phi],
+            taken,
+            out if residual_out is None else residual_out,
+            out if reconstruction is None else reconstruction,
+            out,
+            self._strips,
+            self._blocks,
+            scale.begin,
+            scale.h,
+            scale.w,
+            *out.shape[2:],
+            1 - self._ratio,
+            self._ratio,
+            *indices.stride(),
+            *self._codebook.stride(),
+            *self._weight.stride()[1:],
+            self._bias.stride(1),
+            *taken.stride(),
+            *out.stride(),
+            PHI=self._ratio != 0,
+            FIRST=reconstruction is None,
+            RESIDUAL=residual_out is not None,
+            **self._constants,
+            **UPDATE_OPTIONS,
+        )
+
+
+def residual_quantize_triton(
+    z: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    parts: list[Tensor],
+    layout: str,
+    scales: Sequence[int],
+    phi_index: Sequence[int],
+    phi_ratio: float,
+    replay: Tensor | None,
+    metric: str,
+    inputs: bool,
+    per_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.residual_quantize`."""
+    walk = _walk(scales, phi_index)
+    indices = z.new_empty((z.shape[0], walk[-1].end), dtype=torch.int64)
+    replayed = 0
+    if replay is not None:
+        replayed = replay.shape[1]
+        indices[:, :replayed] = replay
+    results = _Results.allocate(codebook, z.shape, walk, inputs, per_scale)
+    if z.numel() > 0:
+        with torch.cuda.device_of(z):
+            searched = [scale for scale in walk if scale.begin >= replayed]
+            search = None
+            if searched:
+                rows = z.shape[0] * max(scale.h * scale.w for scale in searched)
+                search = _Searcher(codebook, parts, layout, metric, rows)
+            update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
+            _run(walk, indices, results, update, search, z, replayed)
+    return results.reconstruction, indices, results.inputs, results.reconstructions
+
+
+def residual_decode_triton(
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    scales: Sequence[int],
+    phi_index: Sequence[int],
+    size: Sequence[int],
+    phi_ratio: float,
+    inputs: bool,
+    per_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.residual_decode`."""
+    walk = _walk(scales, phi_index)
+    shape = (indices.shape[0], codebook.shape[1], *size)
+    results = _Results.allocate(codebook, shape, walk, inputs, per_scale)
+    if results.reconstruction.numel() > 0:
+        with torch.cuda.device_of(indices):
+            update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
+            _run(walk, indices, results, update)
+    return results.reconstruction, results.inputs, results.reconstructions
+
+
+def residual_step_triton(
+    reconstruction: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    scale: Sequence[int],
+    next_scale: Sequence[int],
+    phi_ratio: float,
+) -> Tensor:
+    """As `reference.residual_step`."""
+    pooled = reconstruction.new_empty((*reconstruction.shape[:2], *next_scale))
+    if reconstruction.numel() > 0:
+        with torch.cuda.device_of(reconstruction):
+            (this,) = _walk(scale, [0])
+            update = _Updater(codebook, phi_weight[None], phi_bias[None], phi_ratio, reconstruction)
+            update(this, indices, reconstruction, reconstruction)
+            if pooled.numel() > 0:
+                (following,) = _walk(next_scale, [0])
+                _pool(reconstruction, following, pooled.flatten(2).transpose(1, 2))
+    return pooled
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What a call returns beside the indices; empty where it was not asked for."""
+
+    reconstruction: Tensor
+    inputs: Tensor
+    reconstructions: Tensor
+
+    @classmethod
+    def allocate(
+        cls, codebook: Tensor, shape: Sequence[int], walk: list[Scale], inputs: bool, per_scale: bool
+    ) -> _Results:
+        new, tokens = codebook.new_empty, walk[-1].end - walk[0].end
+        return cls(
+            new(shape, dtype=torch.float32),
+            new((shape[0], tokens if inputs else 0, shape[1]), dtype=torch.float32),
+            new((len(walk) if per_scale else 0, *shape), dtype=torch.float32),
+        )
+
+
+def _run(
+    walk: list[Scale],
+    indices: Tensor,
+    results: _Results,
+    update: _Updater,
+    search: _Searcher | None = None,
+    residual: Tensor | None = None,
+    replayed: int = 0,
+) -> None:
+    """All scales; those from token `replayed` on are searched, where there is a search."""
+    left_over = torch.empty_like(results.reconstruction) if search and len(walk) > 1 else None
+    before: Tensor | None = None
+    for number, scale in enumerate(walk):
+        rows = None
+        if before is not None and results.inputs.numel() > 0:
+            rows = results.inputs[:, scale.begin - walk[0].end : scale.end - walk[0].end]
+        if search and residual is not None and scale.begin >= replayed:
+            search(residual, scale, indices, before, rows)
+        elif before is not None and rows is not None:
+            _pool(before, scale, rows)
+        after = results.reconstruction
+        if results.reconstructions.numel() > 0:
+            after = results.reconstructions[number]
+        if number + 1 == len(walk):
+            left_over = None
+        update(scale, indices, before, after, residual, left_over)
+        before, residual = after, left_over
+    if results.reconstructions.numel() > 0:
+        results.reconstruction.copy_(results.reconstructions[-1])
+
+
+def _by_taps(phi_weight: Tensor) -> Tensor:
+    """The bank `(P, C, C, 3, 3)` with the channels of a tap together in memory, for all scales of a call."""
+    return phi_weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+
+
+def _blocks(count: int, size: int) -> int:
+    """How many blocks of a size hold a count."""
+    return -(-count // size)
