@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ available = nearest.available
 _WORKSPACE = 2**23  # floats, 32 MiB, of what programs keep for themselves: a second-level cache holds it
 _SEARCH_PROGRAMS = 512  # enough to fill a large GPU: more rows are taken in turns,
 _UPDATE_PROGRAMS = 1024  # and of fewer the search shares the codes out
+_FEW_ROWS = 4096  # up to which blocks are small
 
 
 def supports_quantize(z: Tensor, codebook: Tensor, phi_weight: Tensor, *_rest: Any) -> str | None:
@@ -45,21 +47,23 @@ def _supports(name: str, tensor: Tensor, codebook: Tensor) -> str | None:
     return None
 
 
-def search_constants(channels: int) -> dict[str, int]:
-    """Block sizes of the search: those of the screen and of the re-check of `nearest_code` in one."""
-    padded = nearest.padded_channels(channels)
-    return {
-        "C": channels,
-        "CP": padded,
-        "CLASSES": 4,
-        "MEMBERS": 32,
-        "BLOCK_N": 64 if padded <= 64 else 32,
-        "BLOCK_K": 64,
-        "PARTS": 2,
-        "ROWS": 16,
-        "BLOCK_C": 8,
-        "CHUNK": 128,
-    }
+def search_constants(channels: int, metric: str, rows: int, places: int) -> dict[str, int]:
+    """Block sizes of the search: those of the screen and of the re-check of `nearest_code`, in one program.
+
+    Few rows come in small blocks, as a block is re-checked by one program. places: of the largest area bin.
+    """
+    few = {"BLOCK_N": 16} if rows <= _FEW_ROWS else {}
+    constants = nearest.recheck_constants(channels, metric) | nearest.screen_constants(channels) | few
+    block = constants["BLOCK_N"]
+    at_once = {"BLOCK_R": min(block, 2048 // constants["CP"]), "ROWS": 8, "BLOCK_C": 4}
+    return pool_constants(channels, block, places) | constants | at_once
+
+
+def pool_constants(channels: int, rows: int, places: int) -> dict[str, int]:
+    """Block sizes of the pooling: as many loads at once as registers allow."""
+    together = 4 if places <= 4 else 16
+    block = min(nearest.padded_channels(channels), max(1024 // (rows * together), 1))
+    return {"C": channels, "BLOCK_P": block, "BLOCK_N": rows, "PLACES": together}
 
 
 def update_constants(channels: int) -> dict[str, int]:
@@ -73,17 +77,6 @@ def update_constants(channels: int) -> dict[str, int]:
         "BLOCK_I": min(padded, 32),
         "BLOCK_O": min(padded, 64),
     }
-
-
-def pool_constants(channels: int) -> dict[str, int]:
-    """Block sizes of the pooling kernel."""
-    return {"C": channels, "BLOCK_C": min(nearest.padded_channels(channels), 32), "BLOCK_N": 64}
-
-
-def search_options(channels: int) -> dict[str, int]:
-    """Options of the search's launch."""
-    wide = nearest.padded_channels(channels) > 128
-    return {"num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2, "enable_fp_fusion": False}
 
 
 # One stage: what the update loads in its loop is what it has just stored.
@@ -114,26 +107,13 @@ def _walk(scales: Sequence[int], phi_index: Sequence[int]) -> list[Scale]:
 
 
 class _Searcher:
-    """The packed codebook, and what the programs of a search keep for themselves, for all scales."""
+    """A packed codebook, searched scale by scale."""
 
-    def __init__(
-        self, codebook: Tensor, parts: list[Tensor], layout: str, metric: str, most_rows: int
-    ) -> None:
-        channels = codebook.shape[1]
-        packed = parts if layout == nearest.LAYOUT else nearest.prepare(codebook, metric)[1]
-        self._mean, self._codes, self._half_norms, self._exact, self._bounds = packed
-        self._constants, self._options = search_constants(channels), search_options(channels)
-        self._cosine, self._size = metric == "cosine", codebook.shape[0]
-        block, classes = self._constants["BLOCK_N"], self._constants["CLASSES"]
-        self._tiles = self._codes.shape[1] // (self._constants["BLOCK_K"] * self._constants["PARTS"])
-        row = self._tiles * classes + self._constants["CP"] + 2
-        self._programs = max(min(_SEARCH_PROGRAMS, _WORKSPACE // (row * block)), 1)
-        slots = min(_blocks(most_rows, block), self._programs)
-        new = codebook.new_empty
-        self._minima = new(slots * block * self._tiles * classes, dtype=torch.float32)
-        self._pooled = new(slots * block * self._constants["CP"], dtype=torch.float32)
-        self._margins = new(slots * block * 2, dtype=torch.float32)
-        self._arrived = codebook.new_zeros(slots, dtype=torch.int32)
+    def __init__(self, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> None:
+        self._parts = parts if layout == nearest.LAYOUT else nearest.prepare(codebook, metric)[1]
+        self._size, self._channels = codebook.shape
+        self._metric, self._options = metric, nearest.screen_options(codebook.shape[1])
+        self._arrived = codebook.new_zeros(_SEARCH_PROGRAMS, dtype=torch.int32)  # and 0 after each scale
 
     def __call__(
         self,
@@ -147,31 +127,34 @@ class _Searcher:
         from hitsr_fast.kernels.residual_quantize import _residual_quantize_search_kernel
 
         rows = residual.shape[0] * scale.h * scale.w
-        blocks = _blocks(rows, self._constants["BLOCK_N"])
-        programs = min(blocks, self._programs)
-        share = _blocks(self._tiles, max(self._programs // blocks, 1))
-        shares = _blocks(self._tiles, share)
-        pooled = self._pooled.view(-1, 1, 1) if inputs is None else inputs
-        map_pooled = residual if reconstruction is None else reconstruction
+        bins = _bins(scale, residual)
+        constants = search_constants(self._channels, self._metric, rows, bins[-2] * bins[-1])
+        block, padded, classes = constants["BLOCK_N"], constants["CP"], constants["CLASSES"]
+        tiles = self._parts[1].shape[1] // (constants["BLOCK_K"] * constants["PARTS"])
+        blocks = _blocks(rows, block)
+        most = max(min(_SEARCH_PROGRAMS, _WORKSPACE // ((tiles * classes + padded) * block)), 1)
+        programs, share = min(blocks, most), _blocks(tiles, max(most // blocks, 1))
+        shares = _blocks(tiles, share)
+        new = functools.partial(indices.new_empty, dtype=torch.float32)
+        without = new((0, 1, 1))
+        pooled = without if inputs is None else inputs
+        map_pooled = without[None] if reconstruction is None else reconstruction
         _residual_quantize_search_kernel[(programs, shares)](
             residual,
             map_pooled,
             indices,
             pooled,
-            self._mean,
-            self._codes,
-            self._half_norms,
-            self._exact,
-            self._bounds,
-            self._minima,
-            self._pooled,
-            self._margins,
+            *self._parts,
+            new(programs * tiles * block * classes),
+            new(programs * shares * block * padded),
+            new(programs * shares * block * padded, dtype=torch.float16),
+            new(programs * shares * block * 3),
             self._arrived,
             rows,
             scale.begin,
-            *_bins(scale, residual),
+            *bins,
             self._size,
-            self._tiles,
+            tiles,
             share,
             *residual.stride(),
             *map_pooled.stride(),
@@ -179,8 +162,8 @@ class _Searcher:
             *pooled.stride(),
             INPUTS=inputs is not None,
             SHARED=shares > 1,
-            COSINE=self._cosine,
-            **self._constants,
+            COSINE=self._metric == "cosine",
+            **constants,
             **self._options,
         )
 
@@ -189,11 +172,13 @@ def _pool(x: Tensor, scale: Scale, rows: Tensor) -> None:
     """Area averages of `x (B, C, H, W)` into `rows (B, h * w, C)`."""
     from hitsr_fast.kernels.residual_quantize import _residual_quantize_pool_kernel
 
-    constants = pool_constants(x.shape[1])
+    bins = _bins(scale, x)
+    constants = pool_constants(x.shape[1], 64, bins[-2] * bins[-1])
     count = x.shape[0] * scale.h * scale.w
-    _residual_quantize_pool_kernel[
-        (_blocks(count, constants["BLOCK_N"]), _blocks(x.shape[1], constants["BLOCK_C"]))
-    ](x, rows, count, *_bins(scale, x), *x.stride(), *rows.stride(), **constants, **POOL_OPTIONS)
+    grid = _blocks(count, constants["BLOCK_N"]), _blocks(x.shape[1], constants["BLOCK_P"])
+    _residual_quantize_pool_kernel[grid](
+        x, rows, count, *bins, *x.stride(), *rows.stride(), **constants, **POOL_OPTIONS
+    )
 
 
 def _bins(scale: Scale, x: Tensor) -> tuple[int, ...]:
@@ -291,11 +276,9 @@ def residual_quantize_triton(
     results = _Results.allocate(codebook, z.shape, walk, inputs, per_scale)
     if z.numel() > 0:
         with torch.cuda.device_of(z):
-            searched = [scale for scale in walk if scale.begin >= replayed]
             search = None
-            if searched:
-                rows = z.shape[0] * max(scale.h * scale.w for scale in searched)
-                search = _Searcher(codebook, parts, layout, metric, rows)
+            if replayed < walk[-1].end:
+                search = _Searcher(codebook, parts, layout, metric)
             update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
             _run(walk, indices, results, update, search, z, replayed)
     return results.reconstruction, indices, results.inputs, results.reconstructions

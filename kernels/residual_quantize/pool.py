@@ -27,10 +27,11 @@ def pooled_rows(
     stride_xh,
     stride_xw,
     C: tl.constexpr,
+    PLACES: tl.constexpr,
 ):
     """Area averages (channels, rows) float32 of x (B, C, H, W); row n is place n % (h w) of image n // (h w).
 
-    tall, broad: of the largest bin. Rows are neighbours in a tile because they are neighbours in x.
+    tall, broad: of the largest bin, of which PLACES are taken at a time.
     """
     image, place = row // (h * w), row % (h * w)
     top, bottom = _bin(place // w, h, H)
@@ -38,11 +39,13 @@ def pooled_rows(
     plane = x + image.to(tl.int64)[None, :] * stride_xb + channel.to(tl.int64)[:, None] * stride_xc
     inside = (channel < C)[:, None] & (row < rows)[None, :]
     total = tl.zeros((channel.shape[0], row.shape[0]), tl.float32)
-    for i in tl.range(0, tall * broad, loop_unroll_factor=4):
-        y, column = top + i // broad, left + i % broad
+    for first in range(0, tall * broad, PLACES):
+        i = (first + tl.arange(0, PLACES))[None, :]
+        y, column = top[:, None] + i // broad, left[:, None] + i % broad
         offset = y.to(tl.int64) * stride_xh + column.to(tl.int64) * stride_xw
-        there = inside & ((y < bottom) & (column < right))[None, :]
-        total += tl.load(plane + offset[None, :], mask=there, other=0.0).to(tl.float32)
+        there = inside[:, :, None] & ((y < bottom[:, None]) & (column < right[:, None]))[None, :, :]
+        values = tl.load(plane[:, :, None] + offset[None, :, :], mask=there, other=0.0)
+        total += tl.sum(values.to(tl.float32), axis=2)
     return total / ((bottom - top) * (right - left)).to(tl.float32)[None, :]
 
 
@@ -74,13 +77,14 @@ def _residual_quantize_pool_kernel(
     stride_on,
     stride_oc,
     C: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PLACES: tl.constexpr,
 ):
     """out (B, h w, C) = area(x (B, C, H, W), (h, w)); `rows` is B h w."""
     row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     means = pooled_rows(
-        x, row, channel, rows, h, w, H, W, tall, broad, stride_xb, stride_xc, stride_xh, stride_xw, C
+        x, row, channel, rows, h, w, H, W, tall, broad, stride_xb, stride_xc, stride_xh, stride_xw, C, PLACES
     )
     store_rows(out, means, row, channel, rows, h * w, stride_ob, stride_on, stride_oc, C)

@@ -22,6 +22,7 @@ def _residual_quantize_search_kernel(
     bounds,
     minima,
     pooled,
+    rounded,
     margins,
     arrived,
     rows,
@@ -60,49 +61,66 @@ def _residual_quantize_search_kernel(
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    PLACES: tl.constexpr,
 ):
     """indices (B, T) of a scale, from `begin` on: the nearest codes of area(residual (B, C, H, W), (h, w)).
 
     INPUTS: inputs (B, h w, C) = area(reconstruction (B, C, H, W), (h, w)) as well. mean, codes, half_norms,
     exact and bounds are the packed codebook of `nearest_code`, whose stages these are: a screen that leaves
     a minimum for each class of codes, and a re-check of the classes that may hold the nearest.
-    A program takes blocks of rows, and `share` tiles of codes. SHARED: several programs share the tiles of a
-    block, there are as many as blocks, and the last to arrive re-checks; `arrived` (blocks,) is 0 before and
-    after. For the programs of a block minima (tiles, BLOCK_N, CLASSES), pooled (BLOCK_N, CP) and margins
-    (2, BLOCK_N) lie between the stages.
+    A program (x, y) takes every x-th block of rows, and of the codes `share` tiles. SHARED: several programs
+    share out the tiles of a block, each x takes one block, and the last to arrive re-checks; `arrived` (x,)
+    is 0 before and after. Between the stages lie minima (x, tiles, BLOCK_N, CLASSES), pooled and rounded
+    (x, y, BLOCK_N, CP) and margins (x, y, 3, BLOCK_N).
     """
-    slot = tl.program_id(0).to(tl.int64)
+    slot, shares = tl.program_id(0).to(tl.int64), tl.num_programs(1)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, tiles)
     member, channel = tl.arange(0, BLOCK_N), tl.arange(0, CP)
-    pooled += slot * (BLOCK_N * CP)
-    margins += slot * (2 * BLOCK_N)
+    pooled += (slot * shares + tl.program_id(1)) * (BLOCK_N * CP)
+    rounded += (slot * shares + tl.program_id(1)) * (BLOCK_N * CP)
+    margins += (slot * shares + tl.program_id(1)) * (3 * BLOCK_N)
     for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.num_programs(0)):
         row = block * BLOCK_N + member
-        means = pooled_rows(
-            residual,
-            row,
-            channel,
-            rows,
-            h,
-            w,
-            H,
-            W,
-            tall,
-            broad,
-            stride_rb,
-            stride_rc,
-            stride_rh,
-            stride_rw,
-            C,
-        )
-        values = tl.trans(means)
-        kept, back, slack, near = screened_rows(values, mean, bounds, channel, COSINE, C, CP)
+        for skipped in range(0, CP, BLOCK_P):
+            part = skipped + tl.arange(0, BLOCK_P)
+            means = pooled_rows(
+                residual,
+                row,
+                part,
+                rows,
+                h,
+                w,
+                H,
+                W,
+                tall,
+                broad,
+                stride_rb,
+                stride_rc,
+                stride_rh,
+                stride_rw,
+                C,
+                PLACES,
+            )
+            tl.store(pooled + member[:, None] * CP + part[None, :], tl.trans(means))
+        tl.debug_barrier()
+        for start in range(0, BLOCK_N, BLOCK_R):
+            some = start + tl.arange(0, BLOCK_R)
+            values = tl.load(pooled + some[:, None] * CP + channel[None, :])
+            kept, back, slack, near = screened_rows(values, mean, bounds, channel, COSINE, C, CP)
+            tl.store(rounded + some[:, None] * CP + channel[None, :], kept)
+            there = block * BLOCK_N + some < rows
+            tl.store(margins + some, tl.where(there, slack, -2.0))
+            tl.store(margins + BLOCK_N + some, near)
+            tl.store(margins + 2 * BLOCK_N + some, -back)
+        tl.debug_barrier()
         code = codes + (first.to(tl.int64) * (PARTS * BLOCK_K) + tl.arange(0, BLOCK_K))[None, :] * CP
         least = minima + ((slot * tiles + first) * BLOCK_N + member[:, None]) * CLASSES
         screen_tiles(
-            kept,
-            -back[:, None],
+            tl.load(rounded + member[:, None] * CP + channel[None, :]),
+            tl.load(margins + 2 * BLOCK_N + member)[:, None],
             code + channel[:, None],
             half_norms + tl.arange(0, BLOCK_K),
             least + tl.arange(0, CLASSES)[None, :],
@@ -116,19 +134,14 @@ def _residual_quantize_search_kernel(
             BLOCK_K,
             PARTS,
         )
+        tl.debug_barrier()
         complete = True
         if SHARED:
-            tl.debug_barrier()  # all of this program's minima, before it says so
-            order = tl.atomic_add(arrived + slot, 1, sem="acq_rel", scope="gpu")
-            complete = order == tl.num_programs(1) - 1
+            complete = tl.atomic_add(arrived + slot, 1, sem="acq_rel", scope="gpu") == shares - 1
         if complete:
-            tl.store(pooled + member[:, None] * CP + channel[None, :], values)
-            tl.store(margins + member, tl.where(row < rows, slack, -2.0))
-            tl.store(margins + BLOCK_N + member, near)
             if SHARED:
                 tl.store(arrived + slot, 0)
-            tl.debug_barrier()
-            for start in range(0, BLOCK_N, ROWS):
+            for start in range(0, tl.minimum(rows - block * BLOCK_N, BLOCK_N), ROWS):
                 some = start + tl.arange(0, ROWS)
                 winner = recheck_rows(
                     pooled + some * CP,
@@ -157,22 +170,25 @@ def _residual_quantize_search_kernel(
                 at = indices + image.to(tl.int64) * stride_ib + begin + token
                 tl.store(at, winner.to(tl.int64), mask=found < rows)
             if INPUTS:
-                means = pooled_rows(
-                    reconstruction,
-                    row,
-                    channel,
-                    rows,
-                    h,
-                    w,
-                    H,
-                    W,
-                    tall,
-                    broad,
-                    stride_fb,
-                    stride_fc,
-                    stride_fh,
-                    stride_fw,
-                    C,
-                )
-                store_rows(inputs, means, row, channel, rows, h * w, stride_nb, stride_nt, stride_nc, C)
-            tl.debug_barrier()  # before another block's rows take the place of these
+                for skipped in range(0, CP, BLOCK_P):
+                    part = skipped + tl.arange(0, BLOCK_P)
+                    means = pooled_rows(
+                        reconstruction,
+                        row,
+                        part,
+                        rows,
+                        h,
+                        w,
+                        H,
+                        W,
+                        tall,
+                        broad,
+                        stride_fb,
+                        stride_fc,
+                        stride_fh,
+                        stride_fw,
+                        C,
+                        PLACES,
+                    )
+                    store_rows(inputs, means, row, part, rows, h * w, stride_nb, stride_nt, stride_nc, C)
+        tl.debug_barrier()  # before the next block's rows take the place of these

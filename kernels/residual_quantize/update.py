@@ -133,7 +133,8 @@ def _residual_quantize_update_kernel(
 
     indices (B, T), the scale's from `begin` on; codebook (K, C); weight (C, C, 3, 3); bias (C,);
     residual (B, C, H, W) of any dtype; next_residual, reconstruction and next_reconstruction float32, of the
-    same strides. FIRST: the reconstruction so far is 0. RESIDUAL: there is one. phi(h) = keep h + ratio (conv(h) + bias).
+    same strides. phi(h) = keep h + ratio (conv(h) + bias), or h without PHI. FIRST: the reconstruction so
+    far is 0. RESIDUAL: there is one.
     What is read may be what is written: a program reads its own places, and makes the halo of the
     convolution of codes. strips (programs, (ROWS + 2) (COLUMNS + 2), CP): what a program convolves. A block
     is ROWS x COLUMNS places of an image and BLOCK_O channels.
