@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from hitsr_fast.models.config import TokenizerConfig
 from hitsr_fast.nn.autoencoder import Decoder, Encoder, resize
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer, TokenizedPyramid
+from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.ops import TokenizedPyramid
 
 
 class HitTokenizer(nn.Module):

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.ops import phi_table, residual_decode, residual_quantize, residual_step
+from hitsr_fast.nn.prepared import CodebookCache
+from hitsr_fast.ops import (
+    ResidualDecoded,
+    TokenizedPyramid,
+    phi_table,
+    residual_decode,
+    residual_step,
+    tokenize_pyramid,
+)
 
 
 class PyramidGeometry(Protocol):
@@ -33,18 +41,6 @@ class PyramidGeometry(Protocol):
     def phi_indexing(self) -> Literal["global", "per_target"]: ...
 
 
-class TokenizedPyramid(NamedTuple):
-    """Tokens of an image and what they decode to at each target.
-
-    Args:
-        indices: `(B, T)` int64, the tokens of all steps; the tokens of a coarser target are their prefix.
-        reconstructions: One `(B, C, h, w)` latent a target, from the coarsest on.
-    """
-
-    indices: Tensor
-    reconstructions: list[Tensor]
-
-
 class MultiScaleQuantizer(nn.Module):
     """Codebook and phi bank, and the walks over the steps that use them.
 
@@ -57,6 +53,7 @@ class MultiScaleQuantizer(nn.Module):
         self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
         self.phi_weight = nn.Parameter(torch.zeros(config.num_phi, config.code_dim, config.code_dim, 3, 3))
         self.phi_bias = nn.Parameter(torch.zeros(config.num_phi, config.code_dim))
+        self._prepared = CodebookCache()
         nn.init.kaiming_uniform_(self.phi_weight.view(-1, *self.phi_weight.shape[2:]), a=5**0.5)
 
     def phi_index(self, target: int) -> list[int]:
@@ -79,36 +76,31 @@ class MultiScaleQuantizer(nn.Module):
         Returns:
             Tokens `(B, T)` and the reconstruction of each target, with gradients to codebook and phi.
         """
-        indices: Tensor | None = None
-        reconstructions = []
+        if not latents:
+            raise ValueError("latents: expected at least one map, got none")
         for target, latent in enumerate(latents):
             size = self.config.target_sizes[target]
             if latent.shape[-2:] != (size, size):
                 raise ValueError(
                     f"latents[{target}]: expected a map of side {size}, got {tuple(latent.shape[-2:])}"
                 )
-            indices, reconstruction = residual_quantize(
-                latent.float(),
-                self.codebook,
-                self.phi_weight,
-                self.phi_bias,
-                scales=self.config.scales[: self.config.target_steps[target]],
-                phi_index=self.phi_index(target),
-                phi_ratio=self.config.phi_ratio,
-                replay=indices,
-            )
-            reconstructions.append(reconstruction)
-        if indices is None:
-            raise ValueError("latents: expected at least one map, got none")
-        return TokenizedPyramid(indices, reconstructions)
+        return tokenize_pyramid(
+            latents,
+            self.codebook,
+            self.phi_weight,
+            self.phi_bias,
+            scales=self.config.scales,
+            target_steps=self.config.target_steps,
+            phi_index=[self.phi_index(target) for target in range(len(self.config.target_steps))],
+            phi_ratio=self.config.phi_ratio,
+            prepared=self._prepared(self.codebook),
+        )
 
     def reconstruct(self, indices: Tensor, target: int) -> Tensor:
         """Latent `(B, C, h, w)` of tokens `(B, T)` at target number `target`; later tokens are left out."""
-        steps = self.config.target_steps[target]
-        return self._decode(indices, steps, target)
+        return self._decode(indices, self.config.target_steps[target], target).reconstruction
 
-    def _decode(self, indices: Tensor, steps: int, target: int) -> Tensor:
-        size = self.config.target_sizes[target]
+    def _decode(self, indices: Tensor, steps: int, target: int, *, inputs: bool = False) -> ResidualDecoded:
         return residual_decode(
             indices[:, : self.token_offset(steps)],
             self.codebook,
@@ -116,24 +108,29 @@ class MultiScaleQuantizer(nn.Module):
             self.phi_bias,
             scales=self.config.scales[:steps],
             phi_index=self.phi_index(target)[:steps],
-            size=(size, size),
+            size=self.config.target_sizes[target],
             phi_ratio=self.config.phi_ratio,
+            inputs=inputs,
         )
 
     @torch.no_grad()
     def teacher_inputs(self, indices: Tensor, *, ar_grid: str = "target") -> Tensor:
-        """Inputs of the transformer under teacher forcing: `(B, T - tokens of step 0, C)` float32.
+        """Inputs of the transformer under teacher forcing: `(B, T - tokens of step 0, C)`, float32 or wider.
 
         Args:
             indices: `(B, T)` int64.
             ar_grid: `"target"` or `"full"`, see `TransformerConfig`.
         """
-        walk = ReconstructionWalk(self, indices.shape[0], ar_grid=ar_grid)
-        maps = []
-        for step in range(len(self.config.scales) - 1):
-            start, end = self.token_offset(step), self.token_offset(step + 1)
-            maps.append(walk.advance(indices[:, start:end]).flatten(2).transpose(1, 2))
-        return torch.cat(maps, 1)
+        targets = range(len(self.config.target_steps))
+        first = known = self.token_offset(1)
+        segments = []
+        for target in targets if ar_grid == "target" else targets[-1:]:
+            steps = self.config.target_steps[target]
+            inputs = self._decode(indices, steps, target, inputs=True).inputs
+            assert inputs is not None
+            segments.append(inputs[:, known - first :])  # those of the steps that this target owns
+            known = self.token_offset(steps)
+        return torch.cat(segments, 1)
 
 
 class ReconstructionWalk:
@@ -154,9 +151,8 @@ class ReconstructionWalk:
         self._target = 0 if ar_grid == "target" else self._last
         size = quantizer.config.target_sizes[self._target]
         codebook = quantizer.codebook
-        self._map = torch.zeros(
-            batch, codebook.shape[1], size, size, dtype=torch.float32, device=codebook.device
-        )
+        dtype = torch.promote_types(codebook.dtype, torch.float32)
+        self._map = torch.zeros(batch, codebook.shape[1], size, size, dtype=dtype, device=codebook.device)
 
     @torch.no_grad()
     def advance(self, indices: Tensor) -> Tensor:
@@ -176,9 +172,9 @@ class ReconstructionWalk:
         pooled = residual_step(
             self._map,
             indices,
-            quantizer.codebook.float(),
-            quantizer.phi_weight[phi].float(),
-            quantizer.phi_bias[phi].float(),
+            quantizer.codebook,
+            quantizer.phi_weight[phi],
+            quantizer.phi_bias[phi],
             scale=(scale, scale),
             next_scale=side,
             phi_ratio=config.phi_ratio,
@@ -187,7 +183,8 @@ class ReconstructionWalk:
             self.finished.append(self._completed(completed))
         if crossing and following is not None:
             self._target += 1
-            self._map = quantizer._decode(torch.cat(self._indices, 1), self.step, self._target).float()
+            decoded = quantizer._decode(torch.cat(self._indices, 1), self.step, self._target)
+            self._map = decoded.reconstruction
             pooled = F.adaptive_avg_pool2d(self._map, following)
         return pooled
 

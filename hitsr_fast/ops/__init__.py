@@ -2,10 +2,13 @@
 
 from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, nearest_code, prepare_codebook
 from hitsr_fast.ops.residual_quantize import (
+    ResidualDecoded,
     ResidualQuantized,
+    TokenizedPyramid,
     residual_decode,
     residual_quantize,
     residual_step,
+    tokenize_pyramid,
 )
 from hitsr_fast.ops.scale_block_attention import cached_attention_step, scale_block_attention
 from hitsr_fast.reference.residual_quantize import phi_table
@@ -13,7 +16,9 @@ from hitsr_fast.reference.residual_quantize import phi_table
 __all__ = [
     "Metric",
     "PreparedCodebook",
+    "ResidualDecoded",
     "ResidualQuantized",
+    "TokenizedPyramid",
     "cached_attention_step",
     "nearest_code",
     "phi_table",
@@ -22,4 +27,5 @@ __all__ = [
     "residual_quantize",
     "residual_step",
     "scale_block_attention",
+    "tokenize_pyramid",
 ]

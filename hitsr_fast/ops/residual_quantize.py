@@ -1,35 +1,48 @@
-"""`residual_quantize`, `residual_decode` and `residual_step`: the multi-scale residual quantizer."""
+"""The multi-scale residual quantizer: encode, encode a pyramid of targets, decode, and the sampler's step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-import hitsr_fast.reference.residual_quantize as reference
-from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
-from hitsr_fast.ops import nearest_code_cpu
-from hitsr_fast.ops import residual_quantize_cpu as cpu
-from hitsr_fast.ops.nearest_code import Metric
+from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, prepare_codebook
+from hitsr_fast.ops.residual_quantize_schema import scale_ends
 from hitsr_fast.ops.validation import (
     FLOATING,
     INDEX,
     check_choice,
-    check_finite,
-    check_index_range,
     check_shape,
     check_tensor,
+    has_values,
 )
+from hitsr_fast.reference.residual_quantize import arithmetic_dtype
 
 
 class ResidualQuantized(NamedTuple):
-    """What `residual_quantize` returns."""
+    """What `residual_quantize` returns; see there."""
 
     indices: Tensor
     reconstruction: Tensor
+    inputs: Tensor | None
+    reconstructions: Tensor | None
+
+
+class TokenizedPyramid(NamedTuple):
+    """What `tokenize_pyramid` returns; see there."""
+
+    indices: Tensor
+    reconstructions: list[Tensor]
+
+
+class ResidualDecoded(NamedTuple):
+    """What `residual_decode` returns; see there."""
+
+    reconstruction: Tensor
+    inputs: Tensor | None
+    reconstructions: Tensor | None
 
 
 def residual_quantize(
@@ -43,6 +56,9 @@ def residual_quantize(
     phi_ratio: float = 0.5,
     replay: Tensor | None = None,
     metric: Metric = "l2",
+    prepared: PreparedCodebook | None = None,
+    inputs: bool = False,
+    per_scale: bool = False,
 ) -> ResidualQuantized:
     """Quantize a latent from coarse to fine, each scale coding what the earlier ones left over.
 
@@ -61,19 +77,27 @@ def residual_quantize(
         replay: int64 `(B, T0)`, codes of the first scales that are taken instead of searched, or None. T0
             must end where a scale ends.
         metric: of `nearest_code`.
+        prepared: what `prepare_codebook` made of this codebook for this metric; spares packing it anew.
+        inputs: also return the inputs of the next scales.
+        per_scale: also return the reconstruction after each scale.
 
     Returns:
         indices: int64 `(B, T)`, scale after scale, each row-major; T is the sum of h * w.
         reconstruction: `(B, C, H, W)` in the codebook's dtype, float32 where that is a 16-bit one.
+        inputs: `(B, T - h0 * w0, C)`, for each scale but the first the reconstruction after the scale before,
+            pooled to its size, as rows: what teacher forcing feeds to the model. None if not asked for.
+        reconstructions: `(S, B, C, H, W)`; the last equals the reconstruction. None if not asked for.
 
     Raises:
         TypeError: an argument is not a tensor, or of another dtype.
-        ValueError: a shape, device, scale, index or ratio does not fit, or the codebook is not finite.
+        ValueError: a shape, device, scale, index or ratio does not fit, the codebook is not finite, or
+            `prepared` was made of another one (its values are compared on the CPU only).
 
     Notes:
-        Arithmetic runs in the dtype of the reconstruction; the search is exact (see `nearest_code`).
-        Gradient: of the reconstruction, in codebook, phi_weight and phi_bias. None in z: a straight-through
-        estimate is the caller's choice.
+        Arithmetic runs in the dtype of the reconstruction. The order of sums is each backend's own; given the
+        residual that the backend has pooled, the search is exact (see `nearest_code`).
+        Gradient: of the reconstruction and the reconstructions, in codebook, phi_weight and phi_bias. None in
+        z: a straight-through estimate is the caller's choice. None of the inputs.
         Backends: cpu (float32 arithmetic; the compiled search), reference.
         Source: VAR (arXiv 2404.02905), Algorithm 1; replay: HIT-VAR (arXiv 2506.04990), Algorithm 1.
 
@@ -88,23 +112,122 @@ def residual_quantize(
         tensor([[[[1., 1.],
                   [1., 2.]]]])
     """
-    check_tensor("z", z, FLOATING)
-    check_shape("z", z, "B C H W")
-    _check_bank(codebook, phi_weight, phi_bias, like=z)
-    check_shape("codebook", codebook, "K C", C=z.shape[1])
-    flat = _flat_scales(scales, z.shape[2:])
+    _check_bank(codebook, phi_weight, phi_bias)
+    flat = _check_latent("z", z, codebook, scales)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
     check_choice("metric", metric, get_args(Metric))
     if replay is not None:
         check_tensor("replay", replay, INDEX, like=z)
         check_shape("replay", replay, "B T0", B=z.shape[0])
-        ends = [0, *_scale_ends(flat)]
+        ends = [0, *scale_ends(flat)]
         if replay.shape[1] not in ends:
             raise ValueError(f"replay: expected T0 to be one of {ends}, found {replay.shape[1]}")
-    reconstruction, indices = torch.ops.hitsr_fast.residual_quantize(
-        z, codebook, phi_weight, phi_bias, flat, list(phi_index), phi_ratio, replay, metric
+    parts, layout = _unpack(prepared, codebook, metric)
+    reconstruction, indices, pooled, reconstructions = torch.ops.hitsr_fast.residual_quantize(
+        z,
+        codebook,
+        phi_weight,
+        phi_bias,
+        parts,
+        layout,
+        flat,
+        list(phi_index),
+        phi_ratio,
+        replay,
+        metric,
+        inputs,
+        per_scale,
     )
-    return ResidualQuantized(indices, reconstruction)
+    return ResidualQuantized(
+        indices, reconstruction, pooled if inputs else None, reconstructions if per_scale else None
+    )
+
+
+def tokenize_pyramid(
+    latents: Sequence[Tensor],
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    *,
+    scales: Sequence[int | tuple[int, int]],
+    target_steps: Sequence[int],
+    phi_index: Sequence[Sequence[int]],
+    phi_ratio: float = 0.5,
+    metric: Metric = "l2",
+    prepared: PreparedCodebook | None = None,
+) -> TokenizedPyramid:
+    """Quantize one latent a target, from coarse to fine, each continuing the codes of the one before.
+
+    Target n is `residual_quantize` of its latent over the first `target_steps[n]` scales, with the codes of
+    target n - 1 as replay. The codebook is packed once for all of them.
+
+    Args:
+        latents: `(B, C, H_n, W_n)` of each target, dtypes as for `residual_quantize`; they may be fewer than
+            the targets, whose rest is then left out.
+        codebook: as for `residual_quantize`.
+        phi_weight: as for `residual_quantize`.
+        phi_bias: as for `residual_quantize`.
+        scales: side or (h, w) of each scale; those of a target no larger than its latent.
+        target_steps: number of scales up to the end of each target, increasing.
+        phi_index: for each target, which phi each of its scales uses.
+        phi_ratio: r of phi, from 0 to 1.
+        metric: of `nearest_code`.
+        prepared: as for `residual_quantize`.
+
+    Returns:
+        indices: int64 `(B, T)`, those of the last target; the codes of each target are a prefix.
+        reconstructions: `(B, C, H_n, W_n)` of each target.
+
+    Raises:
+        TypeError: as for `residual_quantize`.
+        ValueError: as for `residual_quantize`, or the targets do not fit.
+
+    Notes:
+        Gradient and backends: see `residual_quantize`.
+        Source: HIT-VAR (arXiv 2506.04990), Algorithm 1.
+
+    Example:
+        >>> latents = [torch.tensor([[[[1.0]]]]), torch.tensor([[[[1.0, 1.0], [1.0, 2.0]]]])]
+        >>> codebook = torch.tensor([[0.0], [1.0]])
+        >>> phi = (torch.zeros(1, 1, 1, 3, 3), torch.zeros(1, 1))
+        >>> targets = {"scales": [1, 2], "target_steps": [1, 2], "phi_index": [[0], [0, 0]]}
+        >>> tokenize_pyramid(latents, codebook, *phi, **targets, phi_ratio=0.0).indices
+        tensor([[1, 0, 0, 0, 1]])
+    """
+    _check_bank(codebook, phi_weight, phi_bias)
+    _check_targets(latents, scales, target_steps, phi_index)
+    check_choice("metric", metric, get_args(Metric))
+    if prepared is None and has_values(codebook):
+        prepared = prepare_codebook(codebook, metric=metric)
+    parts, layout = _unpack(prepared, codebook, metric)
+    indices: Tensor | None = None
+    reconstructions = []
+    for target, latent in enumerate(latents):
+        steps = target_steps[target]
+        flat = _check_latent(f"latents[{target}]", latent, codebook, scales[:steps])
+        _check_phi(phi_index[target], phi_ratio, steps, phi_weight.shape[0])
+        if latent.shape[0] != latents[0].shape[0]:
+            raise ValueError(
+                f"latents[{target}]: expected a batch of {latents[0].shape[0]}, found {latent.shape[0]}"
+            )
+        reconstruction, indices, _, _ = torch.ops.hitsr_fast.residual_quantize(
+            latent,
+            codebook,
+            phi_weight,
+            phi_bias,
+            parts,
+            layout,
+            flat,
+            list(phi_index[target]),
+            phi_ratio,
+            indices,
+            metric,
+            False,
+            False,
+        )
+        reconstructions.append(reconstruction)
+    assert indices is not None  # there is at least one latent
+    return TokenizedPyramid(indices, reconstructions)
 
 
 def residual_decode(
@@ -115,9 +238,11 @@ def residual_decode(
     *,
     scales: Sequence[int | tuple[int, int]],
     phi_index: Sequence[int],
-    size: Sequence[int],
+    size: int | Sequence[int],
     phi_ratio: float = 0.5,
-) -> Tensor:
+    inputs: bool = False,
+    per_scale: bool = False,
+) -> ResidualDecoded:
     """Reconstruction from the codes of some first scales: `sum_s phi_s(bicubic(codebook[i_s]))`.
 
     Args:
@@ -127,19 +252,23 @@ def residual_decode(
         phi_bias: dtype of the codebook, `(P, C)`.
         scales: side or (h, w) of each of the scales that `indices` holds.
         phi_index: which phi each of them uses.
-        size: (H, W) of the result.
+        size: side or (H, W) of the result.
         phi_ratio: r of phi, from 0 to 1.
+        inputs: also return the inputs of the next scales.
+        per_scale: also return the reconstruction after each scale.
 
     Returns:
-        `(B, C, H, W)` in the codebook's dtype, float32 where that is a 16-bit one.
+        As of `residual_quantize`: reconstruction `(B, C, H, W)`, inputs `(B, T0 - h0 * w0, C)` and
+        reconstructions `(S, B, C, H, W)`, the last two None if not asked for.
 
     Raises:
         TypeError: an argument is not a tensor, or of another dtype.
         ValueError: a shape, device, scale, index or ratio does not fit.
 
     Notes:
-        Equals the reconstruction of `residual_quantize` bit for bit, given its indices and the same backend.
-        Gradient: in codebook, phi_weight and phi_bias.
+        Given the indices of `residual_quantize`, its results up to the order of sums; bit for bit on the
+        reference.
+        Gradient: of the reconstruction and the reconstructions, in codebook, phi_weight and phi_bias.
         Backends: reference.
         Source: VAR (arXiv 2404.02905), Algorithm 2.
 
@@ -147,22 +276,23 @@ def residual_decode(
         >>> indices = torch.tensor([[1, 0, 0, 0, 1]])
         >>> codebook = torch.tensor([[0.0], [1.0]])
         >>> weight, bias = torch.zeros(1, 1, 1, 3, 3), torch.zeros(1, 1)
-        >>> residual_decode(
-        ...     indices, codebook, weight, bias, scales=[1, 2], phi_index=[0, 0], size=(2, 2), phi_ratio=0.0
+        >>> out = residual_decode(
+        ...     indices, codebook, weight, bias, scales=[1, 2], phi_index=[0, 0], size=2, phi_ratio=0.0
         ... )
+        >>> out.reconstruction
         tensor([[[[1., 1.],
                   [1., 2.]]]])
     """
-    check_tensor("indices", indices, INDEX)
-    _check_bank(codebook, phi_weight, phi_bias, like=indices)
+    _check_bank(codebook, phi_weight, phi_bias)
     size = _pair("size", size)
     flat = _flat_scales(scales, size)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
-    check_shape("indices", indices, "B T0", T0=_scale_ends(flat)[-1])
-    out: Tensor = torch.ops.hitsr_fast.residual_decode(
-        indices, codebook, phi_weight, phi_bias, flat, list(phi_index), size, phi_ratio
+    check_tensor("indices", indices, INDEX, like=codebook)
+    check_shape("indices", indices, "B T0", T0=scale_ends(flat)[-1])
+    reconstruction, pooled, reconstructions = torch.ops.hitsr_fast.residual_decode(
+        indices, codebook, phi_weight, phi_bias, flat, list(phi_index), size, phi_ratio, inputs, per_scale
     )
-    return out
+    return ResidualDecoded(reconstruction, pooled if inputs else None, reconstructions if per_scale else None)
 
 
 def residual_step(
@@ -199,7 +329,8 @@ def residual_step(
         RuntimeError: an argument asks for a gradient; the step has none.
 
     Notes:
-        Steps over all scales leave what `residual_decode` returns, bit for bit on the same backend.
+        Steps over all scales leave what `residual_decode` returns, up to the order of sums; on the reference
+        bit for bit.
         Backends: reference.
         Source: VAR (arXiv 2404.02905), Algorithm 2.
 
@@ -214,7 +345,7 @@ def residual_step(
     check_tensor("codebook", codebook, FLOATING)
     check_shape("codebook", codebook, "K C")
     C = codebook.shape[1]
-    check_tensor("reconstruction", reconstruction, (reference.arithmetic_dtype(codebook),), like=codebook)
+    check_tensor("reconstruction", reconstruction, (arithmetic_dtype(codebook),), like=codebook)
     check_shape("reconstruction", reconstruction, "B C H W", C=C)
     check_tensor("phi_weight", phi_weight, (codebook.dtype,), like=codebook)
     if tuple(phi_weight.shape) != (C, C, 3, 3):
@@ -233,6 +364,23 @@ def residual_step(
         reconstruction, indices, codebook, phi_weight, phi_bias, flat, flat_next, phi_ratio
     )
     return pooled
+
+
+def _unpack(prepared: PreparedCodebook | None, codebook: Tensor, metric: Metric) -> tuple[list[Tensor], str]:
+    """Parts and layout of a prepared codebook, checked against the codebook that it should be made of."""
+    if prepared is None:
+        return [], ""
+    if not isinstance(prepared, PreparedCodebook):
+        raise TypeError(f"prepared: expected a PreparedCodebook, found {type(prepared).__name__}")
+    if prepared.metric != metric:
+        raise ValueError(f"prepared: expected one for metric {metric}, found one for {prepared.metric}")
+    check_tensor("prepared", prepared.codebook, (codebook.dtype,), like=codebook)
+    K, C = codebook.shape
+    check_shape("prepared", prepared.codebook, "K C", K=K, C=C)
+    look = codebook.device.type == "cpu" and has_values(codebook, prepared.codebook)
+    if look and not torch.equal(codebook, prepared.codebook):
+        raise ValueError("prepared: expected the values of codebook, found others: prepare it anew")
+    return list(prepared.parts), prepared.layout
 
 
 def _pair(name: str, size: int | Sequence[int]) -> list[int]:
@@ -255,21 +403,42 @@ def _flat_scales(scales: Sequence[int | tuple[int, int]], size: Sequence[int]) -
     return flat
 
 
-def _scale_ends(flat: Sequence[int]) -> list[int]:
-    """Number of tokens up to the end of each scale."""
-    return list(accumulate(h * w for h, w in zip(flat[::2], flat[1::2], strict=True)))
+def _check_latent(
+    name: str, z: Tensor, codebook: Tensor, scales: Sequence[int | tuple[int, int]]
+) -> list[int]:
+    """The flat scales of a latent that fits them and the codebook."""
+    check_tensor(name, z, FLOATING, like=codebook)
+    check_shape(name, z, "B C H W", C=codebook.shape[1])
+    return _flat_scales(scales, z.shape[2:])
 
 
-def _check_bank(codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, like: Tensor) -> None:
-    check_tensor("codebook", codebook, FLOATING, like=like)
+def _check_targets(
+    latents: Sequence[Tensor],
+    scales: Sequence[int | tuple[int, int]],
+    target_steps: Sequence[int],
+    phi_index: Sequence[Sequence[int]],
+) -> None:
+    steps = list(target_steps)
+    if steps != sorted(set(steps)) or not 1 <= min(steps, default=0) <= max(steps, default=0) <= len(scales):
+        raise ValueError(f"target_steps: expected increasing numbers from 1 to {len(scales)}, found {steps}")
+    if len(phi_index) != len(steps):
+        raise ValueError(
+            f"phi_index: expected a list for each of {len(steps)} targets, found {len(phi_index)}"
+        )
+    if not 1 <= len(latents) <= len(steps):
+        raise ValueError(f"latents: expected 1 to {len(steps)} maps, found {len(latents)}")
+
+
+def _check_bank(codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor) -> None:
+    check_tensor("codebook", codebook, FLOATING)
     check_shape("codebook", codebook, "K C")
     K, C = codebook.shape
     if K == 0 or C == 0:
         raise ValueError(f"codebook: expected K and C of at least 1, found shape {(K, C)}")
-    check_tensor("phi_weight", phi_weight, (codebook.dtype,), like=like)
+    check_tensor("phi_weight", phi_weight, (codebook.dtype,), like=codebook)
     if phi_weight.dim() != 5 or tuple(phi_weight.shape[1:]) != (C, C, 3, 3):
         raise ValueError(f"phi_weight: expected shape (P, {C}, {C}, 3, 3), found {tuple(phi_weight.shape)}")
-    check_tensor("phi_bias", phi_bias, (codebook.dtype,), like=like)
+    check_tensor("phi_bias", phi_bias, (codebook.dtype,), like=codebook)
     check_shape("phi_bias", phi_bias, "P C", P=phi_weight.shape[0], C=C)
 
 
@@ -286,123 +455,3 @@ def _check_phi(phi_index: Sequence[int], phi_ratio: float, num_scales: int, num_
 def _check_ratio(phi_ratio: float) -> None:
     if not 0 <= phi_ratio <= 1:
         raise ValueError(f"phi_ratio: expected 0 to 1, found {phi_ratio}")
-
-
-def _check_quantize(z: Tensor, codebook: Tensor, *rest: Any) -> None:
-    check_finite("codebook", codebook)
-    replay = rest[5]
-    if replay is not None:
-        check_index_range("replay", replay, codebook.shape[0])
-
-
-def _check_decode(indices: Tensor, codebook: Tensor, *_rest: Any) -> None:
-    check_index_range("indices", indices, codebook.shape[0])
-
-
-def _check_step(reconstruction: Tensor, indices: Tensor, codebook: Tensor, *_rest: Any) -> None:
-    check_index_range("indices", indices, codebook.shape[0])
-
-
-def _quantize_fake(
-    z: Tensor, codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, scales: list[int], *_rest: Any
-) -> tuple[Tensor, Tensor]:
-    indices = z.new_empty((z.shape[0], _scale_ends(scales)[-1]), dtype=torch.int64)
-    return z.new_empty(z.shape, dtype=reference.arithmetic_dtype(codebook)), indices
-
-
-def _decode_fake(
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    scales: list[int],
-    phi_index: list[int],
-    size: list[int],
-    phi_ratio: float,
-) -> Tensor:
-    shape = (indices.shape[0], codebook.shape[1], *size)
-    return codebook.new_empty(shape, dtype=reference.arithmetic_dtype(codebook))
-
-
-def _backward_fake(
-    grad: Tensor, indices: Tensor, codebook: Tensor, phi_weight: Tensor, *_rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        codebook.new_empty(codebook.shape),
-        phi_weight.new_empty(phi_weight.shape),
-        phi_weight.new_empty(phi_weight.shape[:2]),
-    )
-
-
-def _step_fake(
-    reconstruction: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    scale: list[int],
-    next_scale: list[int],
-    phi_ratio: float,
-) -> Tensor:
-    return reconstruction.new_empty(*reconstruction.shape[:2], *next_scale)
-
-
-def _quantize_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, codebook, phi_weight, _, ctx.scales, ctx.phi_index, ctx.phi_ratio, _, _ = inputs
-    ctx.save_for_backward(output[1], codebook, phi_weight)
-
-
-def _quantize_backward(ctx: Any, grad: Tensor, _grad_indices: None) -> tuple[Tensor | None, ...]:
-    return (None, *_bank_grads(ctx, grad), None, None, None, None, None)
-
-
-def _decode_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    indices, codebook, phi_weight, _, ctx.scales, ctx.phi_index, _, ctx.phi_ratio = inputs
-    ctx.save_for_backward(indices, codebook, phi_weight)
-
-
-def _decode_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (None, *_bank_grads(ctx, grad), None, None, None, None)
-
-
-def _bank_grads(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    indices, codebook, phi_weight = ctx.saved_tensors
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.hitsr_fast.residual_decode_backward(
-        grad, indices, codebook, phi_weight, ctx.scales, ctx.phi_index, ctx.phi_ratio
-    )
-    return grads
-
-
-register(
-    "residual_quantize(Tensor z, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] scales, "
-    "int[] phi_index, float phi_ratio, Tensor? replay, str metric) -> (Tensor, Tensor)",
-    backends=[
-        Backend("cpu", cpu.residual_quantize_cpu, cpu.supports, nearest_code_cpu.available),
-        Backend("reference", reference.residual_quantize),
-    ],
-    fake=_quantize_fake,
-    check=_check_quantize,
-)
-register(
-    "residual_decode(Tensor indices, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] scales, "
-    "int[] phi_index, SymInt[] size, float phi_ratio) -> Tensor",
-    backends=[Backend("reference", reference.residual_decode)],
-    fake=_decode_fake,
-    check=_check_decode,
-)
-register(
-    "residual_decode_backward(Tensor grad, Tensor indices, Tensor codebook, Tensor phi_weight, int[] scales, "
-    "int[] phi_index, float phi_ratio) -> (Tensor, Tensor, Tensor)",
-    backends=[Backend("reference", reference.residual_decode_backward)],
-    fake=_backward_fake,
-)
-register(
-    "residual_step(Tensor(a!) reconstruction, Tensor indices, Tensor codebook, Tensor phi_weight, "
-    "Tensor phi_bias, int[] scale, int[] next_scale, float phi_ratio) -> Tensor",
-    backends=[Backend("reference", reference.residual_step)],
-    fake=_step_fake,
-    check=_check_step,
-)
-register_autograd("residual_quantize", _quantize_backward, _quantize_context)
-register_autograd("residual_decode", _decode_backward, _decode_context)
-register_no_gradient("residual_decode_backward", "second derivatives are not implemented")

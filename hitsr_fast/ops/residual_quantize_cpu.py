@@ -22,18 +22,34 @@ def residual_quantize_cpu(
     codebook: Tensor,
     phi_weight: Tensor,
     phi_bias: Tensor,
+    parts: Sequence[Tensor],
+    layout: str,
     scales: Sequence[int],
     phi_index: Sequence[int],
     phi_ratio: float,
     replay: Tensor | None,
     metric: str,
-) -> tuple[Tensor, Tensor]:
+    inputs: bool,
+    per_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `reference.residual_quantize`; the codebook is packed once for all scales."""
-    layout, parts = nearest_code_cpu.prepare(codebook, metric)
+    if not layout.startswith("cpu:"):
+        layout, parts = nearest_code_cpu.prepare(codebook, metric)
 
     def search(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
         return nearest_code_cpu.nearest_code_cpu(rows, codes, list(parts), layout, metric)
 
     return reference.residual_quantize(
-        z, codebook, phi_weight, phi_bias, scales, phi_index, phi_ratio, replay, metric, search=search
+        z,
+        codebook,
+        phi_weight,
+        phi_bias,
+        scales,
+        phi_index,
+        phi_ratio,
+        replay,
+        metric,
+        inputs,
+        per_scale,
+        search=search,
     )

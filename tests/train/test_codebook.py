@@ -58,7 +58,7 @@ def test_fill_codebook_sets_phi_to_the_identity() -> None:
         scales=[8],
         phi_index=[2],
         size=(8, 8),
-    )
+    ).reconstruction
     codes = quantizer.codebook[indices[0]].T.reshape(1, -1, 8, 8)
     torch.testing.assert_close(plain, codes, **CLOSE)
 
@@ -134,7 +134,7 @@ def test_labels_mend_the_mistakes() -> None:
     for step in (2, 5):
         target = 0 if step < 2 else 1 if step < 4 else 2
         start, end = quantizer.token_offset(step), quantizer.token_offset(step + 1)
-        so_far = quantizer._decode(tokens, step, target)
+        so_far = quantizer._decode(tokens, step, target).reconstruction
         pooled = torch.nn.functional.adaptive_avg_pool2d(latents[target] - so_far, CONFIG.scales[step])
         rows = pooled.permute(0, 2, 3, 1).reshape(-1, CONFIG.code_dim)
         nearest = nearest_code(rows, quantizer.codebook).view(3, -1)
