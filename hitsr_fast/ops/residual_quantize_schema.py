@@ -13,6 +13,7 @@ import hitsr_fast.reference.residual_quantize as reference
 from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
 from hitsr_fast.ops import nearest_code_cpu
 from hitsr_fast.ops import residual_quantize_cpu as cpu
+from hitsr_fast.ops import residual_quantize_triton as triton
 from hitsr_fast.ops.validation import check_finite, check_index_range
 
 
@@ -180,6 +181,7 @@ register(
     "str layout, int[] scales, int[] phi_index, float phi_ratio, Tensor? replay, str metric, bool inputs, "
     "bool per_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     backends=[
+        Backend("triton", triton.residual_quantize_triton, triton.supports_quantize, triton.available),
         Backend("cpu", cpu.residual_quantize_cpu, cpu.supports, nearest_code_cpu.available),
         Backend("reference", _reference),
     ],
@@ -190,7 +192,10 @@ register(
     "residual_decode(Tensor indices, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] scales, "
     "int[] phi_index, SymInt[] size, float phi_ratio, bool inputs, bool per_scale) "
     "-> (Tensor, Tensor, Tensor)",
-    backends=[Backend("reference", reference.residual_decode)],
+    backends=[
+        Backend("triton", triton.residual_decode_triton, triton.supports_decode, triton.available),
+        Backend("reference", reference.residual_decode),
+    ],
     fake=_decode_fake,
     check=_check_decode,
 )
@@ -203,7 +208,10 @@ register(
 register(
     "residual_step(Tensor(a!) reconstruction, Tensor indices, Tensor codebook, Tensor phi_weight, "
     "Tensor phi_bias, int[] scale, int[] next_scale, float phi_ratio) -> Tensor",
-    backends=[Backend("reference", reference.residual_step)],
+    backends=[
+        Backend("triton", triton.residual_step_triton, triton.supports_step, triton.available),
+        Backend("reference", reference.residual_step),
+    ],
     fake=_step_fake,
     check=_check_step,
 )

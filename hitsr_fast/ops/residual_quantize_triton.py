@@ -50,12 +50,16 @@ def _supports(name: str, tensor: Tensor, codebook: Tensor) -> str | None:
 def search_constants(channels: int, metric: str, rows: int, places: int) -> dict[str, int]:
     """Block sizes of the search: those of the screen and of the re-check of `nearest_code`, in one program.
 
-    Few rows come in small blocks, as a block is re-checked by one program. places: of the largest area bin.
+    places: of the largest area bin. A block is re-checked by one program: where rows are few, blocks are
+    small. All sizes are such that no stage takes more registers than there are.
     """
-    few = {"BLOCK_N": 16} if rows <= _FEW_ROWS else {}
-    constants = nearest.recheck_constants(channels, metric) | nearest.screen_constants(channels) | few
+    constants = nearest.recheck_constants(channels, metric) | nearest.screen_constants(channels)
+    if rows <= _FEW_ROWS:
+        constants["BLOCK_N"] = 16
+    elif constants["CP"] > 128:
+        constants["BLOCK_N"] = 32
     block = constants["BLOCK_N"]
-    at_once = {"BLOCK_R": min(block, 2048 // constants["CP"]), "ROWS": 8, "BLOCK_C": 4}
+    at_once = {"BLOCK_R": min(block, 1024 // constants["CP"]), "ROWS": 8, "BLOCK_C": 4}
     return pool_constants(channels, block, places) | constants | at_once
 
 
@@ -66,22 +70,39 @@ def pool_constants(channels: int, rows: int, places: int) -> dict[str, int]:
     return {"C": channels, "BLOCK_P": block, "BLOCK_N": rows, "PLACES": together}
 
 
-def update_constants(channels: int) -> dict[str, int]:
-    """Block sizes of the update."""
+def update_constants(channels: int, phi: bool) -> dict[str, int]:
+    """Block sizes of the update: square blocks of a short border, smaller where none is needed."""
     padded = nearest.padded_channels(channels)
     return {
         "C": channels,
         "CP": padded,
-        "ROWS": 8,
+        "ROWS": 8 if phi else 2,
         "COLUMNS": 8,
+        "BLOCK_S": 16,
         "BLOCK_I": min(padded, 32),
-        "BLOCK_O": min(padded, 64),
+        "BLOCK_O": min(padded, 32),
     }
 
 
 # One stage: what the update loads in its loop is what it has just stored.
-UPDATE_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
-POOL_OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def search_options(channels: int, block: int) -> dict[str, int]:
+    """Options of the search's launch."""
+    return nearest.screen_options(channels) | register_limit(168 if block == 16 else 255)
+
+
+def register_limit(most: int) -> dict[str, int]:
+    """The option that limits a thread's registers, where the compiler has it.
+
+    With it, NVIDIA's keeps to the limit; left alone it aims lower, and spills what would have fitted.
+    """
+    if env.triton_interpret():
+        return {}
+    from triton.runtime import driver
+
+    return {"maxnreg": most} if driver.active.get_current_target().backend == "cuda" else {}
 
 
 @dataclass(frozen=True)
@@ -112,7 +133,7 @@ class _Searcher:
     def __init__(self, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> None:
         self._parts = parts if layout == nearest.LAYOUT else nearest.prepare(codebook, metric)[1]
         self._size, self._channels = codebook.shape
-        self._metric, self._options = metric, nearest.screen_options(codebook.shape[1])
+        self._metric = metric
         self._arrived = codebook.new_zeros(_SEARCH_PROGRAMS, dtype=torch.int32)  # and 0 after each scale
 
     def __call__(
@@ -154,6 +175,7 @@ class _Searcher:
             scale.begin,
             *bins,
             self._size,
+            self._channels,
             tiles,
             share,
             *residual.stride(),
@@ -164,7 +186,7 @@ class _Searcher:
             SHARED=shares > 1,
             COSINE=self._metric == "cosine",
             **constants,
-            **self._options,
+            **search_options(self._channels, block),
         )
 
 
@@ -177,7 +199,7 @@ def _pool(x: Tensor, scale: Scale, rows: Tensor) -> None:
     count = x.shape[0] * scale.h * scale.w
     grid = _blocks(count, constants["BLOCK_N"]), _blocks(x.shape[1], constants["BLOCK_P"])
     _residual_quantize_pool_kernel[grid](
-        x, rows, count, *bins, *x.stride(), *rows.stride(), **constants, **POOL_OPTIONS
+        x, rows, count, *bins, *x.stride(), *rows.stride(), **constants, **OPTIONS
     )
 
 
@@ -198,10 +220,10 @@ class _Updater:
         self, codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, phi_ratio: float, places: Tensor
     ) -> None:
         self._codebook, self._weight, self._bias = codebook, phi_weight, phi_bias
-        self._ratio, self._constants = phi_ratio, update_constants(codebook.shape[1])
+        self._ratio, self._constants = phi_ratio, update_constants(codebook.shape[1], phi_ratio != 0)
         B, _, H, W = places.shape
         tall, broad = self._constants["ROWS"], self._constants["COLUMNS"]
-        strip = (tall + 2) * (broad + 2) * self._constants["CP"] if phi_ratio else 0
+        strip = (tall + 2) * (broad + 2) * self._constants["CP"] if phi_ratio != 0 else 0
         self._blocks = B * _blocks(H, tall) * _blocks(W, broad)
         self._blocks *= _blocks(codebook.shape[1], self._constants["BLOCK_O"])
         self._programs = min(self._blocks, _UPDATE_PROGRAMS, _WORKSPACE // max(strip, 1))
@@ -247,7 +269,8 @@ class _Updater:
             FIRST=reconstruction is None,
             RESIDUAL=residual_out is not None,
             **self._constants,
-            **UPDATE_OPTIONS,
+            **OPTIONS,
+            **register_limit(128),
         )
 
 

@@ -9,7 +9,7 @@ from ..nearest_code.screen import screen_tiles
 from .pool import pooled_rows, store_rows
 
 
-@triton.jit(do_not_specialize=["rows", "begin", "h", "w", "H", "W", "tall", "broad", "share"])
+@triton.jit(do_not_specialize=["rows", "begin", "h", "w", "H", "W", "tall", "broad", "channels", "share"])
 def _residual_quantize_search_kernel(
     residual,
     reconstruction,
@@ -34,6 +34,7 @@ def _residual_quantize_search_kernel(
     tall,
     broad,
     K,
+    channels,
     tiles,
     share,
     stride_rb,
@@ -82,9 +83,10 @@ def _residual_quantize_search_kernel(
     pooled += (slot * shares + tl.program_id(1)) * (BLOCK_N * CP)
     rounded += (slot * shares + tl.program_id(1)) * (BLOCK_N * CP)
     margins += (slot * shares + tl.program_id(1)) * (3 * BLOCK_N)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.num_programs(0)):
+    # What a stage computes stays in it: hoisted, the addresses of all stages would fill the registers.
+    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.num_programs(0), disable_licm=True):
         row = block * BLOCK_N + member
-        for skipped in range(0, CP, BLOCK_P):
+        for skipped in range(0, channels, BLOCK_P):
             part = skipped + tl.arange(0, BLOCK_P)
             means = pooled_rows(
                 residual,
@@ -108,9 +110,10 @@ def _residual_quantize_search_kernel(
         tl.debug_barrier()
         for start in range(0, BLOCK_N, BLOCK_R):
             some = start + tl.arange(0, BLOCK_R)
-            values = tl.load(pooled + some[:, None] * CP + channel[None, :])
+            place = some[:, None] * CP + channel[None, :]
+            values = tl.load(pooled + place, mask=(channel < C)[None, :], other=0.0)
             kept, back, slack, near = screened_rows(values, mean, bounds, channel, COSINE, C, CP)
-            tl.store(rounded + some[:, None] * CP + channel[None, :], kept)
+            tl.store(rounded + place, kept)
             there = block * BLOCK_N + some < rows
             tl.store(margins + some, tl.where(there, slack, -2.0))
             tl.store(margins + BLOCK_N + some, near)
@@ -155,7 +158,7 @@ def _residual_quantize_search_kernel(
                     some,
                     BLOCK_N,
                     K,
-                    C,
+                    channels,
                     tiles,
                     COSINE,
                     CP,
@@ -170,7 +173,7 @@ def _residual_quantize_search_kernel(
                 at = indices + image.to(tl.int64) * stride_ib + begin + token
                 tl.store(at, winner.to(tl.int64), mask=found < rows)
             if INPUTS:
-                for skipped in range(0, CP, BLOCK_P):
+                for skipped in range(0, channels, BLOCK_P):
                     part = skipped + tl.arange(0, BLOCK_P)
                     means = pooled_rows(
                         reconstruction,

@@ -38,6 +38,7 @@ def _bicubic(
     left, aside = _neighbours(x, w, W)
     known = inside[:, None] & (channel < C)[None, :]
     of_channel = channel.to(tl.int64)[None, :] * stride_kc
+    shares = _weight(aside, 0), _weight(aside, 1), _weight(aside, 2), _weight(aside, 3)
     total = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
     for i in tl.static_range(4):
         line = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
@@ -46,7 +47,7 @@ def _bicubic(
             column = tl.minimum(tl.maximum(left + j, 0), w - 1)
             code = tl.load(indices + (row + column).to(tl.int64) * stride_it, mask=inside, other=0)
             value = tl.load(codebook + code[:, None] * stride_kn + of_channel, mask=known, other=0.0)
-            line = tl.fma(value.to(tl.float32), _weight(aside, j)[:, None], line)
+            line = tl.fma(value.to(tl.float32), shares[j][:, None], line)
         total = tl.fma(line, _weight(down, i)[:, None], total)
     return total
 
@@ -126,6 +127,7 @@ def _residual_quantize_update_kernel(
     CP: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
@@ -144,7 +146,7 @@ def _residual_quantize_update_kernel(
     parts: tl.constexpr = (C + BLOCK_O - 1) // BLOCK_O
     across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
     strip = strips + tl.program_id(0).to(tl.int64) * ((ROWS + 2) * wide * CP)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), disable_licm=True):
         channel = block % parts * BLOCK_O + outputs
         tile = block // parts
         corner_x, corner_y = tile % across * COLUMNS, tile // across % down * ROWS
@@ -154,8 +156,8 @@ def _residual_quantize_update_kernel(
         inside = (y < H) & (x < W)
         if PHI:
             tl.debug_barrier()  # the strip of the block before has been read
-            for first in range(0, (ROWS + 2) * wide, ROWS * COLUMNS):
-                at = first + place
+            for first in range(0, (ROWS + 2) * wide, BLOCK_S):
+                at = first + tl.arange(0, BLOCK_S)
                 row, column = corner_y + at // wide - 1, corner_x + at % wide - 1
                 stored = at < (ROWS + 2) * wide
                 known = stored & (row >= 0) & (row < H) & (column >= 0) & (column < W)
