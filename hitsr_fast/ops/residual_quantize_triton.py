@@ -98,11 +98,16 @@ def register_limit(most: int) -> dict[str, int]:
 
     With it, NVIDIA's keeps to the limit; left alone it aims lower, and spills what would have fitted.
     """
+    return {"maxnreg": most} if _target() == "cuda" else {}
+
+
+def _target() -> str:
+    """What Triton compiles for: "cuda", "hip", or "" where it interprets."""
     if env.triton_interpret():
-        return {}
+        return ""
     from triton.runtime import driver
 
-    return {"maxnreg": most} if driver.active.get_current_target().backend == "cuda" else {}
+    return str(driver.active.get_current_target().backend)
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,9 @@ class _Searcher:
         tiles = self._parts[1].shape[1] // (constants["BLOCK_K"] * constants["PARTS"])
         blocks = _blocks(rows, block)
         most = max(min(_SEARCH_PROGRAMS, _WORKSPACE // ((tiles * classes + padded) * block)), 1)
-        programs, share = min(blocks, most), _blocks(tiles, max(most // blocks, 1))
+        # On AMD a barrier does not wait until the stores of all waves can be seen by other programs.
+        sharers = 1 if _target() == "hip" else max(most // blocks, 1)
+        programs, share = min(blocks, most), _blocks(tiles, sharers)
         shares = _blocks(tiles, share)
         new = functools.partial(indices.new_empty, dtype=torch.float32)
         without = new((0, 1, 1))
@@ -226,7 +233,7 @@ class _Updater:
         strip = (tall + 2) * (broad + 2) * self._constants["CP"] if phi_ratio != 0 else 0
         self._blocks = B * _blocks(H, tall) * _blocks(W, broad)
         self._blocks *= _blocks(codebook.shape[1], self._constants["BLOCK_O"])
-        self._programs = min(self._blocks, _UPDATE_PROGRAMS, _WORKSPACE // max(strip, 1))
+        self._programs = max(min(self._blocks, _UPDATE_PROGRAMS, _WORKSPACE // max(strip, 1)), 1)
         self._strips = codebook.new_empty(self._programs * strip, dtype=torch.float32)
 
     def __call__(
