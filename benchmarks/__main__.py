@@ -198,14 +198,15 @@ def _print(records: Sequence[Record]) -> None:
         f"{found.device}, {found.threads} threads, load {found.load} at the start{busy}, "
         f"matrix products at {records[0].gemm_gflops:.0f} GFLOP/s"
     )
-    widths = (18, 24, 10, 10, 9, 9, 10)
-    titles = ("provider", "version", "median ms", "min ms", "speed-up", "x floor", "extra MiB")
+    widths = (18, 24, 10, 10, 11, 9, 11, 10)
+    titles = ("provider", "version", "median ms", "min ms", "per second", "speed-up", "x floor", "extra MiB")
     print(_line(titles, widths, texts=2))
     for record in records:
         times = record.times
         numbers = (
             times.median_ms if times else None,
             times.min_ms if times else None,
+            record.per_second,
             record.speedup,
             record.times_floor,
             record.peak_extra_mib,

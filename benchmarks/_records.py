@@ -40,6 +40,7 @@ class Record:
         wrong_rows: rows whose result is not that of the reference.
         best_peer: the quickest provider of this run that is not ours and has the same limit.
         speedup: median of the best peer over this median; above 1 is quicker than every peer.
+        per_second: rows or images of the call over the median.
         gemm_gflops: measured rate of matrix products in this run.
         times_floor: median over the time in which such products do the flop of the case.
         peak_extra_mib: memory that a call holds at its peak.
@@ -56,6 +57,7 @@ class Record:
     wrong_rows: int | None
     best_peer: str
     speedup: float | None
+    per_second: float | None
     gemm_gflops: float
     times_floor: float | None
     peak_extra_mib: float | None
@@ -75,6 +77,7 @@ class Record:
             "wrong_rows": self.wrong_rows,
             "best_peer": self.best_peer,
             "speedup": self.speedup,
+            "per_second": self.per_second,
             "gemm_gflops": self.gemm_gflops,
             "times_floor": self.times_floor,
             "peak_extra_mib": self.peak_extra_mib,

@@ -24,6 +24,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "metrics": ("imaging", "env"),
     "losses": ("ops", "metrics", "env"),
     "nn": ("ops",),
+    "compat": ("nn", "ops"),
     "models": ("nn", "ops", "env"),
     "pipeline": ("models", "nn", "ops", "imaging", "env"),
     "evaluate": ("pipeline", "models", "metrics", "imaging", "data", "env"),

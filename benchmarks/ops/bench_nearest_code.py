@@ -40,6 +40,10 @@ class NearestCodeCase(Case):
     def flops(self) -> int:
         return 2 * self.N * self.K * self.C * self.G
 
+    @property
+    def items(self) -> int:
+        return self.N * self.G
+
     def inputs(self, device: torch.device) -> Inputs:
         generator = torch.Generator().manual_seed(0)
         groups = (self.G,) if self.G > 1 else ()

@@ -1,0 +1,5 @@
+"""Modules on the ops."""
+
+from hitsr_fast.nn.residual_quantizer import ResidualQuantizer, TrainedQuantization
+
+__all__ = ["ResidualQuantizer", "TrainedQuantization"]

@@ -11,7 +11,7 @@ from hitsr_fast.ops.residual_quantize import (
     tokenize_pyramid,
 )
 from hitsr_fast.ops.scale_block_attention import cached_attention_step, scale_block_attention
-from hitsr_fast.reference.residual_quantize import phi_table
+from hitsr_fast.reference.residual_quantize import nearest_phi, phi_table
 
 __all__ = [
     "Metric",
@@ -21,6 +21,7 @@ __all__ = [
     "TokenizedPyramid",
     "cached_attention_step",
     "nearest_code",
+    "nearest_phi",
     "phi_table",
     "prepare_codebook",
     "residual_decode",

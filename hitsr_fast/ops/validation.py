@@ -14,11 +14,10 @@ INDEX = (torch.int64,)
 
 def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: Tensor | None = None) -> None:
     """Raise TypeError unless `value` is a tensor of these dtypes, ValueError unless it is where `like` is."""
-    expected = " or ".join(_short(dtype) for dtype in dtypes)
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a {expected} tensor, found {type(value).__name__}")
+        raise TypeError(f"{name}: expected a {_any_of(dtypes)} tensor, found {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {expected}, found {_short(value.dtype)}")
+        raise TypeError(f"{name}: expected dtype {_any_of(dtypes)}, found {_short(value.dtype)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, found {value.device}")
 
@@ -58,6 +57,10 @@ def check_index_range(name: str, value: Tensor, size: int) -> None:
 def has_values(*tensors: Tensor) -> bool:
     """Whether these tensors may be looked into: false while a compiler or a fake tensor mode traces."""
     return not torch.compiler.is_compiling() and detect_fake_mode(tensors) is None
+
+
+def _any_of(dtypes: Sequence[torch.dtype]) -> str:
+    return " or ".join(_short(dtype) for dtype in dtypes)
 
 
 def _short(dtype: torch.dtype) -> str:

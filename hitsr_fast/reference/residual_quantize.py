@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,11 +12,21 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from hitsr_fast.reference.nearest_code import nearest_code
 
 
-def phi_table(num_scales: int, num_phi: int = 4) -> list[int]:
-    """Which of `num_phi` shared phi convolutions each of `num_scales` scales uses.
+def nearest_phi(position: float, num_phi: int) -> int:
+    """Which of `num_phi` phi convolutions belongs to a position from 0, the first scale, to 1, the last.
 
-    Scale i sits at i / (num_scales - 1) and takes the nearest of evenly spaced ticks. Exact ties exist (ten
-    scales: 2 and 7) and fall as numpy's float64 `linspace` rounds: the ticks must not be derived otherwise.
+    It is the nearest of evenly spaced ticks. Exact ties exist (ten scales: 2 and 7) and fall as float64
+    rounds: the ticks must be those of numpy's `linspace` to the last bit. They are computed as there, but not
+    by it, for compilers take numpy's arrays for tensors.
+    """
+    margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
+    step = (1 - margin - margin) / max(num_phi - 1, 1)
+    ticks = [i * step + margin for i in range(num_phi - 1)] + [1 - margin]
+    return min(range(num_phi), key=lambda i: abs(ticks[i] - position))
+
+
+def phi_table(num_scales: int, num_phi: int = 4) -> list[int]:
+    """Which of `num_phi` phi convolutions each scale uses; scale i sits at i / (num_scales - 1).
 
     Example:
         >>> phi_table(10)
@@ -30,9 +39,7 @@ def phi_table(num_scales: int, num_phi: int = 4) -> list[int]:
         raise ValueError(f"num_scales, num_phi: expected at least 1, found {num_scales}, {num_phi}")
     if num_scales == 1:
         return [0]
-    margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
-    ticks = np.linspace(margin, 1 - margin, num_phi)
-    return [int(np.argmin(np.abs(ticks - i / (num_scales - 1)))) for i in range(num_scales)]
+    return [nearest_phi(i / (num_scales - 1), num_phi) for i in range(num_scales)]
 
 
 def arithmetic_dtype(codebook: Tensor) -> torch.dtype:

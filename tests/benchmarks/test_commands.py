@@ -56,6 +56,21 @@ def test_a_quick_run_has_a_row_for_each_case_and_provider(results: Path) -> None
         assert row["threads"] == "1"
 
 
+def test_a_quick_run_of_the_quantizer_is_right_on_every_task(tmp_path: Path) -> None:
+    path, names = tmp_path / "results.csv", ("eager", "eager:cuda-graph", "reference", "cpu:prepared", "auto")
+    done = benchmarks(
+        *("run", "residual_quantize", "--quick", "--threads", "1", "--repeats", "1", "--device", "cpu"),
+        *("--results", str(path), "--providers", *names),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = _records.read(path)
+    assert len(rows) == 5 * len(names)
+    measured = {(row["task"], row["provider"]) for row in rows if row["median_ms"]}
+    for task in ("encode", "pyramid", "decode", "steps", "train"):
+        assert {(task, name) for name in ("eager", "reference", "auto")} <= measured
+    assert all(row["wrong_rows"] in ("0", "") and (row["median_ms"] or row["reason"]) for row in rows)
+
+
 def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(
@@ -69,7 +84,7 @@ def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", "nearest_cod"], "op: expected one of nearest_code, found 'nearest_cod'"),
+        (["run", "nearest_cod"], "op: expected one of nearest_code, residual_quantize, found 'nearest_cod'"),
         (["run", "nearest_code", "--threads", "0"], "--threads: expected at least 1, found 0"),
         (["run", "nearest_code", "--quick", "--providers", "fais"], "providers: expected some of torch, "),
         (["run", "nearest_code", "--quick", "--threads", "63"], "OMP_NUM_THREADS: expected 63, "),

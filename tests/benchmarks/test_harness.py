@@ -29,6 +29,13 @@ class Doubling(Case):
     def flops(self) -> int:
         return self.N
 
+    @property
+    def items(self) -> int:
+        return 2 * self.N
+
+    def unavailable(self, device: torch.device) -> str | None:
+        return "too many" if self.N > 100 else None
+
     def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
         return (torch.arange(self.N, device=device),)
 
@@ -55,11 +62,11 @@ def provider(
     )
 
 
-def run(*providers: Provider[Doubling], names: tuple[str, ...] = ()) -> list[_records.Record]:
+def run(*providers: Provider[Doubling], names: tuple[str, ...] = (), N: int = 8) -> list[_records.Record]:
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", str(threads))
-        benchmark = Benchmark(op="doubling", providers=providers, cases=(), quick=(Doubling(8),))
+        benchmark = Benchmark(op="doubling", providers=providers, cases=(), quick=(Doubling(N),))
         (records,) = benchmark.run(threads=threads, device=CPU, repeats=3, quick=True, providers=names)
     return records
 
@@ -75,6 +82,7 @@ def test_a_right_provider_has_all_figures() -> None:
     assert float(row["min_ms"]) <= float(row["p20_ms"]) <= float(row["median_ms"]) <= float(row["p80_ms"])
     floor_ms = 8 / (float(row["gemm_gflops"]) * 1e9) * 1e3
     assert float(row["times_floor"]) == pytest.approx(float(row["median_ms"]) / floor_ms, rel=1e-4)
+    assert float(row["per_second"]) == pytest.approx(16 / float(row["median_ms"]) * 1e3, rel=1e-4)
     # Nobody to compare with.
     assert (row["best_peer"], row["speedup"], row["reason"]) == ("", "", "")
 
@@ -94,6 +102,13 @@ def test_a_missing_provider_is_a_row_with_its_reason() -> None:
         row[name] == ""
         for name in ("version", "median_ms", "min_ms", "wrong_rows", "speedup", "peak_extra_mib")
     )
+
+
+def test_a_case_that_is_left_out_is_a_row_with_its_reason() -> None:
+    record, missing = run(provider("right"), provider("missing", reason="not installed"), N=101)
+    assert record.reason == missing.reason == "too many"
+    row = record.row()
+    assert (row["N"], row["median_ms"], row["per_second"], row["wrong_rows"]) == ("101", "", "", "")
 
 
 def test_speedups_are_over_the_best_peer_of_the_same_limit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -345,6 +346,15 @@ def test_cosine_metric(backend: str) -> None:
 )
 def test_phi_table(num_scales: int, table: list[int]) -> None:
     assert phi_table(num_scales) == table
+
+
+@pytest.mark.parametrize("num_phi", range(1, 33))
+def test_phi_tables_are_those_of_numpy(num_phi: int) -> None:
+    margin = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
+    ticks = np.linspace(margin, 1 - margin, num_phi)
+    for scales in range(2, 33):
+        expected = [int(np.argmin(np.abs(ticks - i / (scales - 1)))) for i in range(scales)]
+        assert phi_table(scales, num_phi) == expected
 
 
 def test_phi_table_of_other_banks() -> None:

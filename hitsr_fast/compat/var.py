@@ -1,0 +1,308 @@
+"""`VectorQuantizer2` of VAR and Switti, on the ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hitsr_fast.nn import ResidualQuantizer
+from hitsr_fast.nn.phi_bank import stacked
+from hitsr_fast.nn.residual_quantizer import Scale, pair
+from hitsr_fast.ops import Metric, nearest_code, residual_decode, residual_step
+
+
+class VectorQuantizer2(ResidualQuantizer):
+    """The quantizer of VAR's tokenizer: its arguments, attributes, methods, state dict and results, quicker.
+
+    In VAR and in Switti all it takes is `from hitsr_fast.compat import VectorQuantizer2` in place of the
+    model's own import; VARSR has a class of its own in `hitsr_fast.compat.varsr`.
+
+    Args:
+        vocab_size: K, the size of the codebook.
+        Cvae: C, the channels.
+        using_znorm: compare directions (cosine) rather than positions (L2).
+        beta: weight of the commitment loss.
+        default_qresi_counts: number of separate phis; one a scale if 0.
+        v_patch_nums: side or (h, w) of each scale, coarsest first.
+        quant_resi: r of phi, whose sign does not count; below 1e-6 there is no phi.
+        share_quant_resi: number of phis that the scales share; 0 for separate ones.
+
+    Notes:
+        What differs: the search is exact, where VAR's float32 distances may prefer another code of nearly the
+        same distance; scales may be (h, w) everywhere; usage statistics need no process group; under autocast
+        all is computed in float32 still.
+        Source: VAR (arXiv 2404.02905), the interface of its released code.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        Cvae: int,
+        using_znorm: bool,
+        beta: float = 0.25,
+        default_qresi_counts: int = 0,
+        v_patch_nums: Sequence[Scale] | None = None,
+        quant_resi: float = 0.5,
+        share_quant_resi: int = 4,
+    ) -> None:
+        if v_patch_nums is None:
+            raise ValueError("v_patch_nums: expected the scales, found None")
+        super().__init__(
+            vocab_size,
+            Cvae,
+            v_patch_nums,
+            metric="cosine" if using_znorm else "l2",
+            commitment=beta,
+            phi_ratio=abs(quant_resi) if abs(quant_resi) > 1e-6 else 0.0,
+            share_phi=share_quant_resi,
+            separate_phi=default_qresi_counts or None,
+        )
+        self.vocab_size = vocab_size
+        self.Cvae = Cvae
+        self.quant_resi_ratio = quant_resi
+        self.prog_si = -1  # last scale of a progressive training; -1 for none
+
+    @property
+    def using_znorm(self) -> bool:
+        return self.metric == "cosine"
+
+    @using_znorm.setter
+    def using_znorm(self, value: bool) -> None:
+        metric: Metric = "cosine" if value else "l2"
+        self.metric = metric
+
+    @property
+    def beta(self) -> float:
+        return self.commitment
+
+    @beta.setter
+    def beta(self, value: float) -> None:
+        self.commitment = value
+
+    @property
+    def v_patch_nums(self) -> tuple[Scale, ...]:
+        return self.scales
+
+    @v_patch_nums.setter
+    def v_patch_nums(self, value: Sequence[Scale]) -> None:
+        self.scales = tuple(value)
+
+    def eini(self, eini: float) -> None:
+        """Draw the codebook: truncated normal of deviation `eini`, or, below 0, uniform up to |eini| / K."""
+        if eini > 0:
+            nn.init.trunc_normal_(self.embedding.weight, std=eini)
+        elif eini < 0:
+            bound = abs(eini) / self.vocab_size
+            nn.init.uniform_(self.embedding.weight, -bound, bound)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.v_patch_nums}, znorm={self.using_znorm}, beta={self.beta}  |  "
+            f"S={len(self.v_patch_nums)}, quant_resi={self.quant_resi_ratio}"
+        )
+
+    def forward(  # type: ignore[override]
+        self, f_BChw: Tensor, ret_usages: bool = False
+    ) -> tuple[Tensor, list[float] | None, Tensor]:
+        """The training pass: straight-through `f_hat`, usages in percent or None, mean loss of the scales."""
+        self._expect_full_size(f_BChw, self.scales)
+        out = super().forward(f_BChw)
+        return out.reconstruction, self.usage(f_BChw) if ret_usages else None, out.loss
+
+    def embed_to_fhat(
+        self, ms_h_BChw: Sequence[Tensor], all_to_max_scale: bool = True, last_one: bool = False
+    ) -> list[Tensor] | Tensor:
+        """`f_hat` after each scale, or after the last, of maps `(B, C, h, w)` of codes or their mixtures."""
+        if not all_to_max_scale:
+            return self._grown(ms_h_BChw, last_one)
+        rows = torch.cat([h.flatten(2).transpose(1, 2) for h in ms_h_BChw], dim=1)
+        B, T, C = rows.shape
+        # A row is its own code: the maps may hold any values.
+        indices = torch.arange(B * T, device=rows.device).view(B, T)
+        out = residual_decode(
+            indices,
+            *self._bank_of(rows.reshape(-1, C)),
+            scales=self.scales,
+            phi_index=self.phi_index(len(self.scales)),
+            size=pair(self.scales[-1]),
+            phi_ratio=self.phi_ratio,
+            per_scale=not last_one,
+        )
+        return out.reconstruction if out.reconstructions is None else _each(out.reconstructions)
+
+    def f_to_idxBl_or_fhat(
+        self,
+        f_BChw: Tensor,
+        to_fhat: bool,
+        v_patch_nums: Sequence[Scale] | None = None,
+        noise_std: float | None = None,
+    ) -> list[Tensor]:
+        """Of each scale the indices `(B, h * w)`, or `f_hat` after it.
+
+        Args:
+            f_BChw: `(B, C, H, W)`.
+            to_fhat: which of the two.
+            v_patch_nums: other scales than the module's own.
+            noise_std: Switti's: the pooled rows are shrunk, and noise of this deviation is added to them.
+        """
+        scales = self.scales if v_patch_nums is None else tuple(v_patch_nums)
+        self._expect_full_size(f_BChw, scales)
+        steps = len(scales) if self.prog_si < 0 else self.prog_si + 1
+        if noise_std is not None:
+            indices, maps = self._with_noise(f_BChw.detach(), scales, steps, noise_std)
+        else:
+            out = self.quantize(f_BChw.detach(), scales=scales, steps=steps, per_scale=to_fhat)
+            lengths = [h * w for h, w in map(pair, scales[:steps])]
+            indices = [found.contiguous() for found in out.indices.split(lengths, dim=1)]
+            maps = [] if out.reconstructions is None else _each(out.reconstructions)
+        return [f_hat.to(f_BChw.dtype) for f_hat in maps] if to_fhat else indices
+
+    def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
+        """What teacher forcing feeds the model: `(B, T - h0 * w0, C)`; None where there is no scale to feed.
+
+        Args:
+            gt_ms_idx_Bl: indices `(B, h * w)` of the scales; those of the last one feed nothing.
+        """
+        return self._teacher_inputs(gt_ms_idx_Bl, self.scales)
+
+    def idxBl_to_switti_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
+        """`idxBl_to_var_input` by the name that Switti gives it."""
+        return self.idxBl_to_var_input(gt_ms_idx_Bl)
+
+    def get_next_autoregressive_input(
+        self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The sampler's step: adds a map of codes to `f_hat` in place.
+
+        Args:
+            si: number of the scale, out of SN.
+            SN: number of scales.
+            f_hat: `(B, C, H, W)`; changed.
+            h_BChw: `(B, C, h, w)`, of codes or of mixtures of codes.
+
+        Returns:
+            `f_hat`, and the next scale's input `(B, C, h2, w2)`; `f_hat` again after the last scale.
+        """
+        B, C, h, w = h_BChw.shape
+        rows, weight, bias = self._bank_of(h_BChw.permute(0, 2, 3, 1).reshape(-1, C))
+        phi = self.phi_index(SN)[si]
+        indices = torch.arange(B * h * w, device=rows.device).view(B, -1)
+        following = None if si == SN - 1 else pair(self.scales[si + 1])
+        tensors = (rows, weight, bias, f_hat)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            step = residual_decode(
+                indices,
+                rows,
+                weight,
+                bias,
+                scales=[(h, w)],
+                phi_index=[phi],
+                size=f_hat.shape[2:],
+                phi_ratio=self.phi_ratio,
+            )
+            f_hat.add_(step.reconstruction)
+            return f_hat, f_hat if following is None else F.interpolate(f_hat, size=following, mode="area")
+        wide = f_hat.to(torch.promote_types(rows.dtype, torch.float32))
+        pooled = residual_step(
+            wide,
+            indices,
+            rows,
+            weight[phi],
+            bias[phi],
+            scale=(h, w),
+            next_scale=following,
+            phi_ratio=self.phi_ratio,
+        )
+        if wide is not f_hat:
+            f_hat.copy_(wide)
+        return f_hat, f_hat if following is None else pooled.to(f_hat.dtype)
+
+    def _bank_of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows as a codebook, with the phis, all in the wider dtype of the two."""
+        weight, bias = stacked(self.quant_resi, self.embedding.weight)
+        dtype = torch.promote_types(rows.dtype, weight.dtype)
+        return rows.to(dtype), weight.to(dtype), bias.to(dtype)
+
+    def _expect_full_size(self, f: Tensor, scales: Sequence[Scale]) -> None:
+        if tuple(f.shape[2:]) != pair(scales[-1]):
+            raise ValueError(
+                f"f_BChw: expected the size of the last scale, {pair(scales[-1])}, found {tuple(f.shape[2:])}"
+            )
+
+    def _grown(self, maps: Sequence[Tensor], last_one: bool) -> list[Tensor] | Tensor:
+        """`f_hat` enlarged from scale to scale: an experiment of VAR's, which no model is trained for."""
+        f_hats: list[Tensor] = []
+        positions = max(len(self.scales) - 1, 1)
+        f_hat = torch.zeros(maps[0].shape, device=maps[0].device)
+        for scale, (h, size) in enumerate(zip(maps, map(pair, self.scales), strict=True)):
+            if f_hats:
+                f_hat = F.interpolate(f_hats[-1], size=size, mode="bicubic")
+            f_hats.append(f_hat + self.quant_resi[scale / positions](h))
+        return f_hats[-1] if last_one else f_hats
+
+    def _with_noise(
+        self, f: Tensor, scales: Sequence[Scale], steps: int, noise_std: float
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Indices and `f_hat` of each scale; the noise takes the scales apart."""
+        bank, phi_index = self.bank(), self.phi_index(len(scales))
+        codes = self._prepared(self.embedding.weight, metric=self.metric) or self.embedding.weight
+        size, f_hat = f.shape[2:], torch.zeros_like(f)
+        indices, maps = [], []
+        for scale, (h, w) in enumerate(map(pair, scales[:steps])):
+            residual = f - f_hat.detach()
+            pooled = residual if (h, w) == tuple(size) else F.interpolate(residual, size=(h, w), mode="area")
+            rows = pooled.permute(0, 2, 3, 1).reshape(-1, f.shape[1])
+            rows = math.sqrt(1 - noise_std**2) * rows + noise_std * torch.randn_like(rows)
+            found = nearest_code(rows, codes, metric=self.metric).view(len(f), -1)
+            step = residual_decode(
+                found,
+                *bank,
+                scales=[(h, w)],
+                phi_index=[phi_index[scale]],
+                size=size,
+                phi_ratio=self.phi_ratio,
+            )
+            f_hat = f_hat + step.reconstruction
+            indices.append(found)
+            maps.append(f_hat)
+        return indices, maps
+
+    def _teacher_inputs(self, given: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor | None:
+        fed = len(scales) - 1 if self.prog_si < 0 else min(self.prog_si, len(scales) - 1)
+        if fed == 0:
+            return None
+        sizes = [pair(scale) for scale in scales]
+        h, w = sizes[fed]
+        nothing = given[0].new_zeros(
+            given[0].shape[0], h * w
+        )  # the scale that is fed last feeds nothing itself
+        bank = self.bank()
+        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bank)
+        out = residual_decode(
+            torch.cat([*given[:fed], nothing], dim=1),
+            *bank,
+            scales=sizes[: fed + 1],
+            phi_index=self.phi_index(len(sizes))[: fed + 1],
+            size=sizes[-1],
+            phi_ratio=self.phi_ratio,
+            inputs=not differentiable,
+            per_scale=differentiable,
+        )
+        if out.reconstructions is None:
+            return out.inputs
+        return pooled_rows(out.reconstructions[:-1], sizes[1 : fed + 1])
+
+
+def pooled_rows(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+    """Each map of `(S, B, C, H, W)` pooled to a size of its own, as rows `(B, T, C)`; differentiable."""
+    pooled = [F.interpolate(m, size=size, mode="area") for m, size in zip(maps, sizes, strict=True)]
+    return torch.cat([m.flatten(2).transpose(1, 2) for m in pooled], dim=1)
+
+
+def _each(maps: Tensor) -> list[Tensor]:
+    """The maps `(B, C, H, W)` of `(S, B, C, H, W)`, any of which may be written to."""
+    return [maps[scale] for scale in range(maps.shape[0])]

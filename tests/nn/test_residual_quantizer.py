@@ -1,0 +1,271 @@
+"""`ResidualQuantizer` against VAR's quantizer in eager PyTorch, in float64: equal up to the order of sums."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.peers.var_quantizer import EagerQuantizer
+from hitsr_fast.nn import ResidualQuantizer
+from hitsr_fast.ops import Metric, nearest_code
+from tests.nn.eager import eager_of, phi_gradients, randomize
+from tests.tolerances import TOLERANCES
+
+SAME = TOLERANCES["float64_reordered"]._asdict()
+SCALES = [1, 2, (3, 4), 5, (6, 7)]
+OPTIONS = [
+    {"share_phi": share, "metric": metric, "phi_ratio": ratio}
+    for share in (0, 1, 2, 4)
+    for metric in ("l2", "cosine")
+    for ratio in (0.5, 0.0)
+]
+
+
+def make(
+    dtype: torch.dtype = torch.float64, scales: Any = SCALES, K: int = 40, **options: Any
+) -> ResidualQuantizer:
+    quantizer = ResidualQuantizer(K, 3, scales, **options).to(dtype)
+    randomize(quantizer)
+    return quantizer
+
+
+def assert_same_usage(quantizer: ResidualQuantizer, eager: EagerQuantizer) -> None:
+    tolerance = TOLERANCES["float32_reordered"]._asdict()
+    torch.testing.assert_close(quantizer.ema_vocab_hit_SV.float(), eager.hits, **tolerance)
+
+
+def latent(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(2, 3, 6, 7, dtype=dtype)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+def test_the_training_pass_is_that_of_var(options: dict[str, Any]) -> None:
+    quantizer = make(**options)
+    eager, z = eager_of(quantizer), latent().requires_grad_()
+    out, weight = quantizer(z), torch.randn(2, 3, 6, 7, dtype=torch.float64)
+    (out.loss + (out.reconstruction * weight).sum()).backward()
+    expected_z = z.detach().clone().requires_grad_()
+    expected = eager(expected_z)
+    (expected.loss + (expected.reconstruction * weight).sum()).backward()
+
+    assert torch.equal(out.indices, torch.cat(expected.indices, 1))
+    pairs = [
+        (out.reconstruction, expected.reconstruction),
+        (out.loss, expected.loss),
+        (z.grad, expected_z.grad),
+        (quantizer.embedding.weight.grad, eager.codebook.grad),
+    ]
+    if quantizer.phi_ratio:
+        pairs += zip(
+            phi_gradients(quantizer.quant_resi), (eager.phi_weight.grad, eager.phi_bias.grad), strict=True
+        )
+    else:
+        assert not list(quantizer.quant_resi.parameters())
+    for found, want in pairs:
+        torch.testing.assert_close(found, want, **SAME)
+    assert_same_usage(quantizer, eager)
+
+
+def test_gradcheck_of_the_loss() -> None:
+    """The part that has a gradient in codebook and phi, and the one that has a gradient in z.
+
+    Finite differences see what a stopped gradient hides: each check takes the other part off, as a value.
+    """
+    quantizer = make(K=6, share_phi=1, scales=[1, 2, (2, 3)], commitment=0.5)
+    z = torch.randn(1, 3, 2, 3, dtype=torch.float64)
+    names = [name for name, _ in quantizer.named_parameters()]
+    parameters = [parameter.detach().clone().requires_grad_() for parameter in quantizer.parameters()]
+
+    def maps(tensors: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.functional_call(
+            MapsOf(quantizer), {f"quantizer.{n}": t for n, t in tensors.items()}, (z,)
+        )
+        return found
+
+    def of_parameters(*tensors: Tensor) -> Tensor:
+        given = dict(zip(names, tensors, strict=True))
+        (loss,) = torch.func.functional_call(
+            LossOf(quantizer), {f"quantizer.{n}": t for n, t in given.items()}, (z,)
+        )
+        each = maps(given).detach()
+        return loss - 0.5 * F.mse_loss(z.expand_as(each), each)
+
+    def of_latent(latent: Tensor) -> Tensor:
+        each = maps({}).detach()
+        return quantizer(latent).loss - F.mse_loss(each, latent.detach().expand_as(each))
+
+    tolerance = TOLERANCES["gradcheck"]._asdict()
+    assert torch.autograd.gradcheck(of_parameters, parameters, **tolerance)
+    assert torch.autograd.gradcheck(of_latent, (z.clone().requires_grad_(),), **tolerance)
+
+
+class MapsOf(torch.nn.Module):
+    def __init__(self, quantizer: ResidualQuantizer) -> None:
+        super().__init__()
+        self.quantizer = quantizer
+
+    def forward(self, z: Tensor) -> Tensor:
+        maps = self.quantizer.quantize(z, per_scale=True).reconstructions
+        assert maps is not None
+        return maps
+
+
+class LossOf(MapsOf):
+    def forward(self, z: Tensor) -> tuple[Tensor]:  # type: ignore[override]
+        return (self.quantizer(z).loss,)
+
+
+def test_straight_through() -> None:
+    quantizer, z = make(), latent().requires_grad_()
+    out = quantizer(z)
+    torch.testing.assert_close(out.reconstruction, quantizer.quantize(z).reconstruction, **SAME)
+    weight = torch.randn_like(z)
+    (grad,) = torch.autograd.grad((out.reconstruction * weight).sum(), z)
+    assert torch.equal(grad, weight)
+
+
+@pytest.mark.parametrize("share", [0, 1, 4])
+def test_names_of_the_state_dict(share: int) -> None:
+    names = {
+        0: [f"quant_resi.{i}.{part}" for i in range(5) for part in ("weight", "bias")],
+        1: ["quant_resi.qresi.weight", "quant_resi.qresi.bias"],
+        4: [f"quant_resi.qresi_ls.{i}.{part}" for i in range(4) for part in ("weight", "bias")],
+    }[share]
+    state = make(share_phi=share).state_dict()
+    assert list(state) == ["ema_vocab_hit_SV", *names, "embedding.weight"]
+    assert state["ema_vocab_hit_SV"].shape == (5, 40)
+    assert list(make(share_phi=share, phi_ratio=0.0).state_dict()) == ["ema_vocab_hit_SV", "embedding.weight"]
+
+
+def test_statistics_of_other_scales_are_left_out() -> None:
+    source, target = make(scales=[1, (6, 7)]), make()
+    source(latent())
+    target(latent())
+    before = target.ema_vocab_hit_SV.clone()
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target.ema_vocab_hit_SV, before)
+    assert torch.equal(target.embedding.weight, source.embedding.weight)
+    twin = make()
+    twin.load_state_dict(target.state_dict())
+    assert torch.equal(twin.ema_vocab_hit_SV, before)
+
+
+def test_usage_of_the_codes() -> None:
+    quantizer, z = make(), latent()
+    eager = eager_of(quantizer)
+    for _ in range(25):  # past the 100 ticks after which the average slows down
+        z = torch.randn_like(z)
+        quantizer(z)
+        eager(z)
+    assert quantizer.record_hit == 125
+    assert_same_usage(quantizer, eager)
+    assert quantizer.usage(z) == eager.usage(z)
+    before = quantizer.ema_vocab_hit_SV.clone()
+    quantizer.eval()(z)
+    assert torch.equal(quantizer.ema_vocab_hit_SV, before)
+    assert quantizer.record_hit == 125
+
+
+def test_usage_is_summed_over_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def all_reduce(hits: Tensor) -> None:  # a second process that hits the same codes
+        hits.mul_(2)
+
+    alone, z = make(), latent()
+    shared = copy.deepcopy(alone)
+    alone(z)
+    for name, stand_in in {
+        "is_initialized": lambda: True,
+        "get_world_size": lambda: 2,
+        "all_reduce": all_reduce,
+    }.items():
+        monkeypatch.setattr(torch.distributed, name, stand_in)
+    shared(z)
+    assert torch.equal(shared.ema_vocab_hit_SV, 2 * alone.ema_vocab_hit_SV)
+    usage = shared.usage(z)
+    monkeypatch.undo()
+    assert usage == alone.usage(z)
+
+
+def test_decode_and_teacher_inputs() -> None:
+    quantizer, z = make(), latent()
+    eager = eager_of(quantizer)
+    out, encoded = quantizer.quantize(z, inputs=True, per_scale=True), eager.encode(z, every_map=True)
+    assert out.reconstructions is not None
+    torch.testing.assert_close(out.reconstructions, torch.stack(encoded.maps), **SAME)
+    torch.testing.assert_close(quantizer.decode(out.indices).reconstruction, encoded.maps[-1], **SAME)
+    first = quantizer.decode(out.indices[:, : 1 + 4 + 12]).reconstruction
+    torch.testing.assert_close(first, encoded.maps[2], **SAME)
+    for found in (out.inputs, quantizer.teacher_inputs(out.indices)):
+        torch.testing.assert_close(found, eager.teacher_inputs(encoded.indices), **SAME)
+    with pytest.raises(ValueError, match=r"T one of \[1, 5, 17, 42, 84\], found \(2, 16\)"):
+        quantizer.decode(out.indices[:, :16])
+
+
+def test_other_scales_and_first_steps() -> None:
+    quantizer, z = make(), latent()
+    eager = eager_of(quantizer)
+    scales = [2, 3, (5, 4), (6, 7)]
+    for steps in (None, 2):
+        found = quantizer.quantize(z, scales=scales, steps=steps)
+        expected = eager.encode(z, scales=scales, steps=steps)
+        assert torch.equal(found.indices, torch.cat(expected.indices, 1))
+        torch.testing.assert_close(found.reconstruction, expected.maps[-1], **SAME)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_changed_codebook_is_searched(metric: Metric) -> None:
+    quantizer = make(torch.float32, scales=[(6, 7)], metric=metric)
+    z = latent(torch.float32)
+    for _ in range(2):
+        found = quantizer.quantize(z).indices
+        assert torch.equal(
+            found.flatten(), nearest_code(z, quantizer.embedding.weight, metric=metric).flatten()
+        )
+        quantizer.embedding.weight.data.normal_()
+
+
+def test_copies_and_files() -> None:
+    quantizer, z = make(torch.float32), latent(torch.float32)
+    expected = quantizer.eval()(z)
+    file = io.BytesIO()
+    torch.save(quantizer, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(quantizer), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(z).indices, expected.indices)
+        assert torch.equal(twin(z).reconstruction, expected.reconstruction)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    quantizer, z = make(torch.float32), latent(torch.float32).bfloat16()
+    out, wide = quantizer.eval()(z), quantizer(z.float())
+    assert out.reconstruction.dtype == torch.float32
+    assert torch.equal(out.indices, wide.indices)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = quantizer(z.float())
+    assert torch.equal(cast.loss, wide.loss)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    quantizer, z = make().eval(), latent().requires_grad_()
+    compiled = torch.compile(quantizer, fullgraph=True, backend="aot_eager")
+    found, expected = compiled(z), quantizer(z)
+    assert torch.equal(found.indices, expected.indices)
+    for a, b in zip(
+        torch.autograd.grad(found.loss, [z, *quantizer.parameters()]),
+        torch.autograd.grad(expected.loss, [z, *quantizer.parameters()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, **SAME)
+
+
+def test_training_compiles_and_counts() -> None:
+    quantizer, z = make(), latent()
+    torch.compile(quantizer, backend="aot_eager")(z)
+    assert quantizer.record_hit == 5
+    assert quantizer.ema_vocab_hit_SV.sum() > 0
