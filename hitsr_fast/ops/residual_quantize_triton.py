@@ -56,7 +56,7 @@ def search_constants(channels: int, metric: str, rows: int, places: int) -> dict
     constants = nearest.recheck_constants(channels, metric) | nearest.screen_constants(channels)
     if rows <= _FEW_ROWS:
         constants["BLOCK_N"] = 16
-    elif constants["CP"] > 128:
+    elif constants["CP"] > 64:
         constants["BLOCK_N"] = 32
     block = constants["BLOCK_N"]
     at_once = {"BLOCK_R": min(block, 1024 // constants["CP"]), "ROWS": 8, "BLOCK_C": 4}
@@ -65,7 +65,7 @@ def search_constants(channels: int, metric: str, rows: int, places: int) -> dict
 
 def pool_constants(channels: int, rows: int, places: int) -> dict[str, int]:
     """Block sizes of the pooling: as many loads at once as registers allow."""
-    together = 4 if places <= 4 else 16
+    together = 4 if places <= 4 or rows > 16 else 16
     block = min(nearest.padded_channels(channels), max(1024 // (rows * together), 1))
     return {"C": channels, "BLOCK_P": block, "BLOCK_N": rows, "PLACES": together}
 
@@ -277,7 +277,7 @@ class _Updater:
             RESIDUAL=residual_out is not None,
             **self._constants,
             **OPTIONS,
-            **register_limit(128),
+            **register_limit(168 if self._ratio != 0 else 255),
         )
 
 

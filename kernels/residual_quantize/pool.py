@@ -39,7 +39,7 @@ def pooled_rows(
     plane = x + image.to(tl.int64)[None, :] * stride_xb + channel.to(tl.int64)[:, None] * stride_xc
     inside = (channel < C)[:, None] & (row < rows)[None, :]
     total = tl.zeros((channel.shape[0], row.shape[0]), tl.float32)
-    for first in range(0, tall * broad, PLACES):
+    for first in tl.range(0, tall * broad, PLACES, disable_licm=True):
         i = (first + tl.arange(0, PLACES))[None, :]
         y, column = top[:, None] + i // broad, left[:, None] + i % broad
         offset = y.to(tl.int64) * stride_xh + column.to(tl.int64) * stride_xw

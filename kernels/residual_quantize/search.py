@@ -86,7 +86,7 @@ def _residual_quantize_search_kernel(
     # What a stage computes stays in it: hoisted, the addresses of all stages would fill the registers.
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.num_programs(0), disable_licm=True):
         row = block * BLOCK_N + member
-        for skipped in range(0, channels, BLOCK_P):
+        for skipped in tl.range(0, channels, BLOCK_P, disable_licm=True):
             part = skipped + tl.arange(0, BLOCK_P)
             means = pooled_rows(
                 residual,
@@ -173,7 +173,7 @@ def _residual_quantize_search_kernel(
                 at = indices + image.to(tl.int64) * stride_ib + begin + token
                 tl.store(at, winner.to(tl.int64), mask=found < rows)
             if INPUTS:
-                for skipped in range(0, channels, BLOCK_P):
+                for skipped in tl.range(0, channels, BLOCK_P, disable_licm=True):
                     part = skipped + tl.arange(0, BLOCK_P)
                     means = pooled_rows(
                         reconstruction,
