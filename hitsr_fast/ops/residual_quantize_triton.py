@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hitsr_fast import env
 from hitsr_fast.ops import nearest_code_triton as nearest
+from hitsr_fast.ops.cuda_graphs import Graphs, capturing
 
 available = nearest.available
 
@@ -19,6 +20,7 @@ _WORKSPACE = 2**23  # floats, 32 MiB, of what programs keep for themselves: a se
 _SEARCH_PROGRAMS = 512  # enough to fill a large GPU: more rows are taken in turns,
 _UPDATE_PROGRAMS = 1024  # and of fewer the search shares the codes out
 _FEW_ROWS = 4096  # up to which blocks are small
+_GRAPH_PLACES = 2**13  # of a batch, up to which launching the kernels takes longer than running them
 
 
 def supports_quantize(z: Tensor, codebook: Tensor, phi_weight: Tensor, *_rest: Any) -> str | None:
@@ -295,8 +297,31 @@ def residual_quantize_triton(
     metric: str,
     inputs: bool,
     per_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `reference.residual_quantize`."""
+) -> tuple[Tensor, ...]:
+    """As `reference.residual_quantize`; small batches with a packed codebook as CUDA graphs."""
+    arguments = codebook, phi_weight, phi_bias, parts, layout, scales, phi_index, phi_ratio, metric
+    places = z.shape[0] * z.shape[2] * z.shape[3]
+    if layout != nearest.LAYOUT or not 0 < places <= _GRAPH_PLACES or not z.is_cuda or capturing():
+        return _quantize(z, replay, *arguments, inputs, per_scale)
+    with torch.cuda.device_of(z):
+        return _graphs((z, replay), *arguments, inputs, per_scale)
+
+
+def _quantize(
+    z: Tensor,
+    replay: Tensor | None,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    parts: list[Tensor],
+    layout: str,
+    scales: Sequence[int],
+    phi_index: Sequence[int],
+    phi_ratio: float,
+    metric: str,
+    inputs: bool,
+    per_scale: bool,
+) -> tuple[Tensor, ...]:
     walk = _walk(scales, phi_index)
     indices = z.new_empty((z.shape[0], walk[-1].end), dtype=torch.int64)
     replayed = 0
@@ -312,6 +337,9 @@ def residual_quantize_triton(
             update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
             _run(walk, indices, results, update, search, z, replayed)
     return results.reconstruction, indices, results.inputs, results.reconstructions
+
+
+_graphs = Graphs(_quantize)
 
 
 def residual_decode_triton(

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 
 from hitsr_fast.dispatch import BackendUnavailableError, use_backend
 from hitsr_fast.kernels import residual_quantize as kernels
-from hitsr_fast.ops import nearest_code_triton, residual_decode, residual_quantize
+from hitsr_fast.ops import nearest_code_triton, prepare_codebook, residual_decode, residual_quantize
 from hitsr_fast.ops import residual_quantize_triton as triton
 from tests.ops.residual_quantizer import assert_agrees, assert_as_good, bank
 from tests.ops.test_nearest_code_triton import run_cases
@@ -77,6 +77,7 @@ def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tensors of a GPU that have no values: to look at one, as waiting for the device would, is an error."""
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(triton, "_target", lambda: "cuda")
+    monkeypatch.setattr(triton, "_GRAPH_PLACES", 0)
     with FakeTensorMode():
         yield
 
@@ -115,6 +116,25 @@ def test_two_kernels_a_scale_and_the_host_never_waits(
     launches.names.clear()
     triton.residual_step_triton(z, found[1][:, :16], codebook, phi[0][0], phi[1][0], [4, 4], [6, 6], 0.5)
     assert launches.names == [f"_residual_quantize_{name}_kernel" for name in (update, pool)]
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu() -> None:
+    """Captured, replayed with other values, and inside a caller's capture: always what the kernels give."""
+    codebook, *phi = (tensor.cuda() for tensor in bank(4096, 32, 4, dtype=torch.float32))
+    prepared = prepare_codebook(codebook)
+    latents = [torch.randn(2, 32, 32, 32, device="cuda") for _ in range(4)]
+    with use_backend("triton"):
+        expected = [residual_quantize(z, codebook, *phi, **HIT) for z in latents]
+        for z, plain in zip(latents, expected, strict=True):
+            found = residual_quantize(z, codebook, *phi, **HIT, prepared=prepared)
+            assert torch.equal(found.indices, plain.indices)
+            assert torch.equal(found.reconstruction, plain.reconstruction)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = residual_quantize(latents[0], codebook, *phi, **HIT, prepared=prepared)
+        graph.replay()
+        assert torch.equal(captured.indices, expected[0].indices)
 
 
 @pytest.mark.gpu
