@@ -105,9 +105,9 @@ def check_search(search: Search, target: str, folder: Path) -> Kernel:
     assert re.search("DADD|V_ADD_F64", text)
     # What programs exchange is written before it is announced, and read from no cache that may be stale.
     assert not re.search("LDG.*CONSTANT", text)
-    if "ATOM" in text:
-        assert re.search("MEMBAR.*GPU(.|\n)*ATOM(.|\n)*CCTL.IVALL", text)
-        assert target != "gfx942"
+    assert "GLOBAL_ATOMIC" not in text
+    if "ATOMG" in text:
+        assert re.search("MEMBAR.*GPU(.|\n)*ATOMG(.|\n)*CCTL.IVALL", text)
     return kernel
 
 
@@ -137,7 +137,7 @@ def test_search(tmp_path: Path) -> None:
     kernel = check_search(many, "sm_90", tmp_path)
     assert len(kernel.product_loop()) * kernel.threads / many.scores_per_turn() <= BUDGET["sm_90"]
     few = check_search(Search(1, 4, False), "sm_90", tmp_path)
-    assert "ATOM" in "".join(few.instructions())
+    assert "ATOMG" in "".join(few.instructions())
 
 
 def test_update_and_pool(tmp_path: Path) -> None:
