@@ -13,6 +13,7 @@ from torch import Tensor
 from hitsr_fast import env
 from hitsr_fast.ops import nearest_code_triton as nearest
 from hitsr_fast.ops.cuda_graphs import Graphs, capturing
+from hitsr_fast.ops.nearest_code_inputs import DTYPES, MAX_CHANNELS
 
 available = nearest.available
 
@@ -41,11 +42,11 @@ def supports_step(reconstruction: Tensor, indices: Tensor, codebook: Tensor, *_r
 def _supports(name: str, tensor: Tensor, codebook: Tensor) -> str | None:
     if tensor.device.type != "cuda" and not env.triton_interpret():
         return f"needs CUDA or HIP tensors, found {name} on {tensor.device.type}"
-    if codebook.dtype not in nearest.DTYPES:
+    if codebook.dtype not in DTYPES:
         dtype = str(codebook.dtype).removeprefix("torch.")
         return f"needs a codebook of float16, bfloat16 or float32, found {dtype}"
-    if codebook.shape[1] > nearest.MAX_CHANNELS:
-        return f"needs C of at most {nearest.MAX_CHANNELS}, found {codebook.shape[1]}"
+    if codebook.shape[1] > MAX_CHANNELS:
+        return f"needs C of at most {MAX_CHANNELS}, found {codebook.shape[1]}"
     return None
 
 
