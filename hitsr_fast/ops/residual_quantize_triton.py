@@ -57,12 +57,12 @@ def search_constants(channels: int, metric: str, rows: int, places: int) -> dict
     small. All sizes are such that no stage takes more registers than there are.
     """
     constants = nearest.recheck_constants(channels, metric) | nearest.screen_constants(channels)
-    if rows <= _FEW_ROWS:
+    if rows <= _FEW_ROWS or constants["CP"] > 128:
         constants["BLOCK_N"] = 16
     elif constants["CP"] > 64:
         constants["BLOCK_N"] = 32
     block = constants["BLOCK_N"]
-    at_once = {"BLOCK_R": min(block, 1024 // constants["CP"]), "ROWS": 8, "BLOCK_C": 4}
+    at_once = {"BLOCK_R": min(block, 512 // constants["CP"]), "ROWS": 8, "BLOCK_C": 4}
     return pool_constants(channels, block, places) | constants | at_once
 
 
@@ -87,13 +87,17 @@ def update_constants(channels: int, phi: bool) -> dict[str, int]:
     }
 
 
-# One stage: what the update loads in its loop is what it has just stored.
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def search_options(channels: int, block: int) -> dict[str, int]:
     """Options of the search's launch."""
     return nearest.screen_options(channels) | register_limit(168 if block == 16 else 255)
+
+
+def update_options(channels: int, phi: bool) -> dict[str, int]:
+    """Options of the update's launch. One stage: what it loads in its loop is what it has just stored."""
+    return OPTIONS | register_limit(168 if phi and channels <= 64 else 255)
 
 
 def register_limit(most: int) -> dict[str, int]:
@@ -279,8 +283,7 @@ class _Updater:
             FIRST=reconstruction is None,
             RESIDUAL=residual_out is not None,
             **self._constants,
-            **OPTIONS,
-            **register_limit(168 if self._ratio != 0 else 255),
+            **update_options(self._codebook.shape[1], self._ratio != 0),
         )
 
 
