@@ -31,7 +31,8 @@ def pooled_rows(
 ):
     """Area averages (channels, rows) float32 of x (B, C, H, W); row n is place n % (h w) of image n // (h w).
 
-    tall, broad: of the largest bin, of which PLACES are taken at a time.
+    tall, broad: of the largest bin. Its places are added up one by one in order of rows, whatever the tile
+    and the kernel, so that equal maps give equal bits; PLACES of them are loaded at a time.
     """
     image, place = row // (h * w), row % (h * w)
     top, bottom = _bin(place // w, h, H)
@@ -40,12 +41,11 @@ def pooled_rows(
     inside = (channel < C)[:, None] & (row < rows)[None, :]
     total = tl.zeros((channel.shape[0], row.shape[0]), tl.float32)
     for first in tl.range(0, tall * broad, PLACES, disable_licm=True):
-        i = (first + tl.arange(0, PLACES))[None, :]
-        y, column = top[:, None] + i // broad, left[:, None] + i % broad
-        offset = y.to(tl.int64) * stride_xh + column.to(tl.int64) * stride_xw
-        there = inside[:, :, None] & ((y < bottom[:, None]) & (column < right[:, None]))[None, :, :]
-        values = tl.load(plane[:, :, None] + offset[None, :, :], mask=there, other=0.0)
-        total += tl.sum(values.to(tl.float32), axis=2)
+        for i in tl.static_range(PLACES):
+            y, column = top + (first + i) // broad, left + (first + i) % broad
+            offset = y.to(tl.int64) * stride_xh + column.to(tl.int64) * stride_xw
+            there = inside & ((y < bottom) & (column < right))[None, :]
+            total += tl.load(plane + offset[None, :], mask=there, other=0.0).to(tl.float32)
     return total / ((bottom - top) * (right - left)).to(tl.float32)[None, :]
 
 
