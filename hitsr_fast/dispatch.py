@@ -95,8 +95,11 @@ class Operation:
     def __call__(self, *args: Any) -> Any:
         # An op computes in the dtypes that it is given: autocast must not reach the PyTorch calls inside it.
         device = next((arg.device.type for arg in args if isinstance(arg, torch.Tensor)), "cpu")
+        backend = self.choose(*args)
+        if not torch.is_autocast_enabled(device):
+            return backend.run(*args)
         with torch.autocast(device, enabled=False):
-            return self.choose(*args).run(*args)
+            return backend.run(*args)
 
 
 def register(

@@ -98,13 +98,13 @@ class Pyramid {
     const float* from = weight.const_data_ptr<float>();
     float* to = aligned(weight_);
     for (int64_t p = 0; p < phis; ++p) {
-      for (int64_t out = 0; out < C; ++out) {
-        aligned(bias_)[p * stride + out] = ratio * bias.const_data_ptr<float>()[p * C + out];
+      const float* given = bias.const_data_ptr<float>() + p * C;
+      for (int64_t out = 0; out < C; ++out) aligned(bias_)[p * stride + out] = ratio * given[out];
+      for (int64_t tap = 0; tap < 9; ++tap) {
         for (int64_t in = 0; in < C; ++in) {
-          for (int64_t tap = 0; tap < 9; ++tap) {
-            const float kept = tap == 4 && in == out ? 1 - ratio : 0;
-            to[((p * 9 + tap) * C + in) * stride + out] = kept + ratio * from[((p * C + out) * C + in) * 9 + tap];
-          }
+          float* row = to + ((p * 9 + tap) * C + in) * stride;
+          for (int64_t out = 0; out < C; ++out) row[out] = ratio * from[((p * C + out) * C + in) * 9 + tap];
+          if (tap == 4) row[in] += 1 - ratio;
         }
       }
     }
