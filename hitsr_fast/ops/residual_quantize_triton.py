@@ -59,7 +59,7 @@ def search_constants(channels: int, metric: str, rows: int, places: int) -> dict
     constants = nearest.recheck_constants(channels, metric) | nearest.screen_constants(channels)
     if rows <= _FEW_ROWS or constants["CP"] > 128:
         constants["BLOCK_N"] = 16
-    elif constants["CP"] > 64:
+    elif constants["CP"] > 32:
         constants["BLOCK_N"] = 32
     block = constants["BLOCK_N"]
     at_once = {"BLOCK_R": min(block, 512 // constants["CP"]), "ROWS": 8, "BLOCK_C": 4}
@@ -92,7 +92,9 @@ OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 def search_options(channels: int, block: int) -> dict[str, int]:
     """Options of the search's launch."""
-    return nearest.screen_options(channels) | register_limit(168 if block == 16 else 255)
+    stages = {} if channels > 128 else {"num_stages": 3}
+    limit = 168 if block == 16 and channels <= 128 else 255
+    return nearest.screen_options(channels) | stages | register_limit(limit)
 
 
 def update_options(channels: int, phi: bool) -> dict[str, int]:

@@ -86,6 +86,7 @@ def _residual_quantize_search_kernel(
     # What a stage computes stays in it: hoisted, the addresses of all stages would fill the registers.
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.num_programs(0), disable_licm=True):
         row = block * BLOCK_N + member
+        count = tl.minimum(rows - block * BLOCK_N, BLOCK_N)
         for skipped in tl.range(0, channels, BLOCK_P, disable_licm=True):
             part = skipped + tl.arange(0, BLOCK_P)
             means = pooled_rows(
@@ -108,14 +109,13 @@ def _residual_quantize_search_kernel(
             )
             tl.store(pooled + member[:, None] * CP + part[None, :], tl.trans(means))
         tl.debug_barrier()
-        for start in range(0, BLOCK_N, BLOCK_R):
+        for start in tl.range(0, count, BLOCK_R, disable_licm=True):
             some = start + tl.arange(0, BLOCK_R)
             place = some[:, None] * CP + channel[None, :]
             values = tl.load(pooled + place, mask=(channel < C)[None, :], other=0.0)
             kept, back, slack, near = screened_rows(values, mean, bounds, channel, COSINE, C, CP)
             tl.store(rounded + place, kept)
-            there = block * BLOCK_N + some < rows
-            tl.store(margins + some, tl.where(there, slack, -2.0))
+            tl.store(margins + some, slack)
             tl.store(margins + BLOCK_N + some, near)
             tl.store(margins + 2 * BLOCK_N + some, -back)
         tl.debug_barrier()
@@ -144,12 +144,12 @@ def _residual_quantize_search_kernel(
         if complete:
             if SHARED:
                 tl.store(arrived + slot, 0)
-            for start in range(0, tl.minimum(rows - block * BLOCK_N, BLOCK_N), ROWS):
+            for start in tl.range(0, count, ROWS, disable_licm=True):
                 some = start + tl.arange(0, ROWS)
                 winner = recheck_rows(
                     pooled + some * CP,
                     1,
-                    tl.load(margins + some),
+                    tl.load(margins + some, mask=some < count, other=-2.0),
                     tl.load(margins + BLOCK_N + some),
                     minima,
                     exact,
@@ -171,7 +171,7 @@ def _residual_quantize_search_kernel(
                 found = block * BLOCK_N + some
                 image, token = found // (h * w), found % (h * w)
                 at = indices + image.to(tl.int64) * stride_ib + begin + token
-                tl.store(at, winner.to(tl.int64), mask=found < rows)
+                tl.store(at, winner.to(tl.int64), mask=some < count)
             if INPUTS:
                 for skipped in tl.range(0, channels, BLOCK_P, disable_licm=True):
                     part = skipped + tl.arange(0, BLOCK_P)
