@@ -121,10 +121,16 @@ def register(
     name = schema.partition("(")[0]
     operation = Operation(name, backends)
     _OPERATIONS[name] = operation
+    changed = [place for place, argument in enumerate(schema.split(",")) if "!)" in argument]
 
     def call(*args: Any) -> Any:
         check(*args)
-        return operation(*args)
+        result = operation(*args)
+        # A kernel writes to memory behind PyTorch's back: autograd must learn of it.
+        for place in changed:
+            if not args[place].is_inference():
+                torch.autograd.graph.increment_version(args[place])
+        return result
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, call, "CompositeExplicitAutograd")

@@ -168,7 +168,7 @@ struct Shared {
   template <typename F>
   void operator()(int64_t count, int64_t share, const F& task) const {
     at::parallel_for(0, count, share, [&](int64_t begin, int64_t end) {
-      task(workers[at::get_thread_num()], begin, end);
+      task(workers.at(at::get_thread_num()), begin, end);
     });
   }
 };
@@ -273,7 +273,7 @@ void for_each_image(
   at::parallel_for(0, together, 1, [&](int64_t begin, int64_t end) {
     const int64_t thread = at::get_thread_num();
     for (int64_t b = begin; b < end; ++b) {
-      task(b, Alone{workers[thread]}, aligned(maps[2 * thread]), aligned(maps[2 * thread + 1]));
+      task(b, Alone{workers.at(thread)}, aligned(maps[2 * thread]), aligned(maps[2 * thread + 1]));
     }
   });
   for (int64_t b = together; b < B; ++b) task(b, Shared{workers}, aligned(maps[0]), aligned(maps[1]));
