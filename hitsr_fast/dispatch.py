@@ -95,8 +95,11 @@ class Operation:
     def __call__(self, *args: Any) -> Any:
         # An op computes in the dtypes that it is given: autocast must not reach the PyTorch calls inside it.
         device = next((arg.device.type for arg in args if isinstance(arg, torch.Tensor)), "cpu")
+        backend = self.choose(*args)
+        if not torch.is_autocast_enabled(device):
+            return backend.run(*args)
         with torch.autocast(device, enabled=False):
-            return self.choose(*args).run(*args)
+            return backend.run(*args)
 
 
 def register(
@@ -118,10 +121,16 @@ def register(
     name = schema.partition("(")[0]
     operation = Operation(name, backends)
     _OPERATIONS[name] = operation
+    changed = [place for place, argument in enumerate(schema.split(",")) if "!)" in argument]
 
     def call(*args: Any) -> Any:
         check(*args)
-        return operation(*args)
+        result = operation(*args)
+        # A kernel writes to memory behind PyTorch's back: autograd must learn of it.
+        for place in changed:
+            if not args[place].is_inference():
+                torch.autograd.graph.increment_version(args[place])
+        return result
 
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, call, "CompositeExplicitAutograd")

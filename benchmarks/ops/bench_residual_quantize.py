@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import Benchmark, Call, Case, Provider, package_version
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
 from benchmarks.peers.var_quantizer import EagerQuantizer
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
@@ -26,6 +26,8 @@ from hitsr_fast.ops import (
     residual_step,
     tokenize_pyramid,
 )
+from hitsr_fast.ops import residual_quantize_triton as triton
+from hitsr_fast.ops.nearest_code_triton import padded_channels
 from hitsr_fast.pipeline import find_weights
 
 Task = Literal["encode", "pyramid", "decode", "steps", "train"]
@@ -389,6 +391,20 @@ def _op_arguments(case: QuantizerCase, inputs: Inputs) -> Iterator[tuple[str, tu
         yield op, arguments[op]
 
 
+def _compile_triton(case: QuantizerCase) -> object:
+    codebook, weight, bias, z = case.inputs(torch.device("cpu"))
+    scales = [side for side in case.sides for _ in range(2)]
+    return triton.residual_quantize_triton(
+        z, codebook, weight, bias, [], "", scales, case.phi_index, RATIO, None, "l2", False, False
+    )
+
+
+def _scores_per_turn(case: QuantizerCase) -> int:
+    """Of the search on the last scale, which most rows belong to."""
+    blocks = triton.search_constants(case.C, "l2", case.B * case.lengths[-1], 1)
+    return blocks["BLOCK_N"] * blocks["BLOCK_K"] * blocks["PARTS"]
+
+
 BENCHMARK = Benchmark(
     op="residual_quantize",
     providers=(
@@ -418,5 +434,13 @@ BENCHMARK = Benchmark(
     quick=tuple(
         QuantizerCase(task, 2, K=130, C=8, scales="1..8")
         for task in ("encode", "pyramid", "decode", "steps", "train")
+    ),
+    audit=AuditPlan(
+        cases=(QuantizerCase("encode", 64), QuantizerCase("encode", 1)),
+        launch=_compile_triton,
+        kernel="_residual_quantize_search_kernel",
+        scores=lambda case: case.B * case.K * sum(case.lengths),
+        scores_per_turn=_scores_per_turn,
+        tensor_flops=lambda case: 2 * case.B * case.K * sum(case.lengths) * padded_channels(case.C),
     ),
 )

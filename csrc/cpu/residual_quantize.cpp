@@ -98,13 +98,13 @@ class Pyramid {
     const float* from = weight.const_data_ptr<float>();
     float* to = aligned(weight_);
     for (int64_t p = 0; p < phis; ++p) {
-      for (int64_t out = 0; out < C; ++out) {
-        aligned(bias_)[p * stride + out] = ratio * bias.const_data_ptr<float>()[p * C + out];
+      const float* given = bias.const_data_ptr<float>() + p * C;
+      for (int64_t out = 0; out < C; ++out) aligned(bias_)[p * stride + out] = ratio * given[out];
+      for (int64_t tap = 0; tap < 9; ++tap) {
         for (int64_t in = 0; in < C; ++in) {
-          for (int64_t tap = 0; tap < 9; ++tap) {
-            const float kept = tap == 4 && in == out ? 1 - ratio : 0;
-            to[((p * 9 + tap) * C + in) * stride + out] = kept + ratio * from[((p * C + out) * C + in) * 9 + tap];
-          }
+          float* row = to + ((p * 9 + tap) * C + in) * stride;
+          for (int64_t out = 0; out < C; ++out) row[out] = ratio * from[((p * C + out) * C + in) * 9 + tap];
+          if (tap == 4) row[in] += 1 - ratio;
         }
       }
     }
@@ -168,7 +168,7 @@ struct Shared {
   template <typename F>
   void operator()(int64_t count, int64_t share, const F& task) const {
     at::parallel_for(0, count, share, [&](int64_t begin, int64_t end) {
-      task(workers[at::get_thread_num()], begin, end);
+      task(workers.at(at::get_thread_num()), begin, end);
     });
   }
 };
@@ -273,7 +273,7 @@ void for_each_image(
   at::parallel_for(0, together, 1, [&](int64_t begin, int64_t end) {
     const int64_t thread = at::get_thread_num();
     for (int64_t b = begin; b < end; ++b) {
-      task(b, Alone{workers[thread]}, aligned(maps[2 * thread]), aligned(maps[2 * thread + 1]));
+      task(b, Alone{workers.at(thread)}, aligned(maps[2 * thread]), aligned(maps[2 * thread + 1]));
     }
   });
   for (int64_t b = together; b < B; ++b) task(b, Shared{workers}, aligned(maps[0]), aligned(maps[1]));

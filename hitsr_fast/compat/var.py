@@ -167,7 +167,7 @@ class VectorQuantizer2(ResidualQuantizer):
         Args:
             gt_ms_idx_Bl: indices `(B, h * w)` of the scales; those of the last one feed nothing.
         """
-        return self._teacher_inputs(gt_ms_idx_Bl, self.scales)
+        return self._teacher_inputs([indices.long() for indices in gt_ms_idx_Bl], self.scales)
 
     def idxBl_to_switti_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
         """`idxBl_to_var_input` by the name that Switti gives it."""
@@ -188,6 +188,9 @@ class VectorQuantizer2(ResidualQuantizer):
             `f_hat`, and the next scale's input `(B, C, h2, w2)`; `f_hat` again after the last scale.
         """
         B, C, h, w = h_BChw.shape
+        if B == 0:
+            last = si == SN - 1
+            return f_hat, f_hat if last else f_hat.new_empty(0, C, *pair(self.scales[si + 1]))
         rows, weight, bias = self._bank_of(h_BChw.permute(0, 2, 3, 1).reshape(-1, C))
         phi = self.phi_index(SN)[si]
         indices = torch.arange(B * h * w, device=rows.device).view(B, -1)

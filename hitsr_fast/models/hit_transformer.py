@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.models.config import HitConfig
 from hitsr_fast.nn.attention import KVCache, SelfAttention
+from hitsr_fast.ops import gated_residual, modulated_layer_norm
 
 
 class FeedForward(nn.Module):
@@ -39,15 +40,17 @@ class AdaLNBlock(nn.Module):
     def forward(
         self, x: Tensor, condition: Tensor, block_lengths: Sequence[int], cache: KVCache | None = None
     ) -> Tensor:
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.ada_lin(condition)[:, None].chunk(6, dim=-1)
-        x = x + self._dropped(gamma1 * self.attn(modulated_norm(x, scale1, shift1), block_lengths, cache))
-        return x + self._dropped(gamma2 * self.ffn(modulated_norm(x, scale2, shift2)))
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
+        branch = self.attn(modulated_layer_norm(x, scale1, shift1), block_lengths, cache)
+        x = gated_residual(x, branch, self._dropped(gamma1))
+        return gated_residual(x, self.ffn(modulated_layer_norm(x, scale2, shift2)), self._dropped(gamma2))
 
-    def _dropped(self, branch: Tensor) -> Tensor:
+    def _dropped(self, gate: Tensor) -> Tensor:
+        """A gate `(B, width)`, in training 0 for a share `drop_path` of the images."""
         if not self.training or self.drop_path == 0.0:
-            return branch
-        keep = torch.rand(branch.shape[0], 1, 1, device=branch.device) >= self.drop_path
-        return branch * keep / (1.0 - self.drop_path)
+            return gate
+        keep = torch.rand(gate.shape[0], 1, device=gate.device) >= self.drop_path
+        return gate * keep / (1.0 - self.drop_path)
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -58,13 +61,8 @@ class AdaLNBeforeHead(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.ada_lin(condition)[:, None].chunk(2, dim=-1)
-        return modulated_norm(x, scale, shift)
-
-
-def modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm without affine part, eps 1e-6, times `1 + scale` plus `shift` (AdaLN)."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        scale, shift = self.ada_lin(condition).chunk(2, dim=-1)
+        return modulated_layer_norm(x, scale, shift)
 
 
 def _modulation(ada_lin: nn.Sequential) -> nn.Linear:

@@ -105,10 +105,14 @@ class HitVar(nn.Module):
                 inputs = inputs.to(condition.dtype)
                 inputs = torch.cat([inputs, inputs]) if guidance > 0 else inputs
             logits = transformer.step(step, inputs, lr_features, condition, caches)
-            if guidance > 0:
-                strength = guidance * step / max(len(config.tokenizer.scales) - 1, 1)
-                logits = (1 + strength) * logits[:batch] - strength * logits[batch:]
-            indices = sample_codes(logits, top_k=top_k, top_p=top_p, generator=generator)
+            indices = sample_codes(
+                logits[:batch],
+                uncond_logits=logits[batch:] if guidance > 0 else None,
+                guidance=guidance * step / max(len(config.tokenizer.scales) - 1, 1),
+                top_k=top_k,
+                top_p=top_p,
+                generator=generator,
+            )
             tokens.append(indices)
             inputs = walk.advance(indices)
         return torch.cat(tokens, 1), walk.finished

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -191,7 +192,8 @@ class ResidualQuantizer(nn.Module):
         """
         processes = torch.distributed.get_world_size() if _distributed() else 1
         enough = processes * (z.numel() / z.shape[1]) / self.ema_vocab_hit_SV.shape[1] * 0.08
-        return [share * 100 for share in (self.ema_vocab_hit_SV >= enough).float().mean(dim=1).tolist()]
+        hits = self.ema_vocab_hit_SV[: len(self.scales)]
+        return [share * 100 for share in (hits >= enough).float().mean(dim=1).tolist()]
 
     def extra_repr(self) -> str:
         return (
@@ -206,20 +208,21 @@ class ResidualQuantizer(nn.Module):
 
         The counter that lets the average slow down ticks once a scale.
         """
-        S, K = self.ema_vocab_hit_SV.shape
+        S, K = len(self.scales), self.ema_vocab_hit_SV.shape[1]
         lengths = [h * w for h, w in map(pair, self.scales)]
         scale = torch.arange(S, device=indices.device).repeat_interleave(
             torch.tensor(lengths, device=indices.device), output_size=sum(lengths)
         )
         place = (indices + K * scale).flatten()
-        ones = torch.ones(place.shape, dtype=self.ema_vocab_hit_SV.dtype, device=indices.device)
-        hits = ones.new_zeros(S * K).index_add_(0, place, ones).view(S, K)
+        # A count in 16 bits would stop growing at a few hundred.
+        hits = torch.bincount(place, minlength=S * K).float().view(S, K)
         if _distributed():
             torch.distributed.all_reduce(hits)
         ticks = range(self.record_hit, self.record_hit + S)
         keep = hits.new_tensor([0.0 if t == 0 else 0.9 if t < 100 else 0.99 for t in ticks])[:, None]
         take = hits.new_tensor([1.0 if t == 0 else 0.1 if t < 100 else 0.01 for t in ticks])[:, None]
-        self.ema_vocab_hit_SV.mul_(keep).add_(hits * take)
+        average = self.ema_vocab_hit_SV[:S]
+        average.copy_(average.float() * keep + hits * take)
         self.record_hit += S
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -253,7 +256,8 @@ class _ScaleLosses(torch.autograd.Function):
 
 def pair(scale: Scale) -> tuple[int, int]:
     """Of a side or (h, w)."""
-    return (scale, scale) if isinstance(scale, int) else (scale[0], scale[1])
+    sides: Any = (scale, scale) if isinstance(scale, Integral) else scale
+    return int(sides[0]), int(sides[1])
 
 
 def _distributed() -> bool:

@@ -1,5 +1,6 @@
 """The public ops: each checks its arguments and calls `torch.ops.hitsr_fast.<op>`, which picks a backend."""
 
+from hitsr_fast.ops.modulated_layer_norm import gated_residual, modulated_layer_norm
 from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, nearest_code, prepare_codebook
 from hitsr_fast.ops.residual_quantize import (
     ResidualDecoded,
@@ -10,6 +11,7 @@ from hitsr_fast.ops.residual_quantize import (
     residual_step,
     tokenize_pyramid,
 )
+from hitsr_fast.ops.sample_codes import sample_codes
 from hitsr_fast.ops.scale_block_attention import cached_attention_step, scale_block_attention
 from hitsr_fast.reference.residual_quantize import nearest_phi, phi_table
 
@@ -20,6 +22,8 @@ __all__ = [
     "ResidualQuantized",
     "TokenizedPyramid",
     "cached_attention_step",
+    "gated_residual",
+    "modulated_layer_norm",
     "nearest_code",
     "nearest_phi",
     "phi_table",
@@ -27,6 +31,7 @@ __all__ = [
     "residual_decode",
     "residual_quantize",
     "residual_step",
+    "sample_codes",
     "scale_block_attention",
     "tokenize_pyramid",
 ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def residual_quantize(
         residual that the backend has pooled, the search is exact (see `nearest_code`).
         Gradient: of the reconstruction and the reconstructions, in codebook, phi_weight and phi_bias. None in
         z: a straight-through estimate is the caller's choice. None of the inputs.
-        Backends: cpu (float32 arithmetic; the compiled search), reference.
+        Backends: cuda, triton, cpu (all in float32; float64 goes to the last), reference.
         Source: VAR (arXiv 2404.02905), Algorithm 1; replay: HIT-VAR (arXiv 2506.04990), Algorithm 1.
 
     Example:
@@ -269,7 +270,7 @@ def residual_decode(
         Given the indices of `residual_quantize`, its results up to the order of sums; bit for bit on the
         reference.
         Gradient: of the reconstruction and the reconstructions, in codebook, phi_weight and phi_bias.
-        Backends: reference.
+        Backends: cuda, triton, cpu, reference.
         Source: VAR (arXiv 2404.02905), Algorithm 2.
 
     Example:
@@ -331,7 +332,7 @@ def residual_step(
     Notes:
         Steps over all scales leave what `residual_decode` returns, up to the order of sums; on the reference
         bit for bit.
-        Backends: reference.
+        Backends: triton, cpu, reference.
         Source: VAR (arXiv 2404.02905), Algorithm 2.
 
     Example:
@@ -347,6 +348,9 @@ def residual_step(
     C = codebook.shape[1]
     check_tensor("reconstruction", reconstruction, (arithmetic_dtype(codebook),), like=codebook)
     check_shape("reconstruction", reconstruction, "B C H W", C=C)
+    sides = zip(reconstruction.shape, reconstruction.stride(), strict=True)
+    if any(side > 1 and stride == 0 for side, stride in sides):
+        raise ValueError("reconstruction: expected memory for each element, found an expanded tensor")
     check_tensor("phi_weight", phi_weight, (codebook.dtype,), like=codebook)
     if tuple(phi_weight.shape) != (C, C, 3, 3):
         raise ValueError(f"phi_weight: expected shape {(C, C, 3, 3)}, found {tuple(phi_weight.shape)}")
@@ -384,8 +388,10 @@ def _unpack(prepared: PreparedCodebook | None, codebook: Tensor, metric: Metric)
 
 
 def _pair(name: str, size: int | Sequence[int]) -> list[int]:
-    pair = [size, size] if isinstance(size, int) else list(size)
-    if len(pair) != 2 or min(pair) < 1:
+    sides: Any = (size, size) if isinstance(size, Integral) else size
+    pair: list[int] = list(sides) if isinstance(sides, Iterable) else []
+    whole = all(isinstance(side, (Integral, torch.SymInt)) for side in pair)
+    if len(pair) != 2 or not whole or min(pair) < 1:
         raise ValueError(f"{name}: expected a side or (height, width) of at least 1, found {size}")
     return pair
 

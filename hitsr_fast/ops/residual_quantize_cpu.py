@@ -16,7 +16,9 @@ _LIBRARY = torch.ops.hitsr_fast
 
 def supports(z: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
     """Why a call of `residual_quantize` with such arguments cannot run here, or None."""
-    return unsupported(z, codebook, "cpu")
+    if z.device.type != "cpu":
+        return f"needs CPU tensors, found z on {z.device.type}"
+    return unsupported(codebook, codebook, "cpu")
 
 
 def supports_decode(indices: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
@@ -48,7 +50,7 @@ def residual_quantize_cpu(
     if not layout.startswith("cpu:"):
         layout, parts = nearest_code_cpu.prepare(codebook, metric)
     bank, isa = (codebook, phi_weight, phi_bias, parts), layout.removeprefix("cpu:")
-    cosine = metric == "cosine"
+    cosine, z = metric == "cosine", z.float() if z.dtype == torch.float64 else z
     out: tuple[Tensor, Tensor, Tensor, Tensor] = _LIBRARY._residual_quantize(
         z, *bank, scales, phi_index, phi_ratio, replay, cosine, inputs, per_scale, isa
     )

@@ -14,6 +14,7 @@ from hitsr_fast.dispatch import Backend, register, register_autograd, register_n
 from hitsr_fast.ops import nearest_code_cpu
 from hitsr_fast.ops import residual_quantize_cpu as cpu
 from hitsr_fast.ops import residual_quantize_cuda as cuda
+from hitsr_fast.ops import residual_quantize_triton as triton
 from hitsr_fast.ops.validation import check_finite, check_index_range
 
 
@@ -182,6 +183,7 @@ register(
     "bool per_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     backends=[
         Backend("cuda", cuda.residual_quantize_cuda, cuda.supports, cuda.available),
+        Backend("triton", triton.residual_quantize_triton, triton.supports_quantize, triton.available),
         Backend("cpu", cpu.residual_quantize_cpu, cpu.supports, nearest_code_cpu.available),
         Backend("reference", _reference),
     ],
@@ -194,6 +196,7 @@ register(
     "-> (Tensor, Tensor, Tensor)",
     backends=[
         Backend("cuda", cuda.residual_decode_cuda, cuda.supports_decode, cuda.available),
+        Backend("triton", triton.residual_decode_triton, triton.supports_decode, triton.available),
         Backend("cpu", cpu.residual_decode_cpu, cpu.supports_decode, nearest_code_cpu.available),
         Backend("reference", reference.residual_decode),
     ],
@@ -210,6 +213,7 @@ register(
     "residual_step(Tensor(a!) reconstruction, Tensor indices, Tensor codebook, Tensor phi_weight, "
     "Tensor phi_bias, int[] scale, int[] next_scale, float phi_ratio) -> Tensor",
     backends=[
+        Backend("triton", triton.residual_step_triton, triton.supports_step, triton.available),
         Backend("cpu", cpu.residual_step_cpu, cpu.supports_step, nearest_code_cpu.available),
         Backend("reference", reference.residual_step),
     ],

@@ -50,9 +50,9 @@ def check_index_range(name: str, value: Tensor, size: int) -> None:
     """Raise ValueError if an index is outside [0, size). CPU only: elsewhere a look stalls the device."""
     if value.device.type != "cpu" or value.numel() == 0:
         return
-    low, high = value.aminmax()
+    low, high = map(int, value.aminmax())
     if low < 0 or high >= size:
-        raise ValueError(f"{name}: expected indices from 0 to {size - 1}, found {int(low)} to {int(high)}")
+        raise ValueError(f"{name}: expected indices from 0 to {size - 1}, found {low} to {high}")
 
 
 def has_values(*tensors: Tensor) -> bool:

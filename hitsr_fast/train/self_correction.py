@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.nn.quantizer import MultiScaleQuantizer
-from hitsr_fast.ops import residual_quantize
+from hitsr_fast.ops import prepare_codebook, residual_quantize
 
 
 @torch.no_grad()
@@ -62,6 +62,7 @@ def tokenize_with_mistakes(
     labels = torch.empty(batch, 0, dtype=torch.int64, device=latents[0].device)
     inputs = labels
     config = quantizer.config
+    prepared = prepare_codebook(quantizer.codebook)
     for target, latent in enumerate(latents):
         phi_index = quantizer.phi_index(target)
         for step in range(config.target_steps[target - 1] if target else 0, config.target_steps[target]):
@@ -74,6 +75,7 @@ def tokenize_with_mistakes(
                 phi_index=phi_index[: step + 1],
                 phi_ratio=config.phi_ratio,
                 replay=inputs,
+                prepared=prepared,
             ).indices[:, inputs.shape[1] :]
             wrong = torch.rand(indices.shape, generator=generator) < rate
             choice = torch.randint(neighbours.shape[1], indices.shape, generator=generator)

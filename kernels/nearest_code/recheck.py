@@ -34,6 +34,117 @@ def _least(distance, code):
 
 
 @triton.jit
+def recheck_rows(
+    start,
+    stride_xc,
+    slack,
+    near,
+    minima,
+    exact,
+    bounds,
+    group,
+    row,
+    count,
+    codes,
+    channels,
+    tiles,
+    COSINE: tl.constexpr,
+    CP: tl.constexpr,
+    CLASSES: tl.constexpr,
+    MEMBERS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Index of the nearest code of rows (ROWS,) whose first channels `start` points at.
+
+    slack, near: the two margins of `screened_rows`; minima (groups, tiles, count, CLASSES), of which group
+    and row say which; exact, bounds: of the group's codebook.
+    Distances in float32 leave one code in nearly every case; the definition, in float64, decides the others.
+    """
+    in_range = slack >= 0
+    lows = tl.full((ROWS, CHUNK), _INFINITY, tl.float32)
+    for first in range(0, tiles * CLASSES, CHUNK):
+        number, least = _classes(minima, group, tiles, count, row, first, CLASSES, CHUNK)
+        lows = tl.minimum(lows, least)
+    lowest = tl.min(lows, axis=1)
+    limit = tl.where(in_range, lowest + slack + 2.0**-22 * tl.abs(lowest), -_INFINITY)
+
+    # In float32: the nearest code, its distance, and that of the next.
+    member = tl.arange(0, MEMBERS)
+    before, after = tl.load(bounds), tl.load(bounds + 1)
+    best = tl.full((ROWS,), _INFINITY, tl.float32)
+    second = tl.full((ROWS,), _INFINITY, tl.float32)
+    winner = tl.zeros((ROWS,), tl.int32)
+    for first in range(0, tiles * CLASSES, CHUNK):
+        number, least = _classes(minima, group, tiles, count, row, first, CLASSES, CHUNK)
+        left = (least <= limit[:, None]).to(tl.int32)
+        while tl.max(left) > 0:
+            chosen, left = _next(left, number)
+            code = chosen[:, None] * MEMBERS + member[None, :]
+            there = (chosen < _NONE)[:, None] & (code < codes)
+            terms = tl.zeros((ROWS, BLOCK_C, MEMBERS), tl.float32)
+            for first_channel in range(0, channels, BLOCK_C):
+                channel = first_channel + tl.arange(0, BLOCK_C)
+                known = (channel < channels)[None, :] & (chosen < _NONE)[:, None]
+                value = tl.load(
+                    start[:, None] + channel.to(tl.int64)[None, :] * stride_xc, mask=known, other=0.0
+                )
+                place = (chosen[:, None] * channels + channel[None, :]).to(tl.int64) * MEMBERS
+                given = tl.load(
+                    exact + place[:, :, None] + member[None, None, :], mask=known[:, :, None], other=0.0
+                )
+                value, given = value.to(tl.float32) * before, given.to(tl.float32)
+                if COSINE:
+                    terms -= (value * after)[:, :, None] * given
+                else:
+                    apart = tl.fma(given, -before, value[:, :, None]) * after
+                    terms += apart * apart
+            distance = tl.where(there, tl.sum(terms, axis=1), _INFINITY)
+            nearest, index = _least(distance, code)
+            others = tl.min(tl.where(code == index[:, None], _INFINITY, distance), axis=1)
+            second = tl.minimum(tl.minimum(second, others), tl.maximum(best, nearest))
+            winner = tl.where(nearest < best, index, winner)
+            best = tl.minimum(best, nearest)
+
+    # By the definition, where float32 cannot tell: a second code within the bound, or a row beyond its range.
+    near += best
+    if not COSINE:
+        near += best * ((CP + 4) * 2.0**-22)
+    undecided = (slack > -2) & ((second <= near) | ~in_range)
+    if tl.max(undecided.to(tl.int32)) > 0:
+        limit = tl.where(undecided, tl.where(in_range, limit, _INFINITY), -_INFINITY)
+        nearest64 = tl.full((ROWS,), _INFINITY, tl.float64)
+        winner64 = tl.zeros((ROWS,), tl.int32)
+        for first in range(0, tiles * CLASSES, CHUNK):
+            number, least = _classes(minima, group, tiles, count, row, first, CLASSES, CHUNK)
+            left = ((least <= limit[:, None]) & (number * MEMBERS < codes)[None, :]).to(tl.int32)
+            while tl.max(left) > 0:
+                chosen, left = _next(left, number)
+                code = chosen[:, None] * MEMBERS + member[None, :]
+                there = (chosen < _NONE)[:, None] & (code < codes)
+                value_at = start
+                given_at = exact + chosen.to(tl.int64)[:, None] * channels * MEMBERS + member[None, :]
+                distance = tl.zeros((ROWS, MEMBERS), tl.float64)
+                for _ in range(channels):
+                    value = tl.load(value_at, mask=chosen < _NONE, other=0.0).to(tl.float64)[:, None]
+                    given = tl.load(given_at, mask=there, other=0.0).to(tl.float64)
+                    if COSINE:
+                        distance -= value * given
+                    else:
+                        apart = value - given
+                        distance += apart * apart
+                    value_at += stride_xc
+                    given_at += MEMBERS
+                distance = tl.where(there, distance, _INFINITY)
+                nearest, index = _least(distance, code)
+                winner64 = tl.where(nearest < nearest64, index, winner64)
+                nearest64 = tl.minimum(nearest64, nearest)
+        winner = tl.where(undecided, winner64, winner)
+    return winner
+
+
+@triton.jit
 def _nearest_code_recheck_kernel(
     x,
     exact,
@@ -65,8 +176,7 @@ def _nearest_code_recheck_kernel(
     """Index of the nearest code of rows [begin, end) of a group, from the minima of the screen.
 
     exact (G, tiles * CLASSES, channels, MEMBERS): float32 as given, or float64 unit vectors for cosine.
-    indices (G, rows) int64. Distances in float32 leave one code in nearly every case; the definition, in
-    float64, decides the other rows.
+    indices (G, rows) int64.
     """
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -74,85 +184,26 @@ def _nearest_code_recheck_kernel(
     start = x + row_offsets(group, begin + row, height, width, stride_xg, stride_xb, stride_xy, stride_xx)
     margin = margins + group * 3 * count + row
     slack = tl.load(margin, mask=row < count, other=-2.0)
-    in_range = slack >= 0
-
-    lows = tl.full((ROWS, CHUNK), _INFINITY, tl.float32)
-    for first in range(0, tiles * CLASSES, CHUNK):
-        number, least = _classes(minima, group, tiles, count, row, first, CLASSES, CHUNK)
-        lows = tl.minimum(lows, least)
-    lowest = tl.min(lows, axis=1)
-    limit = tl.where(in_range, lowest + slack + 2.0**-22 * tl.abs(lowest), -_INFINITY)
-
-    # In float32: the nearest code, its distance, and that of the next.
-    member = tl.arange(0, MEMBERS)
-    origin = exact + group * tiles * (CLASSES * MEMBERS) * channels
-    before, after = tl.load(bounds + group * 5), tl.load(bounds + group * 5 + 1)
-    best = tl.full((ROWS,), _INFINITY, tl.float32)
-    second = tl.full((ROWS,), _INFINITY, tl.float32)
-    winner = tl.zeros((ROWS,), tl.int32)
-    for first in range(0, tiles * CLASSES, CHUNK):
-        number, least = _classes(minima, group, tiles, count, row, first, CLASSES, CHUNK)
-        left = (least <= limit[:, None]).to(tl.int32)
-        while tl.max(left) > 0:
-            chosen, left = _next(left, number)
-            code = chosen[:, None] * MEMBERS + member[None, :]
-            there = (chosen < _NONE)[:, None] & (code < codes)
-            terms = tl.zeros((ROWS, BLOCK_C, MEMBERS), tl.float32)
-            for first_channel in range(0, channels, BLOCK_C):
-                channel = first_channel + tl.arange(0, BLOCK_C)
-                known = (channel < channels)[None, :] & (chosen < _NONE)[:, None]
-                value = tl.load(
-                    start[:, None] + channel.to(tl.int64)[None, :] * stride_xc, mask=known, other=0.0
-                )
-                place = (chosen[:, None] * channels + channel[None, :]).to(tl.int64) * MEMBERS
-                given = tl.load(
-                    origin + place[:, :, None] + member[None, None, :], mask=known[:, :, None], other=0.0
-                )
-                value, given = value.to(tl.float32) * before, given.to(tl.float32)
-                if COSINE:
-                    terms -= (value * after)[:, :, None] * given
-                else:
-                    apart = tl.fma(given, -before, value[:, :, None]) * after
-                    terms += apart * apart
-            distance = tl.where(there, tl.sum(terms, axis=1), _INFINITY)
-            nearest, index = _least(distance, code)
-            others = tl.min(tl.where(code == index[:, None], _INFINITY, distance), axis=1)
-            second = tl.minimum(tl.minimum(second, others), tl.maximum(best, nearest))
-            winner = tl.where(nearest < best, index, winner)
-            best = tl.minimum(best, nearest)
-
-    # By the definition, where float32 cannot tell: a second code within the bound, or a row beyond its range.
-    near = best + tl.load(margin + count, mask=row < count, other=0.0)
-    if not COSINE:
-        near += best * ((CP + 4) * 2.0**-22)
-    undecided = (slack > -2) & ((second <= near) | ~in_range)
-    if tl.max(undecided.to(tl.int32)) > 0:
-        limit = tl.where(undecided, tl.where(in_range, limit, _INFINITY), -_INFINITY)
-        nearest64 = tl.full((ROWS,), _INFINITY, tl.float64)
-        winner64 = tl.zeros((ROWS,), tl.int32)
-        for first in range(0, tiles * CLASSES, CHUNK):
-            number, least = _classes(minima, group, tiles, count, row, first, CLASSES, CHUNK)
-            left = ((least <= limit[:, None]) & (number * MEMBERS < codes)[None, :]).to(tl.int32)
-            while tl.max(left) > 0:
-                chosen, left = _next(left, number)
-                code = chosen[:, None] * MEMBERS + member[None, :]
-                there = (chosen < _NONE)[:, None] & (code < codes)
-                value_at = start
-                given_at = origin + chosen.to(tl.int64)[:, None] * channels * MEMBERS + member[None, :]
-                distance = tl.zeros((ROWS, MEMBERS), tl.float64)
-                for _ in range(channels):
-                    value = tl.load(value_at, mask=chosen < _NONE, other=0.0).to(tl.float64)[:, None]
-                    given = tl.load(given_at, mask=there, other=0.0).to(tl.float64)
-                    if COSINE:
-                        distance -= value * given
-                    else:
-                        apart = value - given
-                        distance += apart * apart
-                    value_at += stride_xc
-                    given_at += MEMBERS
-                distance = tl.where(there, distance, _INFINITY)
-                nearest, index = _least(distance, code)
-                winner64 = tl.where(nearest < nearest64, index, winner64)
-                nearest64 = tl.minimum(nearest64, nearest)
-        winner = tl.where(undecided, winner64, winner)
+    winner = recheck_rows(
+        start,
+        stride_xc,
+        slack,
+        tl.load(margin + count, mask=row < count, other=0.0),
+        minima,
+        exact + group * tiles * (CLASSES * MEMBERS) * channels,
+        bounds + group * 5,
+        group,
+        row,
+        count,
+        codes,
+        channels,
+        tiles,
+        COSINE,
+        CP,
+        CLASSES,
+        MEMBERS,
+        ROWS,
+        BLOCK_C,
+        CHUNK,
+    )
     tl.store(indices + group * stride_ig + begin + row, winner.to(tl.int64), mask=row < count)

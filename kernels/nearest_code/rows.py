@@ -46,6 +46,26 @@ def _margins(centred, kept, back, bounds, COSINE: tl.constexpr, CP: tl.constexpr
 
 
 @triton.jit
+def screened_rows(values, mean, bounds, channels, COSINE: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
+    """Rows (rows, CP) float32 of a group as the screen takes them, and what the re-check must know of them.
+
+    kept, back: of `_round`. slack, exact: of `_margins`, of which slack is -1 for a row beyond the range of
+    the bound and -2 for one that is not finite.
+    """
+    finite = tl.max((tl.abs(values) < float("inf")).to(tl.int32) ^ 1, axis=1) == 0
+    # The scale comes in two factors, at most one before and at least one after: large values stay in range as
+    # their difference is taken, and small ones keep their digits.
+    means = tl.load(mean + channels, mask=channels < C, other=0.0)
+    before, after = tl.load(bounds), tl.load(bounds + 1)
+    centred = (values * before - means[None, :]) * after
+    in_range = finite & (tl.sum(centred * centred, axis=1) < _RANGE)
+    centred = tl.where(in_range[:, None], centred, 0.0)
+    kept, back = _round(centred)
+    slack, exact = _margins(centred, kept, back, bounds, COSINE, CP)
+    return kept, back, tl.where(in_range, slack, tl.where(finite, -1.0, -2.0)), exact
+
+
+@triton.jit
 def row_offsets(group, rows, height, width, stride_xg, stride_xb, stride_xy, stride_xx):
     """Of the first channel of rows, the positions of maps, one map after the other. group: int64."""
     y = rows // width
@@ -81,9 +101,7 @@ def _nearest_code_round_kernel(
     """Rows [begin, end) of a group in float16, and what the other kernels have to know of them.
 
     x: any strides; mean (G, C), bounds (G, 5), rounded (G, end - begin, CP) float16, margins
-    (G, 3, end - begin): the two of `_margins`, of which the first is -1 for a row beyond the range of the
-    bound and -2 for one that is not finite; and the power of two, negated, that takes a product of rounded
-    values back to the scale of the codes.
+    (G, 3, end - begin): slack and exact of `screened_rows`, and its power of two, negated.
     """
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -95,19 +113,12 @@ def _nearest_code_round_kernel(
         x + offsets[:, None] + channels.to(tl.int64)[None, :] * stride_xc, mask=inside, other=0.0
     )
     values = values.to(tl.float32)
-    finite = tl.max((tl.abs(values) < float("inf")).to(tl.int32) ^ 1, axis=1) == 0
-    # The scale comes in two factors, at most one before and at least one after: large values stay in range as
-    # their difference is taken, and small ones keep their digits.
-    means = tl.load(mean + group * C + channels, mask=channels < C, other=0.0)
-    before, after = tl.load(bounds + group * 5), tl.load(bounds + group * 5 + 1)
-    centred = (values * before - means[None, :]) * after
-    in_range = finite & (tl.sum(centred * centred, axis=1) < _RANGE)
-    centred = tl.where(in_range[:, None], centred, 0.0)
-    kept, back = _round(centred)
-    slack, exact = _margins(centred, kept, back, bounds + group * 5, COSINE, CP)
+    kept, back, slack, exact = screened_rows(
+        values, mean + group * C, bounds + group * 5, channels, COSINE, C, CP
+    )
     place = (group * count + row)[:, None] * CP + channels[None, :]
     tl.store(rounded + place, kept, mask=(row < count)[:, None])
     margin = margins + group * 3 * count + row
-    tl.store(margin, tl.where(in_range, slack, tl.where(finite, -1.0, -2.0)), mask=row < count)
+    tl.store(margin, slack, mask=row < count)
     tl.store(margin + count, exact, mask=row < count)
     tl.store(margin + 2 * count, -back, mask=row < count)

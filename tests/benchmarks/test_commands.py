@@ -84,7 +84,11 @@ def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["run", "nearest_cod"], "op: expected one of nearest_code, residual_quantize, found 'nearest_cod'"),
+        (
+            ["run", "nearest_cod"],
+            "op: expected one of modulated_layer_norm, nearest_code, residual_quantize, sample_codes, "
+            "found 'nearest_cod'",
+        ),
         (["run", "nearest_code", "--threads", "0"], "--threads: expected at least 1, found 0"),
         (["run", "nearest_code", "--quick", "--providers", "fais"], "providers: expected some of torch, "),
         (["run", "nearest_code", "--quick", "--threads", "63"], "OMP_NUM_THREADS: expected 63, "),

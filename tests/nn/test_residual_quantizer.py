@@ -269,3 +269,17 @@ def test_training_compiles_and_counts() -> None:
     torch.compile(quantizer, backend="aot_eager")(z)
     assert quantizer.record_hit == 5
     assert quantizer.ema_vocab_hit_SV.sum() > 0
+
+
+def test_counts_of_sixteen_bit_modules_do_not_saturate() -> None:
+    quantizer = ResidualQuantizer(2, 8, (1, 2, 32)).bfloat16().train()
+    quantizer(torch.randn(4, 8, 32, 32, dtype=torch.bfloat16))
+    assert quantizer.ema_vocab_hit_SV[2].float().sum() >= 0.99 * 0.1 * 4 * 32 * 32
+
+
+def test_fewer_scales_than_the_statistics_have_rows() -> None:
+    quantizer = ResidualQuantizer(64, 8, (1, 2, 4)).train()
+    quantizer.scales = (1, 4)
+    z = torch.randn(2, 8, 4, 4)
+    quantizer(z)
+    assert quantizer.ema_vocab_hit_SV[2].eq(0).all() and len(quantizer.usage(z)) == 2

@@ -18,12 +18,12 @@ from tests.ops.test_nearest_code import KINDS, problem
 CASES = Path(__file__).with_name("nearest_code_interpreted.py")
 
 
-def run_cases(mark: str) -> None:
+def run_cases(mark: str, cases: Path = CASES) -> None:
     """Run the cases of a mark in a process of their own; all pass, and there are some."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, str(cases)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True, check=False
+        command, env=environment, cwd=cases.parents[2], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

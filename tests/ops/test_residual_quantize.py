@@ -512,3 +512,41 @@ def test_a_prepared_codebook_must_be_of_this_codebook() -> None:
     assert isinstance(
         quantize_with(codebook=codebook, prepared=prepare_codebook(codebook)), ResidualQuantized
     )
+
+
+@pytest.mark.parametrize("backend", backends("residual_step"))
+def test_autograd_learns_that_the_step_wrote(backend: str) -> None:
+    codes, reconstruction = bank(C=8, dtype=torch.float32), torch.ones(2, 8, 7, 9)
+    factor = torch.ones_like(reconstruction, requires_grad=True)
+    loss = (factor * reconstruction).sum()
+    phi = (codes.phi_weight[0], codes.phi_bias[0])
+    indices = torch.zeros(2, 4, dtype=torch.int64)
+    with forced("residual_step", backend), torch.no_grad():
+        residual_step(reconstruction, indices, codes.codebook, *phi, scale=2, next_scale=None)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_the_step_needs_memory_of_its_own() -> None:
+    codes, expanded = bank(C=8, dtype=torch.float32), torch.zeros(1, 8, 7, 9).expand(2, 8, 7, 9)
+    phi = (codes.phi_weight[0], codes.phi_bias[0])
+    indices = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="reconstruction: expected memory for each element"):
+        residual_step(expanded, indices, codes.codebook, *phi, scale=2, next_scale=None)
+
+
+@pytest.mark.parametrize("scale", [np.int64(2), [np.int64(2), 2]])
+def test_sides_may_be_numpys(scale: Any) -> None:
+    z, codes = torch.randn(1, 3, 4, 4), bank(dtype=torch.float32)
+    found = residual_quantize(z, *codes, scales=[scale], phi_index=[0])
+    assert torch.equal(found.indices, residual_quantize(z, *codes, scales=[2], phi_index=[0]).indices)
+    with pytest.raises(ValueError, match="scales: expected a side"):
+        residual_quantize(z, *codes, scales=[1.5], phi_index=[0])  # type: ignore[list-item]
+
+
+def test_a_float64_latent_is_computed_in_float32() -> None:
+    z, codes = torch.randn(2, 3, 6, 5), bank(dtype=torch.float32)
+    wide = residual_quantize(z.double(), *codes, scales=[2, (6, 5)], phi_index=[0, 1])
+    found = residual_quantize(z, *codes, scales=[2, (6, 5)], phi_index=[0, 1])
+    assert torch.equal(wide.indices, found.indices)
+    assert torch.equal(wide.reconstruction, found.reconstruction)

@@ -1,0 +1,188 @@
+"""`modulated_layer_norm` and `gated_residual` against PyTorch's `layer_norm`, product and sum."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
+from hitsr_fast import __version__
+from hitsr_fast.dispatch import operations, use_backend
+from hitsr_fast.ops import gated_residual, modulated_layer_norm, modulated_layer_norm_triton
+
+Inputs = tuple[Tensor, ...]
+Function = Callable[..., Tensor]
+
+# Of a result's largest value.
+_ALLOWED = {"float32": 1e-5, "bfloat16": 2e-2}
+
+
+@dataclass(frozen=True)
+class AdaLNCase(Case):
+    """`B` images of `L` tokens of `C` channels.
+
+    Attributes:
+        task: norm or residual, or with its gradients norm-train or residual-train.
+    """
+
+    task: Literal["norm", "residual", "norm-train", "residual-train"]
+    B: int
+    L: int
+    C: int = 1024
+    dtype: str = "float32"
+
+    @property
+    def items(self) -> int:
+        return self.B * self.L
+
+    @property
+    def trains(self) -> bool:
+        return self.task.endswith("train")
+
+    @property
+    def flops(self) -> int:
+        """Of a value: seven for the norm, two for the residual; eleven and three more for the gradients."""
+        each = {"norm": 7, "residual": 2, "norm-train": 18, "residual-train": 5}[self.task]
+        return each * self.B * self.L * self.C
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """The op's arguments, modulations as a model has them, and the gradient of its result."""
+        generator = torch.Generator().manual_seed(0)
+        rows = 1 if self.task.startswith("norm") else 2
+        shapes = [(self.B, self.L, self.C)] * (rows + 1) + [(self.B, 1, 2 * self.C)]
+        *values, wide = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+        modulations = wide.chunk(2, dim=-1)[: 3 - rows]
+        tensors = [*values[:rows], *modulations, values[rows]]
+        return tuple(tensor.to(getattr(torch, self.dtype)) for tensor in tensors)
+
+    def expected(self, *inputs: Tensor) -> list[Tensor]:
+        """PyTorch's formula in float64."""
+        return _call(self, tuple(tensor.double() for tensor in inputs), _plain(self))()
+
+    def wrong_rows(self, result: list[Tensor], expected: list[Tensor]) -> int:
+        """Images with a value that is off by more than its dtype allows."""
+        wrong = torch.zeros(self.B, dtype=torch.bool, device=expected[0].device)
+        for found, wanted in zip(result, expected, strict=True):
+            error = (found.double() - wanted).abs().flatten(1).amax(1)
+            wrong |= ~(error <= _ALLOWED[self.dtype] * wanted.abs().max())
+        return int(wrong.sum())
+
+
+def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x + gate * y
+
+
+def _plain(case: AdaLNCase) -> Function:
+    return _norm if case.task.startswith("norm") else _residual
+
+
+def _call(case: AdaLNCase, inputs: Inputs, function: Function) -> Call:
+    """The result of a function, and its gradients where the case trains."""
+    *arguments, weight = inputs
+
+    def forward() -> list[Tensor]:
+        return [function(*arguments)]
+
+    def train() -> list[Tensor]:
+        leaves = [argument.detach().requires_grad_() for argument in arguments]
+        out = function(*leaves)
+        return [out.detach(), *torch.autograd.grad(out, leaves, weight)]
+
+    return train if case.trains else torch.no_grad()(forward)
+
+
+def _compiled_call(case: AdaLNCase, inputs: Inputs) -> Call:
+    torch.compiler.reset()
+    return _call(case, inputs, torch.compile(_plain(case), fullgraph=True, dynamic=False))
+
+
+def _missing_compiler(case: AdaLNCase, inputs: Inputs) -> str | None:
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"needs a C++ compiler, found no {compiler}"
+
+
+def _ours(backend: str | None) -> Provider[AdaLNCase]:
+    def build(case: AdaLNCase, inputs: Inputs) -> Call:
+        function = modulated_layer_norm if case.task.startswith("norm") else gated_residual
+        call = _call(case, inputs, function)
+
+        def run() -> list[Tensor]:
+            with use_backend(backend):
+                return call()  # type: ignore[no-any-return]
+
+        return run
+
+    def unavailable(case: AdaLNCase, inputs: Inputs) -> str | None:
+        if backend == "triton" and inputs[0].device.type == "cpu":
+            return "Triton's interpreter is not worth timing"
+        name = "modulated_layer_norm" if case.task.startswith("norm") else "gated_residual"
+        return operations()[name].reasons(*inputs[:3])[backend] if backend else None
+
+    return Provider(
+        name=backend or "auto",
+        build=build,
+        unavailable=unavailable,
+        version=lambda: __version__,
+        ours=True,
+    )
+
+
+def _launch(case: AdaLNCase) -> None:
+    x = torch.zeros(case.B, case.L, case.C, dtype=getattr(torch, case.dtype))
+    row, mean = x[:, 0].contiguous(), torch.zeros(case.B, case.L)
+    modulated_layer_norm_triton.modulated_layer_norm_triton(x, row, row, 1e-6)
+    modulated_layer_norm_triton.modulated_layer_norm_backward_triton(x, x, row, mean, mean)
+    modulated_layer_norm_triton.gated_residual_triton(x, x, row)
+    modulated_layer_norm_triton.gated_residual_backward_triton(x, x, row)
+
+
+BENCHMARK = Benchmark(
+    op="modulated_layer_norm",
+    providers=(
+        Provider(
+            "eager",
+            lambda case, inputs: _call(case, inputs, _plain(case)),
+            lambda case, inputs: None,
+            package_version("torch"),
+        ),
+        Provider("torch.compile", _compiled_call, _missing_compiler, package_version("torch")),
+        _ours("reference"),
+        _ours("cpu"),
+        _ours("triton"),
+        _ours(None),
+    ),
+    cases=(
+        AdaLNCase("norm", 1, 16),
+        AdaLNCase("norm", 1, 1024),
+        AdaLNCase("norm", 1, 1024, dtype="bfloat16"),
+        AdaLNCase("residual", 1, 1024),
+        AdaLNCase("residual", 1, 1024, dtype="bfloat16"),
+        AdaLNCase("norm-train", 4, 4476),
+        AdaLNCase("residual-train", 4, 4476),
+    ),
+    quick=(
+        AdaLNCase("norm", 2, 5, C=33),
+        AdaLNCase("residual", 2, 5, C=33, dtype="bfloat16"),
+        AdaLNCase("norm-train", 2, 5, C=33),
+        AdaLNCase("residual-train", 2, 5, C=33),
+    ),
+    audit=AuditPlan(
+        cases=(AdaLNCase("norm-train", 4, 4476, dtype="bfloat16"),),
+        launch=_launch,
+        kernel="",  # none of them multiplies on tensor cores: there are no scores to count
+        scores=lambda case: 0,
+        scores_per_turn=lambda case: 1,
+        tensor_flops=lambda case: 0,
+    ),
+)

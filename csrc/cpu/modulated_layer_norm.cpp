@@ -1,0 +1,191 @@
+// CPU backend of modulated_layer_norm and gated_residual: the loops over images and blocks of rows.
+#include "cpu/modulated_layer_norm.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "cpu/instruction_sets.h"
+
+namespace hitsr_fast {
+namespace {
+
+using adaln::Bfloat16;
+
+constexpr int64_t kBlock = 32;             // rows that share a sum; the same on any number of threads
+constexpr int64_t kSmallestShare = 16384;  // values that are worth a thread
+
+template <typename T>
+struct Kernels {
+  decltype(&adaln::portable::norm<T>) norm;
+  decltype(&adaln::portable::norm_backward<T>) norm_backward;
+  decltype(&adaln::portable::residual<T>) residual;
+  decltype(&adaln::portable::residual_backward<T>) residual_backward;
+};
+
+template <typename T>
+Kernels<T> kernels_of(const std::string& isa) {
+#if defined(__x86_64__)
+  if (isa == "amx_bf16" || isa == "avx512_bf16" || isa == "avx512") {
+    using namespace adaln::avx512;
+    return {norm<T>, norm_backward<T>, residual<T>, residual_backward<T>};
+  }
+  if (isa == "avx2") {
+    using namespace adaln::avx2;
+    return {norm<T>, norm_backward<T>, residual<T>, residual_backward<T>};
+  }
+#endif
+  using namespace adaln::portable;
+  return {norm<T>, norm_backward<T>, residual<T>, residual_backward<T>};
+}
+
+// Values (B, L, C), float32 or bfloat16, contiguous.
+void check_values(const at::Tensor& values, const at::Tensor& like, const char* name) {
+  check_cpu(values, name);
+  check_contiguous(values, name);
+  check_dtype(values, like.scalar_type(), name);
+  TORCH_CHECK_VALUE(
+      values.dim() == 3 && values.sizes() == like.sizes(), name, ": expected shape (B, L, C) as the first argument's, ",
+      like.sizes(), ", found ", values.sizes());
+  TORCH_CHECK_TYPE(
+      values.scalar_type() == at::kFloat || values.scalar_type() == at::kBFloat16, name,
+      ": expected dtype float32 or bfloat16, found ", values.scalar_type());
+}
+
+// What there is one of for each image or row, float32, contiguous.
+void check_floats(const at::Tensor& values, int64_t B, int64_t n, const char* name) {
+  check_cpu(values, name);
+  check_contiguous(values, name);
+  check_dtype(values, at::kFloat, name);
+  TORCH_CHECK_VALUE(
+      values.dim() == 2 && values.size(0) == B && values.size(1) == n, name, ": expected shape (", B, ", ", n,
+      "), found ", values.sizes());
+}
+
+template <typename T>
+T* data(const at::Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+int64_t blocks_of(int64_t L) { return (L + kBlock - 1) / kBlock; }
+
+// A task for each block of rows: its number, the image, its first row of all, and how many.
+template <typename F>
+void for_each_block(const at::Tensor& values, const F& task) {
+  const int64_t L = values.size(1), C = values.size(2), blocks = blocks_of(L), rows = std::min(L, kBlock);
+  const int64_t share = std::max<int64_t>(kSmallestShare / std::max<int64_t>(rows * C, 1), 1);
+  at::parallel_for(0, values.size(0) * blocks, share, [&](int64_t begin, int64_t end) {
+    std::vector<float> memory(static_cast<size_t>(2 * C));
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t image = block / blocks, first = block % blocks * kBlock;
+      task(block, image, image * L + first, std::min(kBlock, L - first), memory.data());
+    }
+  });
+}
+
+template <typename F>
+void with_dtype(const at::Tensor& values, const F& run) {
+  values.scalar_type() == at::kFloat ? run(float{}) : run(Bfloat16{});
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm(
+    const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift, double eps, const std::string& isa) {
+  check_values(x, x, "x");
+  const int64_t B = x.size(0), C = x.size(2);
+  check_floats(scale, B, C, "scale");
+  check_floats(shift, B, C, "shift");
+  const at::Tensor out = at::empty_like(x), mean = at::empty({B, x.size(1)}, scale.options()), rstd = at::empty_like(mean);
+  with_dtype(x, [&](auto value) {
+    using T = decltype(value);
+    const auto kernel = kernels_of<T>(isa_by_name(isa).name).norm;
+    for_each_block(x, [&](int64_t, int64_t image, int64_t row, int64_t rows, float* memory) {
+      kernel(
+          data<T>(x) + row * C, data<float>(scale) + image * C, data<float>(shift) + image * C, static_cast<float>(eps),
+          rows, C, memory, data<T>(out) + row * C, data<float>(mean) + row, data<float>(rstd) + row);
+    });
+  });
+  return {out, mean, rstd};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale, const at::Tensor& mean, const at::Tensor& rstd,
+    const std::string& isa) {
+  check_values(x, x, "x");
+  check_values(grad, x, "grad");
+  const int64_t B = x.size(0), L = x.size(1), C = x.size(2);
+  check_floats(scale, B, C, "scale");
+  check_floats(mean, B, L, "mean");
+  check_floats(rstd, B, L, "rstd");
+  const at::Tensor grad_x = at::empty_like(x), sums = at::zeros({B, blocks_of(L), 2, C}, scale.options());
+  with_dtype(x, [&](auto value) {
+    using T = decltype(value);
+    const auto kernel = kernels_of<T>(isa_by_name(isa).name).norm_backward;
+    for_each_block(x, [&](int64_t block, int64_t image, int64_t row, int64_t rows, float* memory) {
+      float* to = data<float>(sums) + block * 2 * C;
+      kernel(
+          data<T>(grad) + row * C, data<T>(x) + row * C, data<float>(scale) + image * C, data<float>(mean) + row,
+          data<float>(rstd) + row, rows, C, memory, data<T>(grad_x) + row * C, to, to + C);
+    });
+  });
+  const at::Tensor whole = sums.sum(1);
+  return {grad_x, whole.select(1, 0).contiguous(), whole.select(1, 1).contiguous()};
+}
+
+at::Tensor residual(const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate, const std::string& isa) {
+  check_values(x, x, "x");
+  check_values(y, x, "y");
+  const int64_t C = x.size(2);
+  check_floats(gate, x.size(0), C, "gate");
+  const at::Tensor out = at::empty_like(x);
+  with_dtype(x, [&](auto value) {
+    using T = decltype(value);
+    const auto kernel = kernels_of<T>(isa_by_name(isa).name).residual;
+    for_each_block(x, [&](int64_t, int64_t image, int64_t row, int64_t rows, float*) {
+      kernel(
+          data<T>(x) + row * C, data<T>(y) + row * C, data<float>(gate) + image * C, rows, C, data<T>(out) + row * C);
+    });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> residual_backward(
+    const at::Tensor& grad, const at::Tensor& y, const at::Tensor& gate, const std::string& isa) {
+  check_values(y, y, "y");
+  check_values(grad, y, "grad");
+  const int64_t B = y.size(0), C = y.size(2);
+  check_floats(gate, B, C, "gate");
+  const at::Tensor grad_y = at::empty_like(y), sums = at::zeros({B, blocks_of(y.size(1)), C}, gate.options());
+  with_dtype(y, [&](auto value) {
+    using T = decltype(value);
+    const auto kernel = kernels_of<T>(isa_by_name(isa).name).residual_backward;
+    for_each_block(y, [&](int64_t block, int64_t image, int64_t row, int64_t rows, float*) {
+      kernel(
+          data<T>(grad) + row * C, data<T>(y) + row * C, data<float>(gate) + image * C, rows, C,
+          data<T>(grad_y) + row * C, data<float>(sums) + block * C);
+    });
+  });
+  return {grad_y, sums.sum(1)};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
+  library.def(
+      "_modulated_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps, str isa) -> (Tensor, Tensor, Tensor)",
+      &norm);
+  library.def(
+      "_modulated_layer_norm_backward(Tensor grad, Tensor x, Tensor scale, Tensor mean, Tensor rstd, str isa) "
+      "-> (Tensor, Tensor, Tensor)",
+      &norm_backward);
+  library.def("_gated_residual(Tensor x, Tensor y, Tensor gate, str isa) -> Tensor", &residual);
+  library.def("_gated_residual_backward(Tensor grad, Tensor y, Tensor gate, str isa) -> (Tensor, Tensor)", &residual_backward);
+}
+
+}  // namespace hitsr_fast

@@ -1,0 +1,111 @@
+// The kernels of modulated_layer_norm and gated_residual, once for each instruction set. The loops are plain, for the
+// compiler to turn into vectors; `omp simd` lets it order a sum as it likes.
+//
+// As in nearest_code_search.h, what is shared has internal linkage and nothing is a template of the standard library.
+
+namespace {
+
+inline float wide(float value) { return value; }
+inline float wide(Bfloat16 value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void narrow(float value, float* to) { *to = value; }
+// To the nearest, ties to even. NaN stays NaN: its magnitude is past infinity's, and is kept with a bit set.
+inline void narrow(float value, Bfloat16* to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t nan = (bits & 0x7fffffff) > 0x7f800000, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  to->bits = static_cast<uint16_t>((nan != 0 ? bits | 0x400000 : rounded) >> 16);
+}
+
+}  // namespace
+
+template <typename T>
+void norm(
+    const T* x, const float* scale, const float* shift, float eps, int64_t rows, int64_t C, float* memory, T* out,
+    float* mean, float* rstd) {
+  const float count = static_cast<float>(C);
+  for (int64_t row = 0; row < rows; ++row, x += C, out += C) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t c = 0; c < C; ++c) {
+      const float value = wide(x[c]);
+      memory[c] = value;
+      sum += value;
+    }
+    const float centre = sum / count;
+    float squares = 0;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t c = 0; c < C; ++c) {
+      const float centred = memory[c] - centre;
+      memory[c] = centred;
+      squares += centred * centred;
+    }
+    const float inverse = 1 / std::sqrt(squares / count + eps);
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) narrow(memory[c] * inverse * (1 + scale[c]) + shift[c], out + c);
+    mean[row] = centre;
+    rstd[row] = inverse;
+  }
+}
+
+template <typename T>
+void norm_backward(
+    const T* grad, const T* x, const float* scale, const float* mean, const float* rstd, int64_t rows, int64_t C,
+    float* memory, T* grad_x, float* grad_scale, float* grad_shift) {
+  float *normal = memory, *inner = memory + C;
+  for (int64_t row = 0; row < rows; ++row, grad += C, x += C, grad_x += C) {
+    const float centre = mean[row], inverse = rstd[row];
+    float sum = 0, product = 0;
+#pragma omp simd reduction(+ : sum, product)
+    for (int64_t c = 0; c < C; ++c) {
+      const float given = wide(grad[c]), n = (wide(x[c]) - centre) * inverse, h = given * (1 + scale[c]);
+      grad_scale[c] += given * n;
+      grad_shift[c] += given;
+      normal[c] = n;
+      inner[c] = h;
+      sum += h;
+      product += h * n;
+    }
+    const float mean_inner = sum / static_cast<float>(C), mean_product = product / static_cast<float>(C);
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) {
+      narrow((inner[c] - mean_inner - normal[c] * mean_product) * inverse, grad_x + c);
+    }
+  }
+}
+
+template <typename T>
+void residual(const T* x, const T* y, const float* gate, int64_t rows, int64_t C, T* out) {
+  for (int64_t row = 0; row < rows; ++row, x += C, y += C, out += C) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) narrow(wide(x[c]) + gate[c] * wide(y[c]), out + c);
+  }
+}
+
+template <typename T>
+void residual_backward(
+    const T* grad, const T* y, const float* gate, int64_t rows, int64_t C, T* grad_y, float* grad_gate) {
+  for (int64_t row = 0; row < rows; ++row, grad += C, y += C, grad_y += C) {
+#pragma omp simd
+    for (int64_t c = 0; c < C; ++c) {
+      const float given = wide(grad[c]);
+      grad_gate[c] += given * wide(y[c]);
+      narrow(given * gate[c], grad_y + c);
+    }
+  }
+}
+
+#define HITSR_ADALN_INSTANCES(T)                                                                                     \
+  template void norm(const T*, const float*, const float*, float, int64_t, int64_t, float*, T*, float*, float*);     \
+  template void norm_backward(                                                                                       \
+      const T*, const T*, const float*, const float*, const float*, int64_t, int64_t, float*, T*, float*, float*);   \
+  template void residual(const T*, const T*, const float*, int64_t, int64_t, T*);                                    \
+  template void residual_backward(const T*, const T*, const float*, int64_t, int64_t, T*, float*);
+HITSR_ADALN_INSTANCES(float)
+HITSR_ADALN_INSTANCES(Bfloat16)
+#undef HITSR_ADALN_INSTANCES

@@ -1,0 +1,179 @@
+"""`modulated_layer_norm` and `gated_residual`: what AdaLN does before and after each branch of a block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hitsr_fast.reference.modulated_layer_norm as reference
+from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
+from hitsr_fast.ops import modulated_layer_norm_cpu as cpu
+from hitsr_fast.ops import modulated_layer_norm_triton as triton
+from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
+
+
+def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
+    """Layer norm without affine part, modulated: `(x - mean) / sqrt(var + eps) * (1 + scale) + shift`.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, `(B, L, C)`, C at least 1. Any strides.
+        scale, shift: of those dtypes, `(B, C)` or `(B, 1, C)`.
+        eps: added to the variance, above 0.
+
+    Returns:
+        `(B, L, C)` in the dtype of x.
+
+    Raises:
+        TypeError: an argument is not a tensor of those dtypes.
+        ValueError: a shape or device does not fit, or eps is not above 0.
+
+    Notes:
+        Accumulation: float32 at least; the result is rounded once.
+        Gradient: in x, scale and shift, by an op of its own, deterministic.
+        Backends: triton (C up to 8192), cpu (both all dtypes but float64), reference.
+        Source: AdaLN of DiT (arXiv 2212.09748) as VAR (arXiv 2404.02905) uses it.
+
+    Example:
+        >>> x = torch.tensor([[[1.0, 3.0]]])
+        >>> modulated_layer_norm(x, torch.ones(1, 2), torch.tensor([[0.0, 5.0]])).round()
+        tensor([[[-2.,  7.]]])
+    """
+    check_tensor("x", x, FLOATING)
+    check_shape("x", x, "B L C")
+    if x.shape[2] == 0:
+        raise ValueError(f"x: expected C of at least 1, found shape {tuple(x.shape)}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps: expected a finite value above 0, found {eps}")
+    scale, shift = _rows("scale", scale, x), _rows("shift", shift, x)
+    out: Tensor = torch.ops.hitsr_fast.modulated_layer_norm(x, scale, shift, eps)[0]
+    return out
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """A branch added to its input: `x + gate * y`.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, `(B, L, C)`. Any strides.
+        y: of those dtypes and the shape of x.
+        gate: of those dtypes, `(B, C)` or `(B, 1, C)`.
+
+    Returns:
+        `(B, L, C)` in the dtype of x.
+
+    Raises:
+        TypeError: an argument is not a tensor of those dtypes.
+        ValueError: a shape or device does not fit.
+
+    Notes:
+        Computed in float32 at least and rounded once.
+        Gradient: in x, y and gate, deterministic.
+        Backends: triton (C up to 8192), cpu (both all dtypes but float64), reference.
+        Source: AdaLN of DiT (arXiv 2212.09748) as VAR (arXiv 2404.02905) uses it.
+
+    Example:
+        >>> gated_residual(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.tensor([[2.0, -1.0]]))
+        tensor([[[3., 0.]]])
+    """
+    check_tensor("x", x, FLOATING)
+    check_shape("x", x, "B L C")
+    check_tensor("y", y, FLOATING, like=x)
+    check_shape("y", y, "B L C", **dict(zip("BLC", x.shape, strict=True)))
+    out: Tensor = torch.ops.hitsr_fast.gated_residual(x, y, _rows("gate", gate, x))
+    return out
+
+
+def _rows(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """`(B, C)` of a checked `(B, C)` or `(B, 1, C)`."""
+    check_tensor(name, value, FLOATING, like=x)
+    B, _, C = x.shape
+    if value.dim() == 3 and value.shape[1] == 1:
+        value = value.squeeze(1)
+    if value.shape != (B, C):
+        raise ValueError(
+            f"{name}: expected shape (B={B}, C={C}) or (B={B}, 1, C={C}), found {tuple(value.shape)}"
+        )
+    return value
+
+
+def _norm_fake(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    wide = any(t.dtype == torch.float64 for t in (x, scale, shift))
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float64 if wide else torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), mean, rstd
+
+
+def _norm_backward_fake(grad: Tensor, x: Tensor, scale: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+
+
+def _residual_fake(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _residual_backward_fake(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)
+
+
+def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, scale, shift, _ = inputs
+    ctx.shift_dtype = shift.dtype
+    ctx.save_for_backward(x, scale, *output[1:])
+
+
+def _norm_backward(ctx: Any, grad: Tensor, *_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_x, grad_scale, grad_shift = torch.ops.hitsr_fast.modulated_layer_norm_backward(
+        grad, *ctx.saved_tensors
+    )
+    return grad_x, grad_scale, grad_shift.to(ctx.shift_dtype), None
+
+
+def _residual_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (grad, *torch.ops.hitsr_fast.gated_residual_backward(grad, *ctx.saved_tensors))
+
+
+register(
+    "modulated_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)",
+    backends=[
+        Backend("triton", triton.modulated_layer_norm_triton, triton.supports, triton.available),
+        Backend("cpu", cpu.modulated_layer_norm_cpu, cpu.supports, cpu.available),
+        Backend("reference", reference.modulated_layer_norm),
+    ],
+    fake=_norm_fake,
+)
+register(
+    "modulated_layer_norm_backward(Tensor grad, Tensor x, Tensor scale, Tensor mean, Tensor rstd) "
+    "-> (Tensor, Tensor, Tensor)",
+    backends=[
+        Backend("triton", triton.modulated_layer_norm_backward_triton, triton.supports, triton.available),
+        Backend("cpu", cpu.modulated_layer_norm_backward_cpu, cpu.supports, cpu.available),
+        Backend("reference", reference.modulated_layer_norm_backward),
+    ],
+    fake=_norm_backward_fake,
+)
+register(
+    "gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor",
+    backends=[
+        Backend("triton", triton.gated_residual_triton, triton.supports, triton.available),
+        Backend("cpu", cpu.gated_residual_cpu, cpu.supports, cpu.available),
+        Backend("reference", reference.gated_residual),
+    ],
+    fake=_residual_fake,
+)
+register(
+    "gated_residual_backward(Tensor grad, Tensor y, Tensor gate) -> (Tensor, Tensor)",
+    backends=[
+        Backend("triton", triton.gated_residual_backward_triton, triton.supports, triton.available),
+        Backend("cpu", cpu.gated_residual_backward_cpu, cpu.supports, cpu.available),
+        Backend("reference", reference.gated_residual_backward),
+    ],
+    fake=_residual_backward_fake,
+)
+register_autograd("modulated_layer_norm", _norm_backward, _norm_context)
+register_autograd("gated_residual", _residual_backward, _residual_context)
+register_no_gradient("modulated_layer_norm_backward", "second derivatives are not implemented")
+register_no_gradient("gated_residual_backward", "second derivatives are not implemented")

@@ -1,0 +1,137 @@
+"""Triton backend of `modulated_layer_norm` and `gated_residual`: launches kernels/modulated_layer_norm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hitsr_fast import env
+from hitsr_fast.ops.nearest_code_triton import MAX_GROUPS, available
+
+__all__ = [
+    "available",
+    "gated_residual_backward_triton",
+    "gated_residual_triton",
+    "modulated_layer_norm_backward_triton",
+    "modulated_layer_norm_triton",
+    "supports",
+]
+
+MAX_CHANNELS = 8192  # a row lies in one program's registers
+_ROWS = 16  # of which a program of a backward pass stores one sum
+
+
+def supports(*args: Any) -> str | None:
+    """Why a call with such arguments, of which the first is `(B, L, C)`, cannot run here, or None."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    values = tensors[0]
+    if values.device.type != "cuda" and not env.triton_interpret():
+        return f"needs CUDA or HIP tensors, found {values.device.type}"
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return "needs float16, bfloat16 or float32, found float64"
+    if values.shape[2] > MAX_CHANNELS:
+        return f"needs C of at most {MAX_CHANNELS}, found {values.shape[2]}"
+    if values.shape[0] > MAX_GROUPS:
+        return f"needs B of at most {MAX_GROUPS}, found {values.shape[0]}"
+    return None
+
+
+def constants(channels: int) -> dict[str, Any]:
+    """Block size and options for rows of so many channels."""
+    block = max(1 << (channels - 1).bit_length(), 32)
+    warps = min(max(block // 256, 1), 16)
+    return {"C": channels, "BLOCK": block, "num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def modulated_layer_norm_triton(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.modulated_layer_norm`."""
+    from hitsr_fast.kernels.modulated_layer_norm import _modulated_layer_norm_fwd_kernel
+
+    B, L, C = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    mean, rstd = (torch.empty(B, L, dtype=torch.float32, device=x.device) for _ in range(2))
+    if out.numel() > 0:
+        with torch.cuda.device_of(x):
+            _modulated_layer_norm_fwd_kernel[(L, B)](
+                x,
+                scale,
+                shift,
+                out,
+                mean,
+                rstd,
+                L,
+                eps,
+                *x.stride(),
+                *scale.stride(),
+                *shift.stride(),
+                **constants(C),
+            )
+    return out, mean, rstd
+
+
+def modulated_layer_norm_backward_triton(
+    grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.modulated_layer_norm_backward`."""
+    from hitsr_fast.kernels.modulated_layer_norm import _modulated_layer_norm_bwd_kernel
+
+    B, L, C = x.shape
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    sums = torch.empty(B, _blocks(L), 2, C, dtype=torch.float32, device=x.device)
+    if grad_x.numel() > 0:
+        with torch.cuda.device_of(x):
+            _modulated_layer_norm_bwd_kernel[(_blocks(L), B)](
+                grad,
+                x,
+                scale,
+                mean.contiguous(),
+                rstd.contiguous(),
+                grad_x,
+                sums,
+                L,
+                *grad.stride(),
+                *x.stride(),
+                *scale.stride(),
+                ROWS=_ROWS,
+                **constants(C),
+            )
+    grad_scale, grad_shift = sums.sum(1).to(scale.dtype).unbind(1)
+    return grad_x, grad_scale.contiguous(), grad_shift.contiguous()
+
+
+def gated_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """As `reference.gated_residual`."""
+    from hitsr_fast.kernels.modulated_layer_norm import _gated_residual_fwd_kernel
+
+    B, L, C = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel() > 0:
+        with torch.cuda.device_of(x):
+            _gated_residual_fwd_kernel[(L, B)](
+                x, y, gate, out, L, *x.stride(), *y.stride(), *gate.stride(), **constants(C)
+            )
+    return out
+
+
+def gated_residual_backward_triton(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.gated_residual_backward`."""
+    from hitsr_fast.kernels.modulated_layer_norm import _gated_residual_bwd_kernel
+
+    B, L, C = y.shape
+    grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    sums = torch.empty(B, _blocks(L), C, dtype=torch.float32, device=y.device)
+    if grad_y.numel() > 0:
+        strides = (*grad.stride(), *y.stride(), *gate.stride())
+        with torch.cuda.device_of(y):
+            _gated_residual_bwd_kernel[(_blocks(L), B)](
+                grad, y, gate, grad_y, sums, L, *strides, ROWS=_ROWS, **constants(C)
+            )
+    return grad_y, sums.sum(1).to(gate.dtype)
+
+
+def _blocks(L: int) -> int:
+    return -(-L // _ROWS)

@@ -1,0 +1,455 @@
+"""Triton backend of `residual_quantize`, `residual_decode` and `residual_step`: two kernels a scale."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hitsr_fast import env
+from hitsr_fast.ops import nearest_code_triton as nearest
+from hitsr_fast.ops.cuda_graphs import Graphs, capturing
+from hitsr_fast.ops.nearest_code_inputs import DTYPES, MAX_CHANNELS
+
+available = nearest.available
+
+_WORKSPACE = 2**23  # floats, 32 MiB, of what programs keep for themselves: a second-level cache holds it
+_SEARCH_PROGRAMS = 512  # enough to fill a large GPU: more rows are taken in turns,
+_UPDATE_PROGRAMS = 1024  # and of fewer the search shares the codes out
+_FEW_ROWS = 4096  # up to which blocks are small
+_GRAPH_PLACES = 2**13  # of a batch, up to which launching the kernels takes longer than running them
+
+
+def supports_quantize(z: Tensor, codebook: Tensor, phi_weight: Tensor, *_rest: Any) -> str | None:
+    """Why `residual_quantize` cannot run here with such arguments, or None."""
+    return _supports("z", z, codebook)
+
+
+def supports_decode(indices: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
+    """Why `residual_decode` cannot run here with such arguments, or None."""
+    return _supports("indices", indices, codebook)
+
+
+def supports_step(reconstruction: Tensor, indices: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
+    """Why `residual_step` cannot run here with such arguments, or None."""
+    return _supports("reconstruction", reconstruction, codebook)
+
+
+def _supports(name: str, tensor: Tensor, codebook: Tensor) -> str | None:
+    if tensor.device.type != "cuda" and not env.triton_interpret():
+        return f"needs CUDA or HIP tensors, found {name} on {tensor.device.type}"
+    if codebook.dtype not in DTYPES:
+        dtype = str(codebook.dtype).removeprefix("torch.")
+        return f"needs a codebook of float16, bfloat16 or float32, found {dtype}"
+    if codebook.shape[1] > MAX_CHANNELS:
+        return f"needs C of at most {MAX_CHANNELS}, found {codebook.shape[1]}"
+    return None
+
+
+def search_constants(channels: int, metric: str, rows: int, places: int) -> dict[str, int]:
+    """Block sizes of the search: those of the screen and of the re-check of `nearest_code`, in one program.
+
+    places: of the largest area bin. A block is re-checked by one program: where rows are few, blocks are
+    small. All sizes are such that no stage takes more registers than there are.
+    """
+    constants = nearest.recheck_constants(channels, metric) | nearest.screen_constants(channels)
+    if rows <= _FEW_ROWS or constants["CP"] > 128:
+        constants["BLOCK_N"] = 16
+    elif constants["CP"] > 32:
+        constants["BLOCK_N"] = 32
+    block = constants["BLOCK_N"]
+    at_once = {"BLOCK_R": min(block, 512 // constants["CP"]), "ROWS": 8, "BLOCK_C": 4}
+    return pool_constants(channels, block, places) | constants | at_once
+
+
+def pool_constants(channels: int, rows: int, places: int) -> dict[str, int]:
+    """Block sizes of the pooling: as many loads at once as registers allow."""
+    together = 4 if places <= 4 or rows > 16 else 16
+    block = min(nearest.padded_channels(channels), max(1024 // (rows * together), 1))
+    return {"C": channels, "BLOCK_P": block, "BLOCK_N": rows, "PLACES": together}
+
+
+def update_constants(channels: int, phi: bool) -> dict[str, int]:
+    """Block sizes of the update: square blocks of a short border, smaller where none is needed."""
+    padded = nearest.padded_channels(channels)
+    return {
+        "C": channels,
+        "CP": padded,
+        "ROWS": 8 if phi else 2,
+        "COLUMNS": 8,
+        "BLOCK_S": 16,
+        "BLOCK_I": min(padded, 32),
+        "BLOCK_O": min(padded, 32),
+    }
+
+
+OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
+
+
+def search_options(channels: int, block: int) -> dict[str, int]:
+    """Options of the search's launch."""
+    stages = {} if channels > 128 else {"num_stages": 3}
+    limit = 168 if block == 16 and channels <= 128 else 255
+    return nearest.screen_options(channels) | stages | register_limit(limit)
+
+
+def update_options(channels: int, phi: bool) -> dict[str, int]:
+    """Options of the update's launch. One stage: what it loads in its loop is what it has just stored."""
+    return OPTIONS | register_limit(168 if phi and channels <= 64 else 255)
+
+
+def register_limit(most: int) -> dict[str, int]:
+    """The option that limits a thread's registers, where the compiler has it.
+
+    With it, NVIDIA's keeps to the limit; left alone it aims lower, and spills what would have fitted.
+    """
+    return {"maxnreg": most} if _target() == "cuda" else {}
+
+
+def _target() -> str:
+    """What Triton compiles for: "cuda", "hip", or "" where it interprets."""
+    if env.triton_interpret():
+        return ""
+    from triton.runtime import driver
+
+    return str(driver.active.get_current_target().backend)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One scale: its size, its first token, its phi."""
+
+    h: int
+    w: int
+    begin: int
+    phi: int
+
+    @property
+    def end(self) -> int:
+        """One beyond its last token."""
+        return self.begin + self.h * self.w
+
+
+def _walk(scales: Sequence[int], phi_index: Sequence[int]) -> list[Scale]:
+    walk: list[Scale] = []
+    for h, w, phi in zip(scales[::2], scales[1::2], phi_index, strict=True):
+        walk.append(Scale(h, w, walk[-1].end if walk else 0, phi))
+    return walk
+
+
+class _Searcher:
+    """A packed codebook, searched scale by scale."""
+
+    def __init__(self, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> None:
+        self._parts = parts if layout == nearest.LAYOUT else nearest.prepare(codebook, metric)[1]
+        self._size, self._channels = codebook.shape
+        self._metric = metric
+        self._arrived = codebook.new_zeros(_SEARCH_PROGRAMS, dtype=torch.int32)  # and 0 after each scale
+
+    def __call__(
+        self,
+        residual: Tensor,
+        scale: Scale,
+        indices: Tensor,
+        reconstruction: Tensor | None,
+        inputs: Tensor | None,
+    ) -> None:
+        """Codes of a scale into `indices`, and the pooled reconstruction into `inputs` where there is one."""
+        from hitsr_fast.kernels.residual_quantize import _residual_quantize_search_kernel
+
+        rows = residual.shape[0] * scale.h * scale.w
+        bins = _bins(scale, residual)
+        constants = search_constants(self._channels, self._metric, rows, bins[-2] * bins[-1])
+        block, padded, classes = constants["BLOCK_N"], constants["CP"], constants["CLASSES"]
+        tiles = self._parts[1].shape[1] // (constants["BLOCK_K"] * constants["PARTS"])
+        blocks = _blocks(rows, block)
+        most = max(min(_SEARCH_PROGRAMS, _WORKSPACE // ((tiles * classes + padded) * block)), 1)
+        # On AMD a barrier does not wait until the stores of all waves can be seen by other programs.
+        sharers = 1 if _target() == "hip" else max(most // blocks, 1)
+        programs, share = min(blocks, most), _blocks(tiles, sharers)
+        shares = _blocks(tiles, share)
+        new = functools.partial(indices.new_empty, dtype=torch.float32)
+        without = new((0, 1, 1))
+        pooled = without if inputs is None else inputs
+        map_pooled = without[None] if reconstruction is None else reconstruction
+        _residual_quantize_search_kernel[(programs, shares)](
+            residual,
+            map_pooled,
+            indices,
+            pooled,
+            *self._parts,
+            new(programs * tiles * block * classes),
+            new(programs * shares * block * padded),
+            new(programs * shares * block * padded, dtype=torch.float16),
+            new(programs * shares * block * 3),
+            self._arrived,
+            rows,
+            scale.begin,
+            *bins,
+            self._size,
+            self._channels,
+            tiles,
+            share,
+            *residual.stride(),
+            *map_pooled.stride(),
+            indices.stride(0),
+            *pooled.stride(),
+            INPUTS=inputs is not None,
+            SHARED=shares > 1,
+            COSINE=self._metric == "cosine",
+            **constants,
+            **search_options(self._channels, block),
+        )
+
+
+def _pool(x: Tensor, scale: Scale, rows: Tensor) -> None:
+    """Area averages of `x (B, C, H, W)` into `rows (B, h * w, C)`."""
+    from hitsr_fast.kernels.residual_quantize import _residual_quantize_pool_kernel
+
+    bins = _bins(scale, x)
+    constants = pool_constants(x.shape[1], 64, bins[-2] * bins[-1])
+    count = x.shape[0] * scale.h * scale.w
+    grid = _blocks(count, constants["BLOCK_N"]), _blocks(x.shape[1], constants["BLOCK_P"])
+    _residual_quantize_pool_kernel[grid](
+        x, rows, count, *bins, *x.stride(), *rows.stride(), **constants, **OPTIONS
+    )
+
+
+def _bins(scale: Scale, x: Tensor) -> tuple[int, ...]:
+    """Sizes of a scale and of a map, and of the largest area bin between them."""
+    H, W = x.shape[2:]
+    return scale.h, scale.w, H, W, _largest_bin(scale.h, H), _largest_bin(scale.w, W)
+
+
+def _largest_bin(size: int, length: int) -> int:
+    return max(_blocks((i + 1) * length, size) - i * length // size for i in range(size))
+
+
+class _Updater:
+    """The codebook, the phi bank, and what the programs of an update keep for themselves."""
+
+    def __init__(
+        self, codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, phi_ratio: float, places: Tensor
+    ) -> None:
+        self._codebook, self._weight, self._bias = codebook, phi_weight, phi_bias
+        self._ratio, self._constants = phi_ratio, update_constants(codebook.shape[1], phi_ratio != 0)
+        B, _, H, W = places.shape
+        tall, broad = self._constants["ROWS"], self._constants["COLUMNS"]
+        strip = (tall + 2) * (broad + 2) * self._constants["CP"] if phi_ratio != 0 else 0
+        self._blocks = B * _blocks(H, tall) * _blocks(W, broad)
+        self._blocks *= _blocks(codebook.shape[1], self._constants["BLOCK_O"])
+        self._programs = max(min(self._blocks, _UPDATE_PROGRAMS, _WORKSPACE // max(strip, 1)), 1)
+        self._strips = codebook.new_empty(self._programs * strip, dtype=torch.float32)
+
+    def __call__(
+        self,
+        scale: Scale,
+        indices: Tensor,
+        reconstruction: Tensor | None,
+        out: Tensor,
+        residual: Tensor | None = None,
+        residual_out: Tensor | None = None,
+    ) -> None:
+        """out = reconstruction + f, residual_out = residual - f; the two have the same strides."""
+        from hitsr_fast.kernels.residual_quantize import _residual_quantize_update_kernel
+
+        taken = out if residual is None else residual
+        _residual_quantize_update_kernel[(self._programs,)](
+            indices,
+            self._codebook,
+            self._weight[scale.phi],
+            self._bias[scale.phi],
+            taken,
+            out if residual_out is None else residual_out,
+            out if reconstruction is None else reconstruction,
+            out,
+            self._strips,
+            self._blocks,
+            scale.begin,
+            scale.h,
+            scale.w,
+            *out.shape[2:],
+            1 - self._ratio,
+            self._ratio,
+            *indices.stride(),
+            *self._codebook.stride(),
+            *self._weight.stride()[1:],
+            self._bias.stride(1),
+            *taken.stride(),
+            *out.stride(),
+            PHI=self._ratio != 0,
+            FIRST=reconstruction is None,
+            RESIDUAL=residual_out is not None,
+            **self._constants,
+            **update_options(self._codebook.shape[1], self._ratio != 0),
+        )
+
+
+def residual_quantize_triton(
+    z: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    parts: list[Tensor],
+    layout: str,
+    scales: Sequence[int],
+    phi_index: Sequence[int],
+    phi_ratio: float,
+    replay: Tensor | None,
+    metric: str,
+    inputs: bool,
+    per_scale: bool,
+) -> tuple[Tensor, ...]:
+    """As `reference.residual_quantize`; small batches with a packed codebook as CUDA graphs."""
+    arguments = codebook, phi_weight, phi_bias, parts, layout, scales, phi_index, phi_ratio, metric
+    places = z.shape[0] * z.shape[2] * z.shape[3]
+    if layout != nearest.LAYOUT or not 0 < places <= _GRAPH_PLACES or not z.is_cuda or capturing():
+        return _quantize(z, replay, *arguments, inputs, per_scale)
+    with torch.cuda.device_of(z):
+        return _graphs((z, replay), *arguments, inputs, per_scale)
+
+
+def _quantize(
+    z: Tensor,
+    replay: Tensor | None,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    parts: list[Tensor],
+    layout: str,
+    scales: Sequence[int],
+    phi_index: Sequence[int],
+    phi_ratio: float,
+    metric: str,
+    inputs: bool,
+    per_scale: bool,
+) -> tuple[Tensor, ...]:
+    walk = _walk(scales, phi_index)
+    indices = z.new_empty((z.shape[0], walk[-1].end), dtype=torch.int64)
+    replayed = 0
+    if replay is not None:
+        replayed = replay.shape[1]
+        indices[:, :replayed] = replay
+    results = _Results.allocate(codebook, z.shape, walk, inputs, per_scale)
+    if z.numel() > 0:
+        with torch.cuda.device_of(z):
+            search = None
+            if replayed < walk[-1].end:
+                search = _Searcher(codebook, parts, layout, metric)
+            update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
+            _run(walk, indices, results, update, search, z, replayed)
+    return results.reconstruction, indices, results.inputs, results.reconstructions
+
+
+_graphs = Graphs(_quantize)
+
+
+def residual_decode_triton(
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    scales: Sequence[int],
+    phi_index: Sequence[int],
+    size: Sequence[int],
+    phi_ratio: float,
+    inputs: bool,
+    per_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `reference.residual_decode`."""
+    walk = _walk(scales, phi_index)
+    shape = (indices.shape[0], codebook.shape[1], *size)
+    results = _Results.allocate(codebook, shape, walk, inputs, per_scale)
+    if results.reconstruction.numel() > 0:
+        with torch.cuda.device_of(indices):
+            update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
+            _run(walk, indices, results, update)
+    return results.reconstruction, results.inputs, results.reconstructions
+
+
+def residual_step_triton(
+    reconstruction: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    scale: Sequence[int],
+    next_scale: Sequence[int],
+    phi_ratio: float,
+) -> Tensor:
+    """As `reference.residual_step`."""
+    pooled = reconstruction.new_empty((*reconstruction.shape[:2], *next_scale))
+    if reconstruction.numel() > 0:
+        with torch.cuda.device_of(reconstruction):
+            (this,) = _walk(scale, [0])
+            update = _Updater(codebook, phi_weight[None], phi_bias[None], phi_ratio, reconstruction)
+            update(this, indices, reconstruction, reconstruction)
+            if pooled.numel() > 0:
+                (following,) = _walk(next_scale, [0])
+                _pool(reconstruction, following, pooled.flatten(2).transpose(1, 2))
+    return pooled
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What a call returns beside the indices; empty where it was not asked for."""
+
+    reconstruction: Tensor
+    inputs: Tensor
+    reconstructions: Tensor
+
+    @classmethod
+    def allocate(
+        cls, codebook: Tensor, shape: Sequence[int], walk: list[Scale], inputs: bool, per_scale: bool
+    ) -> _Results:
+        new, tokens = codebook.new_empty, walk[-1].end - walk[0].end
+        return cls(
+            new(shape, dtype=torch.float32),
+            new((shape[0], tokens if inputs else 0, shape[1]), dtype=torch.float32),
+            new((len(walk) if per_scale else 0, *shape), dtype=torch.float32),
+        )
+
+
+def _run(
+    walk: list[Scale],
+    indices: Tensor,
+    results: _Results,
+    update: _Updater,
+    search: _Searcher | None = None,
+    residual: Tensor | None = None,
+    replayed: int = 0,
+) -> None:
+    """All scales; those from token `replayed` on are searched, where there is a search."""
+    left_over = torch.empty_like(results.reconstruction) if search and len(walk) > 1 else None
+    before: Tensor | None = None
+    for number, scale in enumerate(walk):
+        rows = None
+        if before is not None and results.inputs.numel() > 0:
+            rows = results.inputs[:, scale.begin - walk[0].end : scale.end - walk[0].end]
+        if search and residual is not None and scale.begin >= replayed:
+            search(residual, scale, indices, before, rows)
+        elif before is not None and rows is not None:
+            _pool(before, scale, rows)
+        after = results.reconstruction
+        if results.reconstructions.numel() > 0:
+            after = results.reconstructions[number]
+        if number + 1 == len(walk):
+            left_over = None
+        update(scale, indices, before, after, residual, left_over)
+        before, residual = after, left_over
+    if results.reconstructions.numel() > 0:
+        results.reconstruction.copy_(results.reconstructions[-1])
+
+
+def _by_taps(phi_weight: Tensor) -> Tensor:
+    """The bank `(P, C, C, 3, 3)` with the channels of a tap together in memory, for all scales of a call."""
+    return phi_weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+
+
+def _blocks(count: int, size: int) -> int:
+    """How many blocks of a size hold a count."""
+    return -(-count // size)

@@ -1,0 +1,127 @@
+"""`sample_codes`: guidance, top-k, top-p and a reproducible draw, from logits to codes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hitsr_fast.reference.sample_codes as reference
+from hitsr_fast.dispatch import Backend, register
+from hitsr_fast.ops import sample_codes_cpu as cpu
+from hitsr_fast.ops import sample_codes_triton as triton
+from hitsr_fast.ops.validation import check_shape, check_tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_CODES = 2**20  # so that sums of weights stay below 2^61 with room to spare
+
+
+def sample_codes(
+    logits: Tensor,
+    *,
+    uncond_logits: Tensor | None = None,
+    guidance: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 0.0,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Draw one code a row: guidance, temperature, top-k, top-p, and a draw; or the largest, with `top_k=1`.
+
+    With `x = (1 + guidance) * logits - guidance * uncond_logits`: of the k largest, those are dropped that
+    hold, together with all smaller ones, a share of `softmax(x / temperature)` of at most `1 - top_p`; one of
+    the rest is drawn.
+
+    Args:
+        logits: float16, bfloat16 or float32, `(..., V)`, V from 1 to 2^20. Any strides.
+        uncond_logits: of the same shape, of those dtypes; not read where `guidance` is 0.
+        guidance: strength of classifier-free guidance, at least 0.
+        top_k: keep the k largest logits and all that equal the least of them; 0 keeps all, and 1 is greedy:
+            the lowest index of the largest.
+        top_p: of what top-k left, keep the largest logits, with a share of `top_p` and no more than it takes;
+            equal logits stay or go together, and the largest always stays. 0 and 1 keep all.
+        temperature: divides the logits, from 1e-30 to 1e30.
+        generator: source of seed and offset, two draws from [0, 2^63); the default one of the logits' device.
+            A generator of the CPU gives the same codes on every device. Not used when greedy.
+
+    Returns:
+        int64 `(...)`.
+
+    Raises:
+        TypeError: logits or uncond_logits are not a tensor of those dtypes.
+        ValueError: a shape, device or option does not fit.
+
+    Notes:
+        Every backend returns the same codes for the same logits and seed: after float32 operations that round
+        the same everywhere all is in integers (docs/ops/sample_codes.md). Row r takes Philox block r, so a
+        row's code depends on its place.
+        NaN counts as -infinity; of several infinite logits any may be drawn.
+        Gradient: none (the result is integer).
+        Backends: triton (V up to 16384), cpu, reference.
+        Source: VAR (arXiv 2404.02905), its `sample_with_top_k_top_p_`; Philox 4x32-10 (Salmon et al., 2011).
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 2.0, 2.0, 1.0]])
+        >>> sample_codes(logits, top_k=1)
+        tensor([1])
+        >>> sample_codes(logits.expand(6, 4), top_k=2, generator=torch.Generator().manual_seed(0))
+        tensor([1, 1, 2, 2, 1, 1])
+    """
+    check_tensor("logits", logits, DTYPES)
+    if logits.dim() == 0 or not 1 <= logits.shape[-1] <= MAX_CODES:
+        raise ValueError(
+            f"logits: expected shape (..., V) with V from 1 to {MAX_CODES}, found {tuple(logits.shape)}"
+        )
+    if uncond_logits is not None:
+        check_tensor("uncond_logits", uncond_logits, DTYPES, like=logits)
+        if uncond_logits.shape != logits.shape:
+            raise ValueError(
+                f"uncond_logits: expected shape {tuple(logits.shape)}, found {tuple(uncond_logits.shape)}"
+            )
+    elif guidance != 0:
+        raise ValueError(f"uncond_logits: expected a tensor where guidance is {guidance}, found None")
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance: expected a finite value of at least 0, found {guidance}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected at least 0, found {top_k}")
+    if not 0 <= top_p <= 1:
+        raise ValueError(f"top_p: expected a value in [0, 1], found {top_p}")
+    if not 1e-30 <= temperature <= 1e30:
+        raise ValueError(f"temperature: expected a value from 1e-30 to 1e30, found {temperature}")
+    state = None if top_k == 1 else random_state(logits.device, generator)
+    codes: Tensor = torch.ops.hitsr_fast.sample_codes(
+        logits, uncond_logits if guidance > 0 else None, state, guidance, top_k, top_p, temperature
+    )
+    return codes
+
+
+def random_state(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Seed and offset of one call, int64 `(2,)` on `device`: two draws of a generator, which moves on."""
+    source = device if generator is None else generator.device
+    drawn = torch.randint(2**63 - 1, (2,), generator=generator, device=source)
+    return drawn.to(device)
+
+
+def _check(logits: Tensor, uncond_logits: Tensor | None, state: Tensor | None, *_rest: Any) -> None:
+    if state is not None:
+        check_tensor("state", state, (torch.int64,), like=logits)
+        check_shape("state", state, "words", words=2)
+
+
+def _fake(logits: Tensor, *_rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+
+
+register(
+    "sample_codes(Tensor logits, Tensor? uncond_logits, Tensor? state, float guidance, int top_k, "
+    "float top_p, float temperature) -> Tensor",
+    backends=[
+        Backend("triton", triton.sample_codes_triton, triton.supports, triton.available),
+        Backend("cpu", cpu.sample_codes_cpu, cpu.supports, cpu.available),
+        Backend("reference", reference.sample_codes),
+    ],
+    fake=_fake,
+    check=_check,
+)

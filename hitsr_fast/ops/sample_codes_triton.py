@@ -1,0 +1,78 @@
+"""Triton backend of `sample_codes`: launches the kernel of kernels/sample_codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hitsr_fast import env
+from hitsr_fast.ops.nearest_code_triton import available
+from hitsr_fast.reference.sample_codes import dropped_fraction, power_scale
+
+__all__ = ["available", "sample_codes_triton", "supports"]
+
+MAX_CODES = 16384  # a row lies in one program's registers
+_PER_THREAD = 16  # codes
+
+# The definition multiplies and adds in two steps.
+_OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+
+
+def supports(logits: Tensor, *_rest: Any) -> str | None:
+    """Why a call with such arguments cannot run here, or None."""
+    if logits.device.type != "cuda" and not env.triton_interpret():
+        return f"needs CUDA or HIP tensors, found {logits.device.type}"
+    if logits.shape[-1] > MAX_CODES:
+        return f"needs V of at most {MAX_CODES}, found {logits.shape[-1]}"
+    return None
+
+
+def constants(codes: int) -> dict[str, int]:
+    """Block sizes and warps for rows of so many codes."""
+    bits = max((codes - 1).bit_length(), 5)
+    warps = min(max(2**bits // (32 * _PER_THREAD), 1), 16)
+    return {"BLOCK": 2**bits, "BITS": bits, "num_warps": warps}
+
+
+def sample_codes_triton(
+    logits: Tensor,
+    uncond_logits: Tensor | None,
+    state: Tensor | None,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    temperature: float,
+) -> Tensor:
+    """As `reference.sample_codes`."""
+    from hitsr_fast.kernels.sample_codes import _sample_codes_kernel
+
+    V = logits.shape[-1]
+    x = logits.reshape(-1, V)
+    other = x if uncond_logits is None else uncond_logits.reshape(-1, V)
+    codes = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    if len(x) > 0:
+        some = 0 < top_k < V
+        with torch.cuda.device_of(x):
+            _sample_codes_kernel[(len(x),)](
+                x,
+                other,
+                codes if state is None else state,
+                codes,
+                *x.stride(),
+                *other.stride(),
+                V,
+                1 + guidance,
+                guidance,
+                power_scale(temperature),
+                V - top_k if some else 0,
+                dropped_fraction(top_p),
+                GUIDED=uncond_logits is not None,
+                GREEDY=state is None,
+                TOP_K=some,
+                TOP_P=0 < top_p < 1,
+                **constants(V),
+                **_OPTIONS,
+            )
+    return codes.view(logits.shape[:-1])

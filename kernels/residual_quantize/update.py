@@ -1,0 +1,223 @@
+"""The second kernel of a scale: its codes spread over the map, added to one and taken off the other."""
+
+import triton
+import triton.language as tl
+
+_A = tl.constexpr(-0.75)  # of the cubic kernel
+
+
+@triton.jit
+def _neighbours(place, size, length):
+    """Of places of a map of `length` spread from one of `size`: the first of four neighbours; a fraction.
+
+    The centre of place i lies at ((2 i + 1) size / length - 1) / 2, which is that fraction beyond the second
+    neighbour. In integers it is exact: equal sizes give the place itself, for the weights are 0, 1, 0, 0.
+    """
+    phase = (2 * place + 1) * size + length
+    return phase // (2 * length) - 2, (phase % (2 * length)).to(tl.float32) / (2 * length).to(tl.float32)
+
+
+@triton.jit
+def _weight(fraction, NEIGHBOUR: tl.constexpr):
+    """Weight of a neighbour: the inner two are up to one place away, the outer two from one to two."""
+    inner: tl.constexpr = NEIGHBOUR == 1 or NEIGHBOUR == 2
+    away = tl.abs(fraction - (NEIGHBOUR - 1))
+    if inner:
+        weight = ((_A + 2) * away - (_A + 3)) * away * away + 1
+    else:
+        weight = ((_A * away - 5 * _A) * away + 8 * _A) * away - 4 * _A
+    return weight
+
+
+@triton.jit
+def _bicubic(
+    indices, codebook, y, x, inside, channel, h, w, H, W, stride_it, stride_kn, stride_kc, C: tl.constexpr
+):
+    """Codes of an image's indices (h, w) at places (n,) of its map (H, W): float32 (n, channels)."""
+    top, down = _neighbours(y, h, H)
+    left, aside = _neighbours(x, w, W)
+    known = inside[:, None] & (channel < C)[None, :]
+    of_channel = channel.to(tl.int64)[None, :] * stride_kc
+    shares = _weight(aside, 0), _weight(aside, 1), _weight(aside, 2), _weight(aside, 3)
+    total = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
+    for i in tl.static_range(4):
+        line = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
+        row = tl.minimum(tl.maximum(top + i, 0), h - 1) * w
+        for j in tl.static_range(4):
+            column = tl.minimum(tl.maximum(left + j, 0), w - 1)
+            code = tl.load(indices + (row + column).to(tl.int64) * stride_it, mask=inside, other=0)
+            value = tl.load(codebook + code[:, None] * stride_kn + of_channel, mask=known, other=0.0)
+            line = tl.fma(value.to(tl.float32), shares[j][:, None], line)
+        total = tl.fma(line, _weight(down, i)[:, None], total)
+    return total
+
+
+@triton.jit
+def _convolution(
+    strip,
+    weight,
+    y,
+    x,
+    channel,
+    stride_wo,
+    stride_wi,
+    stride_wh,
+    stride_ww,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+):
+    """3x3 convolution in float32, (places, channels), of a strip (., WIDE, CP) that begins with the halo."""
+    inputs = tl.arange(0, BLOCK_I)
+    total = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
+    for tap in range(9):
+        row, column = tap // 3, tap % 3
+        places = strip + ((y + row) * WIDE + x + column)[:, None] * CP + inputs[None, :]
+        taps = weight + row * stride_wh + column * stride_ww
+        taps += channel.to(tl.int64)[:, None] * stride_wo
+        for first in range(0, CP, BLOCK_I):
+            known = (channel < C)[:, None] & (first + inputs < C)[None, :]
+            of_input = (first + inputs).to(tl.int64)[None, :] * stride_wi
+            factors = tl.load(taps + of_input, mask=known, other=0.0).to(tl.float32)
+            total = tl.dot(tl.load(places + first), tl.trans(factors), total, input_precision="ieee")
+    return total
+
+
+@triton.jit(do_not_specialize=["blocks", "begin", "h", "w", "H", "W"])
+def _residual_quantize_update_kernel(
+    indices,
+    codebook,
+    weight,
+    bias,
+    residual,
+    next_residual,
+    reconstruction,
+    next_reconstruction,
+    strips,
+    blocks,
+    begin,
+    h,
+    w,
+    H,
+    W,
+    keep,
+    ratio,
+    stride_ib,
+    stride_it,
+    stride_kn,
+    stride_kc,
+    stride_wo,
+    stride_wi,
+    stride_wh,
+    stride_ww,
+    stride_bias,
+    stride_rb,
+    stride_rc,
+    stride_rh,
+    stride_rw,
+    stride_ob,
+    stride_oc,
+    stride_oh,
+    stride_ow,
+    PHI: tl.constexpr,
+    FIRST: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """next_reconstruction = reconstruction + f, next_residual = residual - f, for f = phi(bicubic(codes)).
+
+    indices (B, T), the scale's from `begin` on; codebook (K, C); weight (C, C, 3, 3); bias (C,);
+    residual (B, C, H, W) of any dtype; next_residual, reconstruction and next_reconstruction float32, of the
+    same strides. phi(h) = keep h + ratio (conv(h) + bias), or h without PHI. FIRST: the reconstruction so
+    far is 0. RESIDUAL: there is one.
+    What is read may be what is written: a program reads its own places, and makes the halo of the
+    convolution of codes. strips (programs, (ROWS + 2) (COLUMNS + 2), CP): what a program convolves. A block
+    is ROWS x COLUMNS places of an image and BLOCK_O channels.
+    """
+    place, outputs, inputs = tl.arange(0, ROWS * COLUMNS), tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I)
+    wide: tl.constexpr = COLUMNS + 2
+    parts: tl.constexpr = (C + BLOCK_O - 1) // BLOCK_O
+    across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
+    strip = strips + tl.program_id(0).to(tl.int64) * ((ROWS + 2) * wide * CP)
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), disable_licm=True):
+        channel = block % parts * BLOCK_O + outputs
+        tile = block // parts
+        corner_x, corner_y = tile % across * COLUMNS, tile // across % down * ROWS
+        image = (tile // (across * down)).to(tl.int64)
+        codes = indices + image * stride_ib + begin.to(tl.int64) * stride_it
+        y, x = corner_y + place // COLUMNS, corner_x + place % COLUMNS
+        inside = (y < H) & (x < W)
+        if PHI:
+            tl.debug_barrier()  # the strip of the block before has been read
+            for first in range(0, (ROWS + 2) * wide, BLOCK_S):
+                at = first + tl.arange(0, BLOCK_S)
+                row, column = corner_y + at // wide - 1, corner_x + at % wide - 1
+                stored = at < (ROWS + 2) * wide
+                known = stored & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+                for i in range(0, CP, BLOCK_I):
+                    line = _bicubic(
+                        codes,
+                        codebook,
+                        row,
+                        column,
+                        known,
+                        i + inputs,
+                        h,
+                        w,
+                        H,
+                        W,
+                        stride_it,
+                        stride_kn,
+                        stride_kc,
+                        C,
+                    )
+                    tl.store(strip + at[:, None] * CP + i + inputs[None, :], line, mask=stored[:, None])
+            tl.debug_barrier()
+            row, column = place // COLUMNS, place % COLUMNS
+            through = _convolution(
+                strip,
+                weight,
+                row,
+                column,
+                channel,
+                stride_wo,
+                stride_wi,
+                stride_wh,
+                stride_ww,
+                C,
+                CP,
+                wide,
+                BLOCK_I,
+            )
+            through += tl.load(bias + channel * stride_bias, mask=channel < C, other=0.0).to(tl.float32)[
+                None, :
+            ]
+            middle = tl.load(strip + ((row + 1) * wide + column + 1)[:, None] * CP + channel[None, :])
+            step = keep * middle + ratio * through
+        else:
+            step = _bicubic(
+                codes, codebook, y, x, inside, channel, h, w, H, W, stride_it, stride_kn, stride_kc, C
+            )
+        step = tl.trans(step)  # places are neighbours in memory
+        written = (channel < C)[:, None] & inside[None, :]
+        rows, columns, channels = (
+            y.to(tl.int64)[None, :],
+            x.to(tl.int64)[None, :],
+            channel.to(tl.int64)[:, None],
+        )
+        out = image * stride_ob + channels * stride_oc + rows * stride_oh + columns * stride_ow
+        before = tl.zeros_like(step)
+        if not FIRST:
+            before = tl.load(reconstruction + out, mask=written, other=0.0)
+        tl.store(next_reconstruction + out, before + step, mask=written)
+        if RESIDUAL:
+            left = image * stride_rb + channels * stride_rc + rows * stride_rh + columns * stride_rw
+            before = tl.load(residual + left, mask=written, other=0.0).to(tl.float32)
+            tl.store(next_residual + out, before - step, mask=written)

@@ -1,0 +1,189 @@
+"""`modulated_layer_norm` and `gated_residual` on each backend against PyTorch's own, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hitsr_fast import extension
+from hitsr_fast.dispatch import use_backend
+from hitsr_fast.ops import gated_residual, modulated_layer_norm, nearest_code_cpu
+from tests.tolerances import TOLERANCES
+
+ISAS = [] if extension.unavailable() else nearest_code_cpu.instruction_sets()
+BACKENDS = ["reference", *(f"cpu:{isa}" for isa in ISAS)]
+NAMES = {torch.float32: "float32_reordered", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+SIZES = [(1, 1, 1), (2, 3, 5), (1, 33, 16), (3, 70, 100), (2, 2, 1024)]
+OPS = torch.ops.hitsr_fast
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Forces a backend, with its instruction set."""
+    name, _, isa = request.param.partition(":")
+    monkeypatch.setenv("HITSR_FAST_CPU_ISA", isa)
+    with use_backend(name):
+        yield name
+
+
+def plain_norm(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
+    scale, shift = (t.view(x.shape[0], 1, x.shape[2]) for t in (scale, shift))
+    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
+def plain_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x + gate.view(x.shape[0], 1, x.shape[2]) * y
+
+
+def norm_inputs(B: int, L: int, C: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    x = torch.randn(B, L, C) * 2 + 0.5
+    return [t.to(dtype).requires_grad_() for t in (x, torch.randn(B, C), torch.randn(B, C))]
+
+
+def residual_inputs(B: int, L: int, C: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    shapes = [(B, L, C), (B, L, C), (B, C)]
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+CASES = [(modulated_layer_norm, plain_norm, norm_inputs), (gated_residual, plain_residual, residual_inputs)]
+Case = tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[..., list[Tensor]]]
+
+
+def check(case: Case, inputs: list[Tensor], tolerance: str) -> None:
+    """Result and gradients against PyTorch's formula in float64, relative to the largest value of each."""
+    op, plain, _ = case
+    out, expected = op(*inputs), plain(*(t.double() for t in inputs))
+    weight = torch.randn(out.shape).to(out.dtype)
+    grads = torch.autograd.grad(out, inputs, weight)
+    expected_grads = torch.autograd.grad(expected, inputs, weight.double())
+    assert out.dtype == inputs[0].dtype and out.is_contiguous()
+    for actual, want in zip((out, *grads), (expected, *expected_grads), strict=True):
+        size = want.double().abs().max().clamp(min=1)
+        torch.testing.assert_close(
+            actual.double() / size, want.double() / size, **TOLERANCES[tolerance]._asdict()
+        )
+
+
+@pytest.mark.parametrize("case", CASES, ids=["norm", "residual"])
+@pytest.mark.parametrize("dtype", NAMES)
+def test_equals_pytorch(backend: str, case: Case, dtype: torch.dtype) -> None:
+    for size in SIZES:
+        check(case, case[2](*size, dtype), NAMES[dtype])
+
+
+@pytest.mark.parametrize("case", CASES, ids=["norm", "residual"])
+def test_strides_and_mixed_dtypes(backend: str, case: Case) -> None:
+    """As a model has them: modulations are slices of one row, and 16-bit ones meet a float32 stream."""
+    make = case[2]
+    wide = make(2, 5, 12)
+    views = [t.detach().mT.contiguous().mT.requires_grad_() if t.dim() == 3 else t for t in wide]
+    check(case, views, "float32_reordered")
+    parts = torch.randn(2, 1, 3 * 12).chunk(3, dim=-1)
+    leaves = [p.detach().requires_grad_() for p in parts]
+    assert not leaves[1].is_contiguous()
+    check(
+        case, [t if t.dim() == 3 else leaf for t, leaf in zip(wide, leaves, strict=True)], "float32_reordered"
+    )
+    mixed = [wide[0], *(t.detach().bfloat16().requires_grad_() for t in wide[1:])]
+    check(case, mixed, "bfloat16")
+    check(case, [mixed[1], wide[0], mixed[2]] if case[0] is gated_residual else mixed, "bfloat16")
+
+
+@pytest.mark.parametrize("case", CASES, ids=["norm", "residual"])
+def test_gradcheck(case: Case) -> None:
+    inputs = [t.detach().double().requires_grad_() for t in case[2](2, 3, 4)]
+    assert torch.autograd.gradcheck(case[0], inputs, **TOLERANCES["gradcheck"]._asdict())
+
+
+@given(B=st.integers(1, 3), L=st.integers(0, 40), C=st.integers(2, 70), eps=st.sampled_from([1e-6, 0.5]))
+def test_a_mean_that_is_large_beside_the_deviation(B: int, L: int, C: int, eps: float) -> None:
+    signs = 1.0 - 2 * (torch.arange(C) % 2)
+    x = 100 + signs * (1 + torch.rand(B, L, C))
+    scale, shift = torch.randn(B, C), torch.randn(B, C)
+    found = modulated_layer_norm(x, scale, shift, eps=eps)
+    expected = plain_norm(*(t.double() for t in (x, scale, shift)), eps)
+    torch.testing.assert_close(found.double(), expected, **TOLERANCES["mean_of_100"]._asdict())
+
+
+def test_sums_over_rows_do_not_depend_on_threads(backend: str) -> None:
+    x, scale, shift = norm_inputs(2, 300, 64)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        try:
+            out = modulated_layer_norm(gated_residual(x, x.sin(), scale), scale, shift)
+            found.append(torch.autograd.grad(out.square().sum(), (x, scale, shift)))
+        finally:
+            torch.set_num_threads(threads)
+    if backend == "cpu":
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_bad_row_disturbs_no_other(backend: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        x, scale, shift = (t.detach() for t in norm_inputs(1, 4, 40, dtype))
+        x[0, 1, 3], x[0, 2, 0] = torch.nan, torch.inf
+        out = modulated_layer_norm(x, scale, shift)
+        assert out[0, 1:3].isnan().all() and out[0, [0, 3]].isfinite().all()
+        assert gated_residual(x, x, scale).isfinite().sum() == 4 * 40 - 2
+
+
+def test_second_derivatives_are_refused() -> None:
+    for op, _, make in CASES:
+        inputs = make(1, 2, 3)
+        (grad,) = torch.autograd.grad(op(*inputs).square().sum(), inputs[1], create_graph=True)
+        with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
+            grad.sum().backward()
+
+
+def test_bad_arguments() -> None:
+    x, row = torch.zeros(2, 3, 4), torch.zeros(2, 4)
+    with pytest.raises(TypeError, match="x: expected dtype"):
+        modulated_layer_norm(x.int(), row, row)
+    with pytest.raises(ValueError, match=r"x: expected shape \(B, L, C\), found \(2, 4\)"):
+        modulated_layer_norm(row, row, row)
+    with pytest.raises(ValueError, match=r"x: expected C of at least 1, found shape \(2, 3, 0\)"):
+        modulated_layer_norm(x[..., :0], row, row)
+    for wrong in (row[:1], row[:, :3], x, row[0]):
+        with pytest.raises(ValueError, match=r"scale: expected shape \(B=2, C=4\) or \(B=2, 1, C=4\), found"):
+            modulated_layer_norm(x, wrong, row)
+    with pytest.raises(TypeError, match="shift: expected dtype"):
+        modulated_layer_norm(x, row, row.bool())
+    for eps in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"eps: expected a finite value above 0, found {eps}"):
+            modulated_layer_norm(x, row, row, eps=eps)
+    with pytest.raises(ValueError, match=r"y: expected shape \(B=2, L=3, C=4\), found \(2, 2, 4\)"):
+        gated_residual(x, x[:, 1:], row)
+    with pytest.raises(ValueError, match=r"gate: expected shape \(B=2, C=4\)"):
+        gated_residual(x, x, row[:, :1])
+
+
+def test_opcheck(backend: str) -> None:
+    x, scale, shift = norm_inputs(2, 3, 8)
+    torch.library.opcheck(OPS.modulated_layer_norm.default, (x, scale, shift, 1e-6))
+    torch.library.opcheck(OPS.gated_residual.default, (x, x.detach().sin(), scale))
+    x, scale, shift = (t.detach().bfloat16() for t in (x, scale, shift))
+    out, mean, rstd = OPS.modulated_layer_norm(x, scale, shift, 1e-6)
+    torch.library.opcheck(OPS.modulated_layer_norm_backward.default, (out, x, scale, mean, rstd))
+    torch.library.opcheck(OPS.gated_residual_backward.default, (out, x, scale))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    def block(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return gated_residual(x, modulated_layer_norm(x, scale, shift).tanh(), shift)
+
+    inputs = norm_inputs(2, 3, 8)
+    compiled: Any = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for actual, want in zip(
+        (compiled(*inputs), *torch.autograd.grad(compiled(*inputs).sum(), inputs)),
+        (block(*inputs), *torch.autograd.grad(block(*inputs).sum(), inputs)),
+        strict=True,
+    ):
+        assert torch.equal(actual, want)
