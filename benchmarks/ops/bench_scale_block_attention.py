@@ -188,7 +188,7 @@ def _ours(backend: str) -> Provider[AttentionCase]:
     def build(case: AttentionCase, inputs: Inputs) -> Call:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with use_backend(backend):
-                return scale_block_attention(q, k, v, case.lengths)
+                return scale_block_attention(q, k, v, block_lengths=case.lengths)
 
         return _call(case, inputs, attend)
 

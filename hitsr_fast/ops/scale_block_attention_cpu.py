@@ -84,14 +84,11 @@ def scale_block_attention_backward_cpu(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def cached_attention_step_cpu(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, softmax_scale: float
+def cached_attention_cpu(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int, softmax_scale: float
 ) -> Tensor:
-    """As `reference.cached_attention_step`."""
-    end = start + q.shape[1]
-    k_cache[:, start:end] = k
-    v_cache[:, start:end] = v
-    keys, values = k_cache[:, :end], v_cache[:, :end]
+    """As `reference.cached_attention`."""
+    keys, values = k_cache[:, :length], v_cache[:, :length]
     if compiled(q.dtype):
         return _attend(q, keys, values, [q.shape[1]], softmax_scale)[0]
     query, key, value = (t.transpose(1, 2) for t in _readable(q, keys, values))
