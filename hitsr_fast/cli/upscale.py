@@ -55,8 +55,8 @@ class Upscale:
     overlap: int | None = None
     """Input pixels that neighbouring tiles share at least; a quarter of a tile by default."""
 
-    batch: int = 8
-    """Tiles run at once."""
+    batch: int | None = None
+    """Tiles run at once; by default so many that their largest outputs are 2 megapixels, at most 32."""
 
     seed: int = 0
     """Of the draws, where top-k is not 1."""
