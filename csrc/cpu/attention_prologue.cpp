@@ -83,7 +83,7 @@ class Tokens {
       : L(q.size(1)), heads(q.size(2)), D(q.size(3)), start(start), to_query(kernel_of<T, T>(isa)),
         to_cache(kernel_of<T, U>(isa)), qkv(data<const T>(qkv)), q(data<T>(q)), k_cache(k_cache), v_cache(v_cache) {}
 
-  // bias, scale, rotary: of the whole call, or null. memory: [D] floats.
+  // bias, scale, rotary: of the whole call, or null. memory: [heads * (D + 1)] floats.
   void operator()(int64_t row, const float* bias, const float* scale, const float* rotary, float* memory) const {
     const int64_t image = row / L, token = row % L, width = heads * D;
     const T* const from = qkv + row * 3 * width;
@@ -139,7 +139,7 @@ at::Tensor attention_prologue(
     with_dtype(k_cache, [&](auto cached) {
       const Tokens<decltype(value), decltype(cached)> tokens(qkv, q, k_cache, v_cache, start, set);
       at::parallel_for(0, B * L, share, [&](int64_t begin, int64_t end) {
-        std::vector<float> memory(static_cast<size_t>(D));
+        std::vector<float> memory(static_cast<size_t>(heads * (D + 1)));
         for (int64_t row = begin; row < end; ++row) tokens(row, biases, scales, turns, memory.data());
       });
     });
