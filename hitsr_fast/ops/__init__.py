@@ -13,7 +13,7 @@ from hitsr_fast.ops.residual_quantize import (
     tokenize_pyramid,
 )
 from hitsr_fast.ops.sample_codes import sample_codes
-from hitsr_fast.ops.scale_block_attention import cached_attention_step, scale_block_attention
+from hitsr_fast.ops.scale_block_attention import cached_attention, scale_block_attention
 from hitsr_fast.reference.residual_quantize import nearest_phi, phi_table
 
 __all__ = [
@@ -23,7 +23,7 @@ __all__ = [
     "ResidualQuantized",
     "TokenizedPyramid",
     "attention_prologue",
-    "cached_attention_step",
+    "cached_attention",
     "gated_residual",
     "modulated_layer_norm",
     "nearest_code",
