@@ -1,5 +1,6 @@
 """The public ops: each checks its arguments and calls `torch.ops.hitsr_fast.<op>`, which picks a backend."""
 
+from hitsr_fast.ops.attention_prologue import attention_prologue
 from hitsr_fast.ops.modulated_layer_norm import gated_residual, modulated_layer_norm
 from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, nearest_code, prepare_codebook
 from hitsr_fast.ops.residual_quantize import (
@@ -21,6 +22,7 @@ __all__ = [
     "ResidualDecoded",
     "ResidualQuantized",
     "TokenizedPyramid",
+    "attention_prologue",
     "cached_attention",
     "gated_residual",
     "modulated_layer_norm",
