@@ -23,9 +23,9 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     """Let an instance of VAR's class `VAR` sample through the ops of this package.
 
     Its `autoregressive_infer_cfg` is replaced, KV cache included, and the quantizer of its tokenizer, by a
-    `VectorQuantizer2` that holds the same parameters. The arguments stay as they are. Greedy images (`top_k=1`)
-    are the same; the others come from the same distribution, but by other random numbers. Training goes on
-    untouched: `forward`, modes, parameters and state dicts are the model's own.
+    `VectorQuantizer2` that holds the same parameters. The arguments stay as they are. Greedy images
+    (`top_k=1`) are the same; the others come from the same distribution, but by other random numbers.
+    Training goes on untouched: `forward`, modes, parameters and state dicts are the model's own.
 
     Args:
         model: of VAR-d16 to d36 or any size, with AdaLN shared or not, for any `patch_nums`. Its class is not
