@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -227,6 +228,14 @@ _BLOCK = [
     _gelu,
     _plain_norm,
 ]
+_L2_NORM = [
+    *_tensor("attn.scale_mul_1H11"),
+    _Part(
+        "attn.max_scale_mul",
+        "log 100",
+        lambda value: isinstance(value, float) and abs(value - math.log(100)) < 1e-6,
+    ),
+]
 _TOKENIZER = [
     *_module("quantize"),
     _Part("fhat_to_img", "a method", callable),
@@ -253,7 +262,7 @@ def _missing(model: Any) -> Iterator[str]:
         prefix = f"blocks[{i}]."
         own = list(look(_BLOCK, block, prefix))
         if getattr(getattr(block, "attn", None), "attn_l2_norm", False):
-            own += look([*_tensor("attn.scale_mul_1H11"), *_number("attn.max_scale_mul")], block, prefix)
+            own += look(_L2_NORM, block, prefix)
         shared = getattr(block, "shared_aln", False)
         own += look(_tensor("ada_gss") if shared else _module("ada_lin"), block, prefix)
         yield from own

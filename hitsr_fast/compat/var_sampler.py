@@ -10,70 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hitsr_fast.compat.var import VectorQuantizer2
-from hitsr_fast.nn.attention import KVCache
-from hitsr_fast.ops import (
-    cached_attention,
-    gated_residual,
-    modulated_layer_norm,
-    residual_step,
-    sample_codes,
-)
-
-
-class BlockWeights(NamedTuple):
-    """Of one block; linears as (weight, bias), `q_scale` `(NH,)` float32 or None without an L2 norm."""
-
-    qkv: tuple[Tensor, Tensor]
-    q_scale: Tensor | None
-    proj: tuple[Tensor, Tensor]
-    fc1: tuple[Tensor, Tensor]
-    fc2: tuple[Tensor, Tensor]
-
-
-class CachedBody:
-    """The blocks, one scale at a time."""
-
-    def __init__(
-        self, blocks: Sequence[BlockWeights], *, heads: int, softmax_scale: float, eps: float
-    ) -> None:
-        self.blocks, self.heads, self.softmax_scale, self.eps = blocks, heads, softmax_scale, eps
-
-    def new_cache(self, batch: int, tokens: int) -> list[KVCache]:
-        weight = self.blocks[0].proj[0]
-        head_dim = weight.shape[0] // self.heads
-        return [
-            KVCache(batch, tokens, self.heads, head_dim, weight.dtype, weight.device) for _ in self.blocks
-        ]
-
-    def step(self, x: Tensor, modulation: Tensor, caches: list[KVCache]) -> Tensor:
-        for block, rows, cache in zip(self.blocks, modulation, caches, strict=True):
-            gamma1, gamma2, scale1, scale2, shift1, shift2 = rows
-            normed = modulated_layer_norm(x, scale1, shift1, eps=self.eps)
-            x = gated_residual(x, self._attend(normed, block, cache), gamma1)
-            normed = modulated_layer_norm(x, scale2, shift2, eps=self.eps)
-            branch = F.linear(F.gelu(F.linear(normed, *block.fc1), approximate="tanh"), *block.fc2)
-            x = gated_residual(x, branch, gamma2)
-        return x
-
-    def _attend(self, x: Tensor, block: BlockWeights, cache: KVCache) -> Tensor:
-        q, k, v = F.linear(x, *block.qkv).unflatten(2, (3, self.heads, -1)).unbind(2)
-        if block.q_scale is not None:
-            q = (F.normalize(q.float(), dim=-1) * block.q_scale[:, None]).to(v.dtype)
-            k = F.normalize(k.float(), dim=-1).to(v.dtype)
-        start, end = cache.length, cache.length + x.shape[1]
-        cache.k[:, start:end] = k
-        cache.v[:, start:end] = v
-        cache.length = end
-        out = cached_attention(q, cache.k, cache.v, end, softmax_scale=self.softmax_scale)
-        return F.linear(out.flatten(2), *block.proj)
+from hitsr_fast.nn.cached_body import CachedBody
+from hitsr_fast.ops import modulated_layer_norm, residual_step, sample_codes
+from hitsr_fast.ops.validation import has_values
 
 
 class _Weights(NamedTuple):
-    """Of blocks and classifier, the latter as `(V, C)` and `(V,)`; `made_of` tells when they are old."""
+    """Of blocks and classifier, the latter as `(V, C)` and `(V,)`."""
 
     body: CachedBody
     head: tuple[Tensor, Tensor]
-    made_of: tuple[Any, ...]
 
 
 class _Draw(NamedTuple):
@@ -130,8 +76,8 @@ class _Draw(NamedTuple):
 class VarSampler:
     """Samples from a VAR: static KV cache, AdaLN once a call, one branch where there is no guidance.
 
-    It reads the model's own parameters. Those that it computes with in another dtype than they have are
-    converted once, and anew after they have changed; only what writes to their `.data` goes unseen.
+    It reads the model's own parameters. Where it computes in another dtype than theirs they are converted
+    once, and anew after they have changed; only what writes to their `.data` goes unseen then.
 
     Args:
         model: of VAR's class, with a `VectorQuantizer2` of this package in its `vae_quant_proxy`.
@@ -142,9 +88,10 @@ class VarSampler:
         self.model = model
         self.dtype = dtype
         self._kept: _Weights | None = None
+        self._sources: list[tuple[Tensor, int]] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}
+        return self.__dict__ | {"_kept": None, "_sources": []}
 
     @torch.no_grad()
     def autoregressive_infer_cfg(
@@ -219,9 +166,10 @@ class VarSampler:
         phi_index = quantizer.phi_index(len(sides))
         wide = torch.promote_types(codebook.dtype, torch.float32)
         f_hat = torch.zeros(B, codebook.shape[1], sides[-1], sides[-1], dtype=wide, device=codebook.device)
+        start = 0
         for step, side in enumerate(sides):
             ratio = step / max(len(sides) - 1, 1)
-            x = body.step(rows.to(weights.head[0].dtype), modulation, cache)
+            x = body(rows.to(weights.head[0].dtype), modulation, cache, start)
             seen = B if draw.cfg * ratio == 0 else 2 * B  # else the second branch is there for its keys alone
             normed = modulated_layer_norm(
                 x[:seen], head_scale[:seen], head_shift[:seen], eps=model.head_nm.ln_wo_grad.eps
@@ -245,6 +193,7 @@ class VarSampler:
             if step + 1 < len(sides):
                 rows = model.word_embed(inputs.flatten(2).transpose(1, 2).to(condition.dtype))
                 rows = (rows + places[step + 1]).repeat(branches, 1, 1)
+                start += lengths[step]
         return f_hat.to(condition.dtype)
 
     def _modulation(self, condition: Tensor) -> Tensor:
@@ -258,44 +207,40 @@ class VarSampler:
         return torch.stack(rows).transpose(1, 2).contiguous()
 
     def _weights(self, dtype: torch.dtype | None) -> _Weights:
-        """Those of blocks and classifier in a dtype, or in their own."""
-        blocks = self.model.blocks
-        sources = [*blocks.parameters(), *blocks.buffers(), *self.model.head.parameters()]
-        made_of = (dtype, *(_state(tensor) for tensor in sources))
-        if self._kept is None or self._kept.made_of != made_of:
-            self._kept = self._made(dtype or self.model.head.weight.dtype, made_of)
-        return self._kept
+        """Those of blocks and classifier in a dtype, or in their own.
 
-    def _made(self, dtype: torch.dtype, made_of: tuple[Any, ...]) -> _Weights:
-        def linear(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            return weight.detach().to(dtype), bias.detach().to(dtype)
+        Where nothing is converted they are the parameters themselves and a few small vectors, made in a
+        millisecond, so that any change is seen; a converted copy is kept until a parameter has changed.
+        """
+        blocks, head = self.model.blocks, self.model.head
+        dtype = dtype or head.weight.dtype
+        sources = [*blocks.parameters(), *head.parameters()]
+        if all(tensor.dtype == dtype for tensor in sources) or not has_values(head.weight):
+            return self._made(dtype)
+        kept = self._kept
+        if kept is None or kept.head[0].dtype != dtype or not _unchanged(sources, self._sources):
+            kept = self._kept = self._made(dtype)
+            self._sources = [(tensor.detach(), _version(tensor)) for tensor in sources]
+        return kept
 
-        blocks = []
-        for block in self.model.blocks:
-            attention, ffn, q_scale = block.attn, block.ffn, None
-            bias = torch.cat([attention.q_bias, attention.zero_k_bias, attention.v_bias])
-            if attention.attn_l2_norm:
-                q_scale = attention.scale_mul_1H11.float().clamp_max(attention.max_scale_mul).exp().flatten()
-            blocks.append(
-                BlockWeights(
-                    linear(attention.mat_qkv.weight, bias),
-                    q_scale,
-                    linear(attention.proj.weight, attention.proj.bias),
-                    linear(ffn.fc1.weight, ffn.fc1.bias),
-                    linear(ffn.fc2.weight, ffn.fc2.bias),
-                )
-            )
-        first, head = self.model.blocks[0], self.model.head
-        body = CachedBody(
-            blocks,
-            heads=first.attn.num_heads,
-            softmax_scale=float(first.attn.scale),
-            eps=first.ln_wo_grad.eps,
-        )
-        return _Weights(body, linear(head.weight, head.bias), made_of)
+    def _made(self, dtype: torch.dtype) -> _Weights:
+        blocks, head = self.model.blocks, self.model.head
+        attention, norm = blocks[0].attn, blocks[0].ln_wo_grad
+        body = CachedBody(blocks, attention.num_heads, float(attention.scale), dtype, norm.eps)
+        return _Weights(body, (head.weight.to(dtype), head.bias.to(dtype)))
 
 
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    """Differs after a tensor has changed, but for writes to its `.data`."""
-    version = 0 if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), version, tensor.dtype, tensor.device
+def _unchanged(tensors: Sequence[Tensor], known: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether they are in the memory that those known hold, and unwritten by PyTorch's count."""
+    return len(tensors) == len(known) and all(
+        (tensor.dtype, tensor.device) == (alias.dtype, alias.device)
+        and tensor.data_ptr() == alias.data_ptr()
+        and not tensor.is_inference()
+        and tensor._version == version
+        for tensor, (alias, version) in zip(tensors, known, strict=True)
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts writes, but to inference tensors."""
+    return 0 if tensor.is_inference() else tensor._version

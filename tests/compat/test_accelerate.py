@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.peers import var_model
 from benchmarks.peers.var_autoencoder import VQVAE
@@ -148,7 +149,7 @@ def test_other_backends() -> None:
 def test_without_guidance_there_is_one_branch() -> None:
     model = accelerate(make())
     for cfg, rows in ((0, 3), (1.5, 6)):
-        with recorded(var_sampler.CachedBody, "step", lambda out, body, x, *rest: len(x)) as sizes:
+        with recorded(var_sampler.CachedBody, "forward", lambda out, body, x, *rest: len(x)) as sizes:
             model.autoregressive_infer_cfg(3, 1, cfg=cfg)
         assert sizes == [rows] * len(FEW)
 
@@ -258,6 +259,26 @@ def test_bfloat16_and_autocast() -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_nothing_waits_for_a_gpu() -> None:
+    """On fake tensors of a GPU, where reading a value is an error."""
+    model = make()
+    modules = (model, model.vae_proxy[0])
+    tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+    with FakeTensorMode():
+        memo: dict[int, Any] = {id(model.rng): model.rng}
+        for tensor in (*tensors, model.uniform_prob):
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+            trained = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(fake, requires_grad=False) if trained else fake
+        fake_model = copy.deepcopy(model, memo)
+        for dtype in (None, torch.bfloat16):
+            accelerate(fake_model, dtype=dtype)
+            for options in ({"top_k": 1}, {"top_k": 9, "top_p": 0.9, "g_seed": 0}, {"more_smooth": True}):
+                for label, cfg in ((3, 0.0), (None, 1.5)):
+                    image = fake_model.autoregressive_infer_cfg(2, label, cfg=cfg, **options)
+                    assert image.shape == (2, 3, 8, 8) and image.device.type == "cuda"
+
+
 def test_parameters_may_change() -> None:
     """Also where a converted copy of them is kept."""
     for dtype in (None, torch.bfloat16):
@@ -271,6 +292,14 @@ def test_parameters_may_change() -> None:
         assert not torch.equal(before, after)
         expected = accelerate(other, dtype=dtype).autoregressive_infer_cfg(2, 3, top_k=1)
         assert torch.equal(after, expected)
+    model, other = accelerate(make()), make()
+    for parameter in model.parameters():
+        parameter.data.mul_(1.1)  # counts no version
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    found, expected = (m.autoregressive_infer_cfg(2, 3, top_k=1) for m in (model, accelerate(other)))
+    assert torch.equal(found, expected)
 
 
 def attributes(model: VAR) -> dict[str, dict[str, Any]]:
