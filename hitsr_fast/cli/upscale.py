@@ -47,7 +47,7 @@ class Upscale:
     """Where to run; auto is cuda where there is a device."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; auto is bfloat16 on cuda and float32 on the cpu."""
+    """To compute in; auto is bfloat16 where the device multiplies it in hardware, else float32."""
 
     tile: int | None = None
     """Side of a tile in input pixels; only the model's own is possible."""
