@@ -231,7 +231,7 @@ def explain(op: str, *args: Any) -> None:
         ValueError: no such op.
 
     Example:
-        >>> explain("cached_attention_step")
+        >>> explain("residual_decode_backward")
         cuda       not implemented for this op
         triton     not implemented for this op
         cpu        not implemented for this op

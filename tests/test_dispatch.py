@@ -104,7 +104,7 @@ def test_backward_runs_under_the_backend_of_its_forward(monkeypatch: pytest.Monk
     monkeypatch.setattr(Operation, "choose", recording)
     q = torch.randn(1, 3, 1, 4, requires_grad=True)
     with use_backend("reference"):
-        out = scale_block_attention(q, q, q, [1, 2])
+        out = scale_block_attention(q, q, q, block_lengths=[1, 2])
     out.sum().backward()
     assert chosen == [
         ("scale_block_attention", "reference"),
@@ -117,9 +117,9 @@ def test_autocast_does_not_reach_inside_an_op() -> None:
     q = torch.randn(1, 3, 1, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(nearest_code(x, codebook), nearest_code(x, codebook))
-        inside = scale_block_attention(q, q, q, [1, 2])
+        inside = scale_block_attention(q, q, q, block_lengths=[1, 2])
     assert inside.dtype == torch.float32
-    assert torch.equal(inside, scale_block_attention(q, q, q, [1, 2]))
+    assert torch.equal(inside, scale_block_attention(q, q, q, block_lengths=[1, 2]))
 
 
 def test_explain_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:

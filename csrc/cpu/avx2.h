@@ -10,6 +10,7 @@ struct Avx2 : PlainLanes {
   static void store(float* to, Scores values) { _mm256_storeu_ps(to, values); }
   static Scores fill(float value) { return _mm256_set1_ps(value); }
   static Scores minimum(Scores a, Scores b) { return _mm256_min_ps(a, b); }
+  static Scores maximum(Scores a, Scores b) { return _mm256_max_ps(a, b); }
   static Scores fused(Scores a, Scores b, Scores c) { return _mm256_fmadd_ps(a, b, c); }
   static Scores root(Scores values) { return _mm256_sqrt_ps(values); }
   static uint32_t at_most(Scores values, float limit) {

@@ -8,6 +8,7 @@ struct Avx512 {
   static void store(float* to, Scores values) { _mm512_storeu_ps(to, values); }
   static Scores fill(float value) { return _mm512_set1_ps(value); }
   static Scores minimum(Scores a, Scores b) { return _mm512_min_ps(a, b); }
+  static Scores maximum(Scores a, Scores b) { return _mm512_max_ps(a, b); }
   static Scores fused(Scores a, Scores b, Scores c) { return _mm512_fmadd_ps(a, b, c); }
   static Scores root(Scores values) { return _mm512_sqrt_ps(values); }
   static float lowest(Scores values) { return _mm512_reduce_min_ps(values); }

@@ -17,8 +17,6 @@
 namespace hitsr_fast {
 namespace {
 
-using adaln::Bfloat16;
-
 constexpr int64_t kBlock = 32;             // rows that share a sum; the same on any number of threads
 constexpr int64_t kSmallestShare = 16384;  // values that are worth a thread
 

@@ -3,12 +3,9 @@
 
 #include <cstdint>
 
-namespace hitsr_fast::adaln {
+#include "cpu/floats16.h"
 
-// Upper half of a float.
-struct Bfloat16 {
-  uint16_t bits;
-};
+namespace hitsr_fast::adaln {
 
 // Rows of one image, [rows][C]; vectors of C floats belong to the image. What is summed over rows is added to, so that the
 // caller decides in which order.

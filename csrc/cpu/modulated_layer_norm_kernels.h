@@ -3,26 +3,7 @@
 //
 // As in nearest_code_search.h, what is shared has internal linkage and nothing is a template of the standard library.
 
-namespace {
-
-inline float wide(float value) { return value; }
-inline float wide(Bfloat16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, sizeof result);
-  return result;
-}
-
-inline void narrow(float value, float* to) { *to = value; }
-// To the nearest, ties to even. NaN stays NaN: its magnitude is past infinity's, and is kept with a bit set.
-inline void narrow(float value, Bfloat16* to) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint32_t nan = (bits & 0x7fffffff) > 0x7f800000, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  to->bits = static_cast<uint16_t>((nan != 0 ? bits | 0x400000 : rounded) >> 16);
-}
-
-}  // namespace
+#include "cpu/floats16_inline.h"
 
 template <typename T>
 void norm(

@@ -13,6 +13,7 @@ struct PlainLanes {
   static void store(float* to, Scores values) { std::memcpy(to, &values, sizeof values); }
   static Scores fill(float value) { return value - Scores{}; }
   static Scores minimum(Scores a, Scores b) { return a < b ? a : b; }
+  static Scores maximum(Scores a, Scores b) { return a > b ? a : b; }
   static Scores fused(Scores a, Scores b, Scores c) { return a * b + c; }  // may round once or twice
 
   static Scores root(Scores values) {

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.ops import cached_attention_step, scale_block_attention
+from hitsr_fast.ops import cached_attention, scale_block_attention
 
 
 class KVCache:
@@ -59,10 +59,12 @@ class SelfAttention(nn.Module):
             k = F.normalize(k.float(), dim=-1).to(v.dtype)
             softmax_scale = 1.0
         if cache is None:
-            out = scale_block_attention(q, k, v, block_lengths, softmax_scale=softmax_scale)
+            out = scale_block_attention(q, k, v, block_lengths=block_lengths, softmax_scale=softmax_scale)
         else:
-            q, k, v = q.to(cache.k.dtype), k.to(cache.k.dtype), v.to(cache.k.dtype)
-            out = cached_attention_step(q, k, v, cache.k, cache.v, cache.length, softmax_scale=softmax_scale)
+            rows = slice(cache.length, cache.length + t)
+            cache.k[:, rows], cache.v[:, rows] = k, v
             cache.length += t
+            q = q.to(cache.k.dtype)
+            out = cached_attention(q, cache.k, cache.v, cache.length, softmax_scale=softmax_scale)
         projected: Tensor = self.proj(out.reshape(b, t, width))
         return projected

@@ -1,5 +1,6 @@
 """The public ops: each checks its arguments and calls `torch.ops.hitsr_fast.<op>`, which picks a backend."""
 
+from hitsr_fast.ops.attention_prologue import attention_prologue
 from hitsr_fast.ops.modulated_layer_norm import gated_residual, modulated_layer_norm
 from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, nearest_code, prepare_codebook
 from hitsr_fast.ops.residual_quantize import (
@@ -12,7 +13,7 @@ from hitsr_fast.ops.residual_quantize import (
     tokenize_pyramid,
 )
 from hitsr_fast.ops.sample_codes import sample_codes
-from hitsr_fast.ops.scale_block_attention import cached_attention_step, scale_block_attention
+from hitsr_fast.ops.scale_block_attention import cached_attention, scale_block_attention
 from hitsr_fast.reference.residual_quantize import nearest_phi, phi_table
 
 __all__ = [
@@ -21,7 +22,8 @@ __all__ = [
     "ResidualDecoded",
     "ResidualQuantized",
     "TokenizedPyramid",
-    "cached_attention_step",
+    "attention_prologue",
+    "cached_attention",
     "gated_residual",
     "modulated_layer_norm",
     "nearest_code",

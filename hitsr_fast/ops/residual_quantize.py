@@ -15,6 +15,7 @@ from hitsr_fast.ops.validation import (
     FLOATING,
     INDEX,
     check_choice,
+    check_own_memory,
     check_shape,
     check_tensor,
     has_values,
@@ -348,9 +349,7 @@ def residual_step(
     C = codebook.shape[1]
     check_tensor("reconstruction", reconstruction, (arithmetic_dtype(codebook),), like=codebook)
     check_shape("reconstruction", reconstruction, "B C H W", C=C)
-    sides = zip(reconstruction.shape, reconstruction.stride(), strict=True)
-    if any(side > 1 and stride == 0 for side, stride in sides):
-        raise ValueError("reconstruction: expected memory for each element, found an expanded tensor")
+    check_own_memory("reconstruction", reconstruction)
     check_tensor("phi_weight", phi_weight, (codebook.dtype,), like=codebook)
     if tuple(phi_weight.shape) != (C, C, 3, 3):
         raise ValueError(f"phi_weight: expected shape {(C, C, 3, 3)}, found {tuple(phi_weight.shape)}")

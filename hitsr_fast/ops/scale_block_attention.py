@@ -1,9 +1,9 @@
-"""`scale_block_attention` and `cached_attention_step`: next-scale attention for training and for sampling."""
+"""`scale_block_attention` and `cached_attention`: next-scale attention for training and for sampling."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -14,9 +14,35 @@ from hitsr_fast.ops import scale_block_attention_cpu as cpu
 from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
 
 
+@overload
 def scale_block_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_lengths: Sequence[int], *, softmax_scale: float | None = None
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_lengths: Sequence[int],
+    softmax_scale: float | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def scale_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_lengths: Sequence[int],
+    softmax_scale: float | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def scale_block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    block_lengths: Sequence[int],
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which a token sees its own block and all earlier ones, whole.
 
     For block i, which ends at token e_i: `out_i = softmax(softmax_scale * q_i k[:e_i]^T) v[:e_i]`.
@@ -27,9 +53,12 @@ def scale_block_attention(
         block_lengths: lengths of the blocks in order, each at least 1, summing to T; block 0 is the prefix
             with the first scale.
         softmax_scale: factor of the scores; None means `1 / sqrt(D)`.
+        return_lse: return lse too.
 
     Returns:
-        `(B, T, NH, D)` in the dtype of q.
+        out: `(B, T, NH, D)` in the dtype of q.
+        lse: where asked for, `(B, NH, T)`, the logarithm of each softmax's denominator, float32 (float64 for
+            float64). No gradient flows through it.
 
     Raises:
         TypeError: an argument is not a tensor, or of another dtype.
@@ -38,48 +67,47 @@ def scale_block_attention(
     Notes:
         No mask tensor exists on any backend. Softmax and sums run in float32 at least.
         Gradient: in q, k and v, by an op of its own.
-        Backends: cpu (PyTorch's flash kernel once per block), reference.
+        Backends: cpu (AMX, AVX-512, AVX2 or portable), reference.
         Source: the block-wise causal attention of VAR (arXiv 2404.02905), section 3.2.
 
     Example:
         >>> q = torch.zeros(1, 3, 1, 1)
         >>> v = torch.tensor([1.0, 3.0, 8.0]).view(1, 3, 1, 1)
-        >>> scale_block_attention(q, q, v, [2, 1]).flatten()
+        >>> scale_block_attention(q, q, v, block_lengths=[2, 1]).flatten()
         tensor([2., 2., 4.])
+        >>> scale_block_attention(q, q, v, block_lengths=[2, 1], return_lse=True)[1].exp().flatten()
+        tensor([2., 2., 3.])
     """
-    _check_qkv(q, k, v, "B T NH D")
-    if not block_lengths or min(block_lengths) < 1 or sum(block_lengths) != q.shape[1]:
+    check_tensor("q", q, FLOATING)
+    check_shape("q", q, "B T NH D")
+    B, T, NH, D = q.shape
+    for name, tensor in (("k", k), ("v", v)):
+        check_tensor(name, tensor, (q.dtype,), like=q)
+        check_shape(name, tensor, "B T NH D", B=B, T=T, NH=NH, D=D)
+    if not block_lengths or min(block_lengths) < 1 or sum(block_lengths) != T:
         raise ValueError(
-            f"block_lengths: expected lengths of at least 1 with sum T={q.shape[1]}, "
-            f"found {list(block_lengths)}"
+            f"block_lengths: expected lengths of at least 1 with sum T={T}, found {list(block_lengths)}"
         )
     out: Tensor
-    out, _ = torch.ops.hitsr_fast.scale_block_attention(
+    lse: Tensor
+    out, lse = torch.ops.hitsr_fast.scale_block_attention(
         q, k, v, list(block_lengths), _scale(q, softmax_scale)
     )
-    return out
+    return (out, lse.detach()) if return_lse else out
 
 
-def cached_attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: int,
-    *,
-    softmax_scale: float | None = None,
+def cached_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int, *, softmax_scale: float | None = None
 ) -> Tensor:
-    """One block of `scale_block_attention` while sampling: write k and v into the caches, attend to all.
+    """One block of `scale_block_attention` while sampling: its queries attend to the rows of a cache in use.
 
-    With `end = start + L`: `k_cache[:, start:end] = k`, `v_cache[:, start:end] = v`, then
-    `softmax(softmax_scale * q k_cache[:, :end]^T) v_cache[:, :end]`.
+    `softmax(softmax_scale * q k_cache[:, :length]^T) v_cache[:, :length]`. The rows of the block itself are
+    in the caches already.
 
     Args:
-        q: float16, bfloat16, float32 or float64, `(B, L, NH, D)`.
-        k, v: of the same dtype and shape.
-        k_cache, v_cache: of the same dtype, `(B, Tmax, NH, D)`; changed in place.
-        start: number of tokens already in the caches.
+        q: float16, bfloat16, float32 or float64, `(B, L, NH, D)`. Any strides.
+        k_cache, v_cache: of the same dtype, `(B, Tmax, NH, D)`. Any strides.
+        length: number of rows that are valid, 1 to Tmax; the others are not read.
         softmax_scale: factor of the scores; None means `1 / sqrt(D)`.
 
     Returns:
@@ -87,44 +115,32 @@ def cached_attention_step(
 
     Raises:
         TypeError: an argument is not a tensor, or of another dtype.
-        ValueError: a shape or device does not fit, or the block does not fit into the caches.
-        RuntimeError: an argument asks for a gradient; the step has none.
+        ValueError: a shape or device does not fit, or `length` is out of range.
+        RuntimeError: an argument asks for a gradient; the op has none.
 
     Notes:
-        Steps over all blocks give what `scale_block_attention` gives, up to rounding.
-        Backends: reference.
+        Calls block by block give what `scale_block_attention` gives, up to rounding.
+        Backends: cpu, reference.
         Source: VAR (arXiv 2404.02905), section 3.2.
 
     Example:
-        >>> k_cache, v_cache = torch.zeros(1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
-        >>> q, v = torch.zeros(1, 2, 1, 1), torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)
-        >>> cached_attention_step(q, q, v, k_cache, v_cache, 0).flatten()
-        tensor([2., 2.])
-        >>> v_cache.flatten()
-        tensor([1., 3., 0.])
+        >>> k_cache = torch.zeros(1, 3, 1, 1)
+        >>> v_cache = torch.tensor([1.0, 3.0, torch.nan]).view(1, 3, 1, 1)
+        >>> cached_attention(torch.zeros(1, 1, 1, 1), k_cache, v_cache, 2).flatten()
+        tensor([2.])
     """
-    _check_qkv(q, k, v, "B L NH D")
-    B, L, NH, D = q.shape
+    check_tensor("q", q, FLOATING)
+    check_shape("q", q, "B L NH D")
+    B, _, NH, D = q.shape
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, cache, (q.dtype,), like=q)
         check_shape(name, cache, "B Tmax NH D", B=B, Tmax=k_cache.shape[1], NH=NH, D=D)
-    if start < 0 or start + L > k_cache.shape[1]:
-        raise ValueError(f"start: expected 0 to Tmax - L = {k_cache.shape[1] - L}, found {start}")
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, k_cache, v_cache)):
-        raise RuntimeError("cached_attention_step: has no gradient; call it under torch.no_grad()")
-    out: Tensor = torch.ops.hitsr_fast.cached_attention_step(
-        q, k, v, k_cache, v_cache, start, _scale(q, softmax_scale)
-    )
+    if not 1 <= length <= k_cache.shape[1]:
+        raise ValueError(f"length: expected 1 to Tmax = {k_cache.shape[1]}, found {length}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+        raise RuntimeError("cached_attention: has no gradient; call it under torch.no_grad()")
+    out: Tensor = torch.ops.hitsr_fast.cached_attention(q, k_cache, v_cache, length, _scale(q, softmax_scale))
     return out
-
-
-def _check_qkv(q: Tensor, k: Tensor, v: Tensor, letters: str) -> None:
-    check_tensor("q", q, FLOATING)
-    check_shape("q", q, letters)
-    known = dict(zip(letters.split(), q.shape, strict=True))
-    for name, tensor in (("k", k), ("v", v)):
-        check_tensor(name, tensor, (q.dtype,), like=q)
-        check_shape(name, tensor, letters, **known)
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:
@@ -144,7 +160,7 @@ def _backward_fake(
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _step_fake(q: Tensor, *_rest: Any) -> Tensor:
+def _cached_fake(q: Tensor, *_rest: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -179,10 +195,14 @@ register(
     fake=_backward_fake,
 )
 register(
-    "cached_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
-    "SymInt start, float softmax_scale) -> Tensor",
-    backends=[Backend("reference", reference.cached_attention_step)],
-    fake=_step_fake,
+    "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, SymInt length, float softmax_scale) "
+    "-> Tensor",
+    backends=[
+        Backend("cpu", cpu.cached_attention_cpu, cpu.supports),
+        Backend("reference", reference.cached_attention),
+    ],
+    fake=_cached_fake,
 )
 register_autograd("scale_block_attention", _attention_backward, _attention_context)
 register_no_gradient("scale_block_attention_backward", "second derivatives are not implemented")
+register_no_gradient("cached_attention", "attention to a cache has no gradient")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
@@ -39,6 +40,25 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
 
 
+def check_own_memory(name: str, value: Tensor) -> None:
+    """Raise ValueError unless each element of `value`, which is to be written, has its own memory."""
+    sides = zip(value.shape, value.stride(), strict=True)
+    if any(side > 1 and stride == 0 for side, stride in sides):
+        raise ValueError(f"{name}: expected memory for each element, found an expanded tensor")
+
+
+def check_apart(**tensors: Tensor) -> None:
+    """Raise ValueError if two of these share memory. Asks for addresses, so it has no place in a trace.
+
+    Two tensors of one storage whose addresses interleave count as apart only if they have the same strides.
+    """
+    if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == len(tensors):
+        return
+    for (name, one), (other_name, other) in combinations(tensors.items(), 2):
+        if _share_memory(one, other):
+            raise ValueError(f"{name}: expected memory of its own, found some that {other_name} shares")
+
+
 def check_finite(name: str, value: Tensor) -> None:
     """Raise ValueError if `value` holds NaN or infinity. Reads the tensor, so it has no place in a trace."""
     # Least and greatest are NaN where any value is; unlike isfinite() this takes no memory.
@@ -58,6 +78,38 @@ def check_index_range(name: str, value: Tensor, size: int) -> None:
 def has_values(*tensors: Tensor) -> bool:
     """Whether these tensors may be looked into: false while a compiler or a fake tensor mode traces."""
     return not torch.compiler.is_compiling() and detect_fake_mode(tensors) is None
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    if one.numel() == 0 or other.numel() == 0:
+        return False
+    size, distance = one.element_size(), other.data_ptr() - one.data_ptr()
+    if not -_extent(other) < distance < _extent(one):
+        return False
+    layout = (one.dtype, one.shape, one.stride())
+    if layout != (other.dtype, other.shape, other.stride()) or distance % size != 0:
+        return True
+    axes = [(stride, side) for stride, side in zip(one.stride(), one.shape, strict=True) if side > 1]
+    return _meet(distance // size, sorted(axes, reverse=True))
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * (1 + sum((side - 1) * stride for side, stride in steps))
+
+
+def _meet(distance: int, axes: Sequence[tuple[int, int]]) -> bool:
+    """Whether two tensors, so many elements apart, have one in common.
+
+    axes: stride and length of each, the same for both; each stride reaches past all axes that follow, so that
+    only two multiples of it come near enough for these.
+    """
+    if not axes:
+        return distance == 0
+    (stride, length), *rest = axes
+    near = distance // stride
+    return any(abs(i) < length and _meet(distance - i * stride, rest) for i in (near, near + 1))
 
 
 def _any_of(dtypes: Sequence[torch.dtype]) -> str:

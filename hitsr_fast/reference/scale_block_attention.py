@@ -1,11 +1,10 @@
-"""Definition of scale-block attention (a token sees its own and all earlier blocks) and its cached step."""
+"""Definition of scale-block attention: a token sees its own and all earlier blocks, some maybe in a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # Bounds the score matrix to this many query rows.
@@ -67,16 +66,17 @@ def scale_block_attention_backward(
     return grad_q, grad_k, grad_v
 
 
-def cached_attention_step(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, softmax_scale: float
+def cached_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int, softmax_scale: float
 ) -> Tensor:
-    """Write k, v `(B, L, NH, D)` into the caches `(B, Tmax, NH, D)` at `start`; attend to all so far."""
-    end = start + q.shape[1]
-    k_cache[:, start:end] = k
-    v_cache[:, start:end] = v
-    query, key, value = (t.transpose(1, 2) for t in (q, k_cache[:, :end], v_cache[:, :end]))
-    out = F.scaled_dot_product_attention(query, key, value, scale=softmax_scale)
-    return out.transpose(1, 2).contiguous()
+    """Attention of q `(B, L, NH, D)` to the first `length` rows of the caches `(B, Tmax, NH, D)`."""
+    query, key, value = _heads_first(q, k_cache[:, :length], v_cache[:, :length])
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for start in range(0, q.shape[1], _ROWS_PER_CHUNK):
+        rows = slice(start, start + _ROWS_PER_CHUNK)
+        weights = (query[:, :, rows] @ key.mT).mul_(softmax_scale).softmax(dim=-1)
+        out[:, rows] = (weights @ value).transpose(1, 2)
+    return out
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:

@@ -1,6 +1,10 @@
-"""`scale_block_attention` on each backend against a dense mask; the cached step against the whole."""
+"""`scale_block_attention` on each backend against a dense mask; attention to a cache against the whole."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 
 import pytest
 import torch
@@ -9,14 +13,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hitsr_fast import extension
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.ops import cached_attention_step, scale_block_attention
+from hitsr_fast.ops import cached_attention, scale_block_attention
+from hitsr_fast.ops.nearest_code_cpu import instruction_sets
 from tests.tolerances import TOLERANCES
 
+BUILT = extension.unavailable() is None
+KERNELS = ("amx_bf16", "avx512", "avx2", "portable")  # avx512_bf16 runs that of avx512
 BACKENDS = ["cpu", "reference"]
+COMPILED = [f"cpu:{isa}" for isa in KERNELS if isa in instruction_sets()] if BUILT else []
 FORWARD = torch.ops.hitsr_fast.scale_block_attention.default
 BACKWARD = torch.ops.hitsr_fast.scale_block_attention_backward.default
-STEP = torch.ops.hitsr_fast.cached_attention_step.default
+CACHED = torch.ops.hitsr_fast.cached_attention.default
+ROUNDINGS = 4  # of the largest value, beside twice PyTorch's error
+
+
+@contextmanager
+def forced(backend: str) -> Iterator[None]:
+    """`use_backend`; the CPU's may name an instruction set behind a colon."""
+    name, _, isa = backend.partition(":")
+    with pytest.MonkeyPatch.context() as patch, use_backend(name):
+        if isa:
+            patch.setenv("HITSR_FAST_CPU_ISA", isa)
+        yield
 
 
 def qkv(*shape: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> list[Tensor]:
@@ -44,13 +64,13 @@ def test_equals_a_dense_mask(
 ) -> None:
     q, k, v = qkv(batch, sum(block_lengths), heads, head_dim)
     with use_backend(backend):
-        out = scale_block_attention(q, k, v, block_lengths, softmax_scale=scale)
+        out = scale_block_attention(q, k, v, block_lengths=block_lengths, softmax_scale=scale)
     assert out.is_contiguous()
     expected = dense(q, k, v, block_lengths, scale)
     torch.testing.assert_close(out, expected, **TOLERANCES["float64_reordered"]._asdict())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS + COMPILED)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [(torch.float32, "float32_reordered"), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")],
@@ -60,8 +80,8 @@ def test_lower_precision_and_long_blocks(backend: str, dtype: torch.dtype, toler
     blocks = [300, 9, 16]
     q, k, v = qkv(1, 325, 2, 8, dtype=dtype, grad=True)
     weight = torch.randn(1, 325, 2, 8, dtype=dtype)
-    with use_backend(backend):
-        out = scale_block_attention(q, k, v, blocks)
+    with forced(backend):
+        out = scale_block_attention(q, k, v, block_lengths=blocks)
     grads = torch.autograd.grad(out, (q, k, v), weight)
     expected = dense(q, k, v, blocks)
     expected_grads = torch.autograd.grad(expected, (q, k, v), weight.double())
@@ -74,7 +94,7 @@ def test_lower_precision_and_long_blocks(backend: str, dtype: torch.dtype, toler
 def test_gradcheck(backend: str) -> None:
     with use_backend(backend):
         assert torch.autograd.gradcheck(
-            lambda q, k, v: scale_block_attention(q, k, v, [2, 1, 3], softmax_scale=0.7),
+            lambda q, k, v: scale_block_attention(q, k, v, block_lengths=[2, 1, 3], softmax_scale=0.7),
             qkv(1, 6, 2, 3, grad=True),
             **TOLERANCES["gradcheck"]._asdict(),
         )
@@ -84,9 +104,9 @@ def test_gradcheck(backend: str) -> None:
 def test_later_blocks_are_invisible(backend: str) -> None:
     q, k, v = qkv(1, 9, 2, 4)
     with use_backend(backend):
-        before = scale_block_attention(q, k, v, [2, 3, 4])
+        before = scale_block_attention(q, k, v, block_lengths=[2, 3, 4])
         k[:, 5:], v[:, 5:] = 1e3, -1e3
-        after = scale_block_attention(q, k, v, [2, 3, 4])
+        after = scale_block_attention(q, k, v, block_lengths=[2, 3, 4])
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.equal(before[:, 5:], after[:, 5:])
 
@@ -95,7 +115,7 @@ def test_later_blocks_are_invisible(backend: str) -> None:
 def test_strided_input(backend: str) -> None:
     packed = torch.randn(2, 7, 3, 2, 4, dtype=torch.float64, requires_grad=True)
     with use_backend(backend):
-        out = scale_block_attention(*packed.unbind(2), [3, 4])
+        out = scale_block_attention(*packed.unbind(2), block_lengths=[3, 4])
     weight = torch.randn(4, 2, 7, 2, dtype=torch.float64).permute(1, 2, 3, 0)
     (grad,) = torch.autograd.grad(out, packed, weight)
     expected = dense(*packed.unbind(2), [3, 4])
@@ -110,7 +130,7 @@ def test_last_axis_with_a_stride(backend: str, dtype: torch.dtype) -> None:
     q, k, v = (t.mT.contiguous().mT.requires_grad_() for t in qkv(2, 7, 3, 8, dtype=dtype))
     assert q.stride(-1) != 1
     with use_backend(backend):
-        out = scale_block_attention(q, k, v, [3, 4])
+        out = scale_block_attention(q, k, v, block_lengths=[3, 4])
     expected = dense(q, k, v, [3, 4])
     tolerance = TOLERANCES["float64_reordered" if dtype == torch.float64 else "bfloat16"]._asdict()
     torch.testing.assert_close(out.double(), expected, **tolerance)
@@ -129,26 +149,204 @@ def test_lse_is_the_log_of_the_denominator(backend: str) -> None:
     torch.testing.assert_close(lse, expected, **TOLERANCES["float64_reordered"]._asdict())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lse_on_request(backend: str) -> None:
+    q, k, v = qkv(1, 5, 2, 4, dtype=torch.bfloat16, grad=True)
+    with use_backend(backend):
+        out, lse = scale_block_attention(q, k, v, block_lengths=[2, 3], softmax_scale=0.5, return_lse=True)
+        assert torch.equal(out, scale_block_attention(q, k, v, block_lengths=[2, 3], softmax_scale=0.5))
+        assert torch.equal(lse, FORWARD(q, k, v, [2, 3], 0.5)[1])
+    assert lse.shape == (1, 2, 5) and lse.dtype == torch.float32
+    assert out.requires_grad and not lse.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @given(block_lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), room=st.integers(0, 3))
-def test_cached_steps_equal_the_whole(block_lengths: list[int], room: int) -> None:
+def test_blocks_with_a_cache_equal_the_whole(backend: str, block_lengths: list[int], room: int) -> None:
     T = sum(block_lengths)
     q, k, v = qkv(2, T, 2, 4)
     k_cache, v_cache = (torch.full((2, T + room, 2, 4), torch.nan, dtype=torch.float64) for _ in range(2))
-    start, outs = 0, []
-    for length in block_lengths:
-        rows = slice(start, start + length)
-        outs.append(cached_attention_step(q[:, rows], k[:, rows], v[:, rows], k_cache, v_cache, start))
-        start += length
-    assert torch.equal(k_cache[:, :T], k)
-    assert torch.equal(v_cache[:, :T], v)
-    assert k_cache[:, T:].isnan().all()
-    expected = scale_block_attention(q, k, v, block_lengths)
+    outs = []
+    for length, end in zip(block_lengths, accumulate(block_lengths), strict=True):
+        rows = slice(end - length, end)
+        k_cache[:, rows], v_cache[:, rows] = k[:, rows], v[:, rows]
+        with use_backend(backend):
+            outs.append(cached_attention(q[:, rows], k_cache, v_cache, end))
+    expected = scale_block_attention(q, k, v, block_lengths=block_lengths)
     torch.testing.assert_close(torch.cat(outs, 1), expected, **TOLERANCES["float64_reordered"]._asdict())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queries", [1, 9, 300])  # fewer than keys, more, and more than the reference's chunk
+def test_queries_of_a_cache_need_not_be_its_last_rows(backend: str, queries: int) -> None:
+    q, k, v = torch.randn(2, queries, 2, 4).double(), *(torch.randn(2, 8, 2, 4).double() for _ in range(2))
+    with use_backend(backend):
+        out = cached_attention(q, k, v, 5, softmax_scale=-0.4)
+    assert out.is_contiguous()
+    query, key, value = (t.transpose(1, 2) for t in (q, k[:, :5], v[:, :5]))
+    expected = ((query @ key.mT * -0.4).softmax(-1) @ value).transpose(1, 2)
+    torch.testing.assert_close(out, expected, **TOLERANCES["float64_reordered"]._asdict())
+
+
+# --- the compiled kernels
+
+
+def assert_as_exact_as_pytorch(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, blocks: list[int], scale: float | None = None
+) -> None:
+    """At most twice the error of PyTorch's own attention in that dtype, and a few roundings."""
+    exact = dense(q, k, v, blocks, scale)
+    with use_backend("reference"):
+        pytorch = scale_block_attention(q, k, v, block_lengths=blocks, softmax_scale=scale)
+    assert out.dtype == q.dtype and out.is_contiguous()
+    allowed = 2 * (pytorch.double() - exact).abs().max()
+    unit = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[q.dtype]
+    error = (out.double() - exact).abs().max()
+    assert error <= allowed + ROUNDINGS * unit * v.double().abs().max(), (error, allowed)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@given(
+    blocks=st.lists(st.one_of(st.integers(1, 9), st.integers(30, 150)), min_size=1, max_size=4),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 5),
+    head_dim=st.sampled_from([1, 3, 8, 17, 32, 40, 64, 96, 128, 130]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    scale=st.sampled_from([None, 0.3, 0.0, -0.2]),
+)
+def test_kernels_of_each_instruction_set(
+    backend: str, blocks: list[int], batch: int, heads: int, head_dim: int, dtype: torch.dtype, scale: float
+) -> None:
+    q, k, v = qkv(batch, sum(blocks), heads, head_dim, dtype=dtype)
+    with forced(backend):
+        out = scale_block_attention(q, k, v, block_lengths=blocks, softmax_scale=scale)
+    assert_as_exact_as_pytorch(out, q, k, v, blocks, scale)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@given(
+    blocks=st.lists(st.one_of(st.integers(1, 9), st.integers(30, 150)), min_size=1, max_size=4),
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 3),
+    head_dim=st.sampled_from([1, 3, 17, 32, 40, 64, 128, 130]),
+    scale=st.sampled_from([None, 0.0, -0.2]),
+)
+def test_gradients_of_each_instruction_set(
+    backend: str, blocks: list[int], batch: int, heads: int, head_dim: int, scale: float | None
+) -> None:
+    fused = torch.randn(batch, sum(blocks), 3, heads, head_dim)
+    inputs = [part.requires_grad_() for part in fused.unbind(2)]
+    weight = torch.randn(heads, head_dim, batch, sum(blocks)).permute(2, 3, 0, 1)
+
+    def gradients(name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+        with forced(name):
+            out = scale_block_attention(
+                *(t.to(dtype) for t in inputs), block_lengths=blocks, softmax_scale=scale
+            )
+            return torch.autograd.grad(out, inputs, weight.to(dtype))
+
+    exact = gradients("reference", torch.float64)
+    for found, pytorch, want in zip(gradients(backend), gradients("reference"), exact, strict=True):
+        assert found.is_contiguous()
+        allowed = 2 * (pytorch - want).abs().max() + ROUNDINGS * 2.0**-23 * (1 + want.abs().max())
+        assert (found - want).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_peaks_that_rise_and_scores_that_are_far_apart(backend: str, dtype: torch.dtype) -> None:
+    # Each block of keys scores higher than all before, by more than the headroom; the first score 200 less.
+    T = 700
+    q, k, v = qkv(1, T, 2, 16, dtype=torch.float32)
+    q[..., 0], k[..., 0] = 1.0, torch.arange(T)[None, :, None] * 0.3
+    q, k, v = (t.to(dtype) for t in (q, k, v))
+    with forced(backend):
+        out, lse = FORWARD(q, k, v, [600, 100], 1.0)
+    assert_as_exact_as_pytorch(out, q, k, v, [600, 100], 1.0)
+    scores = q.double().transpose(1, 2) @ k.double().transpose(1, 2).mT
+    expected = torch.cat([scores[:, :, :600, :600].logsumexp(-1), scores[:, :, 600:].logsumexp(-1)], dim=2)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse.double(), expected, **TOLERANCES["float32_lse"]._asdict())
+
+
+@pytest.mark.parametrize("backend", ["cpu", *COMPILED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_and_infinity_stay_where_they_are_seen(backend: str, dtype: torch.dtype) -> None:
+    blocks = [45, 30, 7]
+    q, k, v = qkv(1, 82, 2, 40, dtype=dtype)
+    with forced(backend):
+        before = scale_block_attention(q, k, v, block_lengths=blocks)
+        k[:, 45:], v[:, 45:60], v[:, 60:] = torch.nan, torch.inf, torch.nan
+        after = scale_block_attention(q, k, v, block_lengths=blocks)
+    assert torch.equal(before[:, :45], after[:, :45])
+    assert after[:, 45:].isnan().all()
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_number_of_threads_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
+    q, k, v = qkv(1, 460, 5, 24, dtype=dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            with forced(backend):
+                out, lse = FORWARD(q, k, v, [260, 40, 160], 0.2)
+                results.append((out, lse, *BACKWARD(out, q, k, v, out, lse, [260, 40, 160], 0.2)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_read_any_strides(backend: str, dtype: torch.dtype) -> None:
+    fused = torch.randn(2, 90, 3, 2, 24, dtype=dtype)
+    q, k, v = fused.unbind(2)
+    spread = k.mT.contiguous().mT
+    assert spread.stride(-1) != 1
+    with forced(backend):
+        expected = scale_block_attention(*(t.contiguous() for t in (q, k, v)), block_lengths=[50, 40])
+        assert torch.equal(scale_block_attention(q, spread, v, block_lengths=[50, 40]), expected)
+
+
+@pytest.mark.parametrize("backend", COMPILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernels_with_a_cache(backend: str, dtype: torch.dtype) -> None:
+    blocks = [70, 1, 33, 150]
+    T = sum(blocks)
+    q, k, v = qkv(2, T, 3, 16, dtype=dtype)
+    k_cache, v_cache = (torch.full((2, T + 9, 3, 16), torch.nan, dtype=dtype) for _ in range(2))
+    with forced(backend):
+        whole = scale_block_attention(q, k, v, block_lengths=blocks)
+        for length, end in zip(blocks, accumulate(blocks), strict=True):
+            rows = slice(end - length, end)
+            k_cache[:, rows], v_cache[:, rows] = k[:, rows], v[:, rows]
+            assert torch.equal(cached_attention(q[:, rows], k_cache, v_cache, end), whole[:, rows])
+
+
+def test_an_instruction_set_that_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HITSR_FAST_CPU_ISA", "neon")
+    error, message = (ValueError, "HITSR_FAST_CPU_ISA") if BUILT else (RuntimeError, "not built")
+    with use_backend("cpu"), pytest.raises(error, match=message):
+        scale_block_attention(*qkv(1, 5, 2, 4, dtype=torch.float32), block_lengths=[5])
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hitsr_fast.extension.unavailable", lambda: "not built")
+    q, k, v = qkv(1, 50, 2, 8, dtype=torch.float32)
+    with use_backend("cpu"):
+        out = scale_block_attention(q, k, v, block_lengths=[20, 30])
+        first = cached_attention(q[:, :20], k, v, 20)
+    tolerance = TOLERANCES["float32_reordered"]._asdict()
+    torch.testing.assert_close(out.double(), dense(q, k, v, [20, 30]), **tolerance)
+    torch.testing.assert_close(first, out[:, :20], **tolerance)
 
 
 def test_second_derivatives_are_refused() -> None:
     q, k, v = qkv(1, 2, 1, 2, grad=True)
-    out = scale_block_attention(q, k, v, [1, 1])
+    out = scale_block_attention(q, k, v, block_lengths=[1, 1])
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="second derivatives are not implemented"):
         grad.sum().backward()
@@ -157,30 +355,29 @@ def test_second_derivatives_are_refused() -> None:
 def test_bad_arguments() -> None:
     q, k, v = qkv(1, 5, 2, 4)
     with pytest.raises(TypeError, match="q: expected dtype"):
-        scale_block_attention(q.int(), k, v, [5])
+        scale_block_attention(q.int(), k, v, block_lengths=[5])
     with pytest.raises(TypeError, match="k: expected dtype float64, found float32"):
-        scale_block_attention(q, k.float(), v, [5])
+        scale_block_attention(q, k.float(), v, block_lengths=[5])
     with pytest.raises(ValueError, match=r"v: expected shape \(B=1, T=5, NH=2, D=4\), found \(1, 4, 2, 4\)"):
-        scale_block_attention(q, k, v[:, 1:], [5])
+        scale_block_attention(q, k, v[:, 1:], block_lengths=[5])
     for lengths in ([], [4], [5, 0], [6, -1]):
         with pytest.raises(ValueError, match=r"block_lengths: expected .* sum T=5"):
-            scale_block_attention(q, k, v, lengths)
+            scale_block_attention(q, k, v, block_lengths=lengths)
 
 
-def test_bad_arguments_of_the_step() -> None:
-    q, k, v = qkv(1, 2, 2, 4)
-    caches = [torch.zeros(1, 5, 2, 4, dtype=torch.float64) for _ in range(2)]
-    for start in (-1, 4):
-        with pytest.raises(ValueError, match="start: expected 0 to Tmax - L = 3"):
-            cached_attention_step(q, k, v, *caches, start)
+def test_bad_arguments_of_a_cache() -> None:
+    q, k, v = (t[:, :n] for t, n in zip(qkv(1, 5, 2, 4), (2, 5, 5), strict=True))
+    for length in (-1, 0, 6):
+        with pytest.raises(ValueError, match=f"length: expected 1 to Tmax = 5, found {length}"):
+            cached_attention(q, k, v, length)
     with pytest.raises(ValueError, match=r"v_cache: expected shape \(B=1, Tmax=5, NH=2, D=4\)"):
-        cached_attention_step(q, k, v, caches[0], caches[1][:, 1:], 0)
+        cached_attention(q, k, v[:, 1:], 3)
     with pytest.raises(TypeError, match="k_cache: expected dtype float64"):
-        cached_attention_step(q, k, v, caches[0].float(), caches[1], 0)
-    with pytest.raises(RuntimeError, match="has no gradient"):
-        cached_attention_step(q.requires_grad_(), k, v, *caches, 0)
+        cached_attention(q, k.float(), v, 3)
+    with pytest.raises(RuntimeError, match="cached_attention: has no gradient"):
+        cached_attention(q.requires_grad_(), k, v, 3)
     with torch.no_grad():
-        assert cached_attention_step(q, k, v, *caches, 3).shape == (1, 2, 2, 4)
+        assert cached_attention(q, k, v, 3).shape == (1, 2, 2, 4)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -193,14 +390,16 @@ def test_opcheck(backend: str) -> None:
         torch.library.opcheck(BACKWARD, (out, q, k, v, out, lse, [2, 3], 0.5))
 
 
-def test_opcheck_of_the_step() -> None:
-    caches = [torch.zeros(1, 7, 2, 4) for _ in range(2)]
-    torch.library.opcheck(STEP, (*qkv(1, 3, 2, 4, dtype=torch.float32), *caches, 2, 0.5))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_with_a_cache(backend: str) -> None:
+    q, k, v = qkv(1, 7, 2, 4, dtype=torch.float32)
+    with use_backend(backend):
+        torch.library.opcheck(CACHED, (q[:, :3], k, v, 5, 0.5))
 
 
 def test_compiles_without_a_graph_break() -> None:
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return scale_block_attention(q.sin(), k, v, [2, 3]).cos()
+        return scale_block_attention(q.sin(), k, v, block_lengths=[2, 3]).cos()
 
     inputs = qkv(1, 5, 2, 4, grad=True)
     compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
@@ -212,13 +411,14 @@ def test_compiles_without_a_graph_break() -> None:
         assert torch.equal(actual, want)
 
 
-def test_the_step_compiles_without_a_graph_break() -> None:
-    def step(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> Tensor:
-        return cached_attention_step(q, k, v, k_cache, v_cache, 1) + k_cache[:, 1:4]
+def test_a_cache_compiles_without_a_graph_break() -> None:
+    def step(q: Tensor, k_cache: Tensor, v_cache: Tensor, length: int) -> Tensor:
+        k_cache[:, length - 3 : length] = q.cos()
+        return cached_attention(q, k_cache, v_cache, length) + 1
 
-    inputs = qkv(1, 3, 2, 4)
-    caches = [torch.zeros(1, 5, 2, 4, dtype=torch.float64) for _ in range(2)]
-    copies = [cache.clone() for cache in caches]
-    out = torch.compile(step, fullgraph=True, backend="aot_eager")(*inputs, *caches)
-    assert torch.equal(out, step(*inputs, *copies))
-    assert torch.equal(caches[0], copies[0])
+    q, k, v = (t[:, :n] for t, n in zip(qkv(1, 9, 2, 4), (3, 9, 9), strict=True))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for length in (4, 7, 9):  # from the second on, length is dynamic
+        expected = step(q, k.clone(), v, length)
+        assert torch.equal(compiled(q, k, v, length), expected)
+        assert torch.equal(k[:, length - 3 : length], q.cos())

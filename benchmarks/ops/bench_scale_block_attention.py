@@ -1,0 +1,242 @@
+"""`scale_block_attention` against what people use today for attention over scales."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+from benchmarks._harness import Benchmark, Call, Case, Provider, package_version
+from hitsr_fast import __version__
+from hitsr_fast.dispatch import operations, use_backend
+from hitsr_fast.ops import scale_block_attention
+from hitsr_fast.ops.nearest_code_cpu import instruction_sets
+from hitsr_fast.reference.scale_block_attention import scale_block_attention as reference
+from hitsr_fast.reference.scale_block_attention import scale_block_attention_backward
+
+Inputs = tuple[Tensor, ...]  # q, k, v and the gradient of the output, (B, T, NH, D)
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (B, T, NH, D)
+
+BLOCKS = {
+    "hit": (1040, 36, 64, 100, 196, 256, 400, 576, 784, 1024),  # HIT-VAR, its prefix with the first scale
+    "tiny": (20, 9, 16),  # a quick run
+}
+
+
+class Result(NamedTuple):
+    """The output, and the gradients of q, k and v where the case asks for them; `(B, T, NH, D)`."""
+
+    out: Tensor
+    gradients: tuple[Tensor, ...] = ()
+
+
+class Expected(NamedTuple):
+    """Results in float64, and those of the reference in the dtype of the case."""
+
+    exact: Result
+    reference: Result
+
+
+@dataclass(frozen=True)
+class AttentionCase(Case):
+    """One layer; queries, keys and values are normally distributed.
+
+    Attributes:
+        task: forward, or train: forward and backward.
+    """
+
+    task: Literal["forward", "train"]
+    dtype: str
+    B: int = 1
+    NH: int = 16
+    D: int = 64
+    blocks: str = "hit"
+
+    @property
+    def lengths(self) -> list[int]:
+        return list(BLOCKS[self.blocks])
+
+    @property
+    def items(self) -> int:
+        return self.B * sum(self.lengths)
+
+    @property
+    def flops(self) -> int:
+        """Of two products forward, and of five more backward: the scores are made anew."""
+        pairs = sum(length * end for length, end in zip(self.lengths, accumulate(self.lengths), strict=True))
+        return self.B * self.NH * pairs * 2 * self.D * (2 if self.task == "forward" else 7)
+
+    def inputs(self, device: torch.device) -> Inputs:
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.B, sum(self.lengths), self.NH, self.D)
+        dtype = getattr(torch, self.dtype)
+        return tuple(torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
+
+    def expected(self, *inputs: Tensor) -> Expected:
+        return Expected(
+            self._reference(tuple(tensor.double() for tensor in inputs)),
+            self._reference(inputs),
+        )
+
+    def _reference(self, inputs: Inputs) -> Result:
+        *qkv, grad = inputs
+        scale = self.D**-0.5
+        out, lse = reference(*qkv, self.lengths, scale)
+        if self.task == "forward":
+            return Result(out)
+        return Result(out, scale_block_attention_backward(grad, *qkv, out, lse, self.lengths, scale))
+
+    def wrong_rows(self, result: Result, expected: Expected) -> int:
+        """Rows that are further from float64 than three times the reference's worst row, and a few roundings.
+
+        In 16 bits the reference rounds its result alone, where others also round what they compute with.
+        """
+        wrong = 0
+        unit = {"float32": 2.0**-22, "bfloat16": 2.0**-7, "float16": 2.0**-10}[self.dtype]
+        results = zip(*(_tensors(r) for r in (result, *expected)), strict=True)
+        for found, exact, other in results:
+            allowed = 3 * (other.double() - exact).abs().max() + unit * exact.abs().max()
+            wrong += int(((found.double() - exact).abs().amax(-1) > allowed).sum())
+        return wrong
+
+
+def _tensors(result: Result) -> tuple[Tensor, ...]:
+    return (result.out, *result.gradients)
+
+
+def _call(case: AttentionCase, inputs: Inputs, attention: Attention) -> Call:
+    q, k, v, grad = inputs
+
+    def forward() -> Result:
+        with torch.no_grad():
+            return Result(attention(q, k, v))
+
+    def train() -> Result:
+        leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
+        out = attention(*leaves)
+        return Result(out.detach(), torch.autograd.grad(out, leaves, grad))
+
+    return forward if case.task == "forward" else train
+
+
+# --- peers
+
+
+def _heads_first(attend: Attention) -> Attention:
+    """PyTorch's attention takes `(B, NH, T, D)`."""
+    return lambda q, k, v: attend(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
+
+
+def _block_of_token(case: AttentionCase, device: torch.device) -> Tensor:
+    lengths = torch.tensor(case.lengths, device=device)
+    return torch.repeat_interleave(torch.arange(len(case.lengths), device=device), lengths)
+
+
+def _dense_mask(case: AttentionCase, inputs: Inputs) -> Call:
+    """As VAR trains: a mask with a number for each pair of tokens."""
+    block = _block_of_token(case, inputs[0].device)
+    hidden = block[:, None] < block[None, :]
+    mask = torch.zeros(hidden.shape, dtype=inputs[0].dtype, device=hidden.device).masked_fill(
+        hidden, -torch.inf
+    )
+    return _call(
+        case, inputs, _heads_first(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
+    )
+
+
+def _call_per_scale(case: AttentionCase, inputs: Inputs) -> Call:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blocks, begin = [], 0
+        for end in accumulate(case.lengths):
+            rows = q[:, :, begin:end]
+            blocks.append(F.scaled_dot_product_attention(rows, k[:, :, :end], v[:, :, :end]))
+            begin = end
+        return torch.cat(blocks, dim=2)
+
+    return _call(case, inputs, _heads_first(attend))
+
+
+def _flex(case: AttentionCase, inputs: Inputs) -> Call:
+    torch.compiler.reset()  # each case has shapes of its own, and their number is limited
+    block, T = _block_of_token(case, inputs[0].device), sum(case.lengths)
+    mask = create_block_mask(
+        lambda b, h, q, k: block[q] >= block[k], None, None, T, T, device=str(inputs[0].device)
+    )
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    return _call(case, inputs, _heads_first(lambda q, k, v: compiled(q, k, v, block_mask=mask)))
+
+
+def _no_flex(case: AttentionCase, inputs: Inputs) -> str | None:
+    if inputs[0].device.type == "cpu" and case.task != "forward":
+        return "FlexAttention has no backward on the CPU"
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"needs a C++ compiler, found no {compiler}"
+
+
+# --- ours
+
+
+def _ours(backend: str) -> Provider[AttentionCase]:
+    def build(case: AttentionCase, inputs: Inputs) -> Call:
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with use_backend(backend):
+                return scale_block_attention(q, k, v, block_lengths=case.lengths)
+
+        return _call(case, inputs, attend)
+
+    def unavailable(case: AttentionCase, inputs: Inputs) -> str | None:
+        scale, (q, k, v, grad) = case.D**-0.5, inputs
+        arguments: dict[str, tuple[object, ...]] = {
+            "scale_block_attention": (q, k, v, case.lengths, scale),
+            "scale_block_attention_backward": (grad, q, k, v, grad, grad, case.lengths, scale),
+        }
+        for op, values in arguments.items():
+            reason = operations()[op].reasons(*values)[backend]
+            if reason is not None:
+                return f"{op}: {reason}"
+        return None
+
+    return Provider(
+        name=backend,
+        build=build,
+        unavailable=unavailable,
+        version=lambda: f"{__version__} {instruction_sets()[0] if backend == 'cpu' else ''}".strip(),
+        ours=True,
+    )
+
+
+def _peer(
+    name: str,
+    build: Callable[[AttentionCase, Inputs], Call],
+    unavailable: Callable[[AttentionCase, Inputs], str | None] = lambda case, inputs: None,
+) -> Provider[AttentionCase]:
+    return Provider(name=name, build=build, unavailable=unavailable, version=package_version("torch"))
+
+
+BENCHMARK = Benchmark(
+    op="scale_block_attention",
+    providers=(
+        _peer("sdpa:dense-mask", _dense_mask),
+        _peer("sdpa:per-scale", _call_per_scale),
+        _peer("flex-attention", _flex, _no_flex),
+        _ours("reference"),
+        _ours("cpu"),
+    ),
+    cases=(
+        AttentionCase("forward", "float32"),
+        AttentionCase("forward", "bfloat16"),
+        AttentionCase("train", "float32"),
+    ),
+    quick=tuple(
+        AttentionCase(task, dtype, NH=2, D=16, blocks="tiny")
+        for task, dtype in (("forward", "float32"), ("forward", "bfloat16"), ("train", "float32"))
+    ),
+)

@@ -1,0 +1,49 @@
+// The kernel of attention_prologue, once for each instruction set. The loops are plain, for the compiler to turn into
+// vectors; `omp simd` lets it order a sum as it likes.
+//
+// As in nearest_code_search.h, what is shared has internal linkage and nothing is a template of the standard library.
+
+#include "cpu/floats16_inline.h"
+
+template <typename T, typename U>
+void part(const T* from, const Steps& steps, int64_t heads, int64_t D, float* memory, U* to, int64_t stride) {
+  for (int64_t head = 0; head < heads; ++head, from += D, to += stride) {
+    if (steps.bias != nullptr) {
+      const float* bias = steps.bias + head * D;
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) memory[d] = wide(from[d]) + bias[d];
+    } else {
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) memory[d] = wide(from[d]);
+    }
+    float factor = 1;
+    if (steps.norm) {
+      float squares = 0;
+#pragma omp simd reduction(+ : squares)
+      for (int64_t d = 0; d < D; ++d) squares += memory[d] * memory[d];
+      const float length = std::sqrt(squares);
+      factor = (steps.scale != nullptr ? steps.scale[head] : 1) / (length < 1e-12f ? 1e-12f : length);
+    }
+    if (steps.rotary != nullptr) {
+#pragma omp simd
+      for (int64_t d = 0; d < D; d += 2) {
+        const float even = memory[d] * factor, odd = memory[d + 1] * factor;
+        const float cosine = steps.rotary[d], sine = steps.rotary[d + 1];
+        narrow(even * cosine - odd * sine, to + d);
+        narrow(even * sine + odd * cosine, to + d + 1);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t d = 0; d < D; ++d) narrow(memory[d] * factor, to + d);
+    }
+  }
+}
+
+#define HITSR_PROLOGUE_INSTANCES(T)                                                              \
+  template void part(const T*, const Steps&, int64_t, int64_t, float*, float*, int64_t);         \
+  template void part(const T*, const Steps&, int64_t, int64_t, float*, Half*, int64_t);          \
+  template void part(const T*, const Steps&, int64_t, int64_t, float*, Bfloat16*, int64_t);
+HITSR_PROLOGUE_INSTANCES(float)
+HITSR_PROLOGUE_INSTANCES(Half)
+HITSR_PROLOGUE_INSTANCES(Bfloat16)
+#undef HITSR_PROLOGUE_INSTANCES

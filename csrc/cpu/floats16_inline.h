@@ -1,0 +1,43 @@
+// To and from 16-bit floats, without a branch, for loops that the compiler turns into vectors; included inside the
+// namespace of its user, once for each instruction set. Rounding is to the nearest, ties to even; NaN stays NaN.
+
+namespace {
+
+inline uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float wide(float value) { return value; }
+inline float wide(Bfloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+inline float wide(Half value) {
+  const uint32_t sign = (value.bits & 0x8000u) << 16, magnitude = value.bits & 0x7fffu, shifted = magnitude << 13;
+  const uint32_t subnormal = bits_of(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  const uint32_t finite = magnitude < 0x400 ? subnormal : shifted + (112u << 23);
+  return float_of(sign | (magnitude < 0x7c00 ? finite : shifted | 0x7f800000));
+}
+
+inline void narrow(float value, float* to) { *to = value; }
+inline void narrow(float value, Bfloat16* to) {
+  const uint32_t bits = bits_of(value), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  // The magnitude of NaN is past infinity's; it is kept, with a bit set.
+  to->bits = static_cast<uint16_t>(((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16);
+}
+inline void narrow(float value, Half* to) {
+  const uint32_t bits = bits_of(value), sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7fffffff;
+  const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
+  // Neighbours of 0.5 are 2^-24 apart, as are subnormal numbers: the sum rounds to one of them.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t finite = magnitude < 0x38800000 ? subnormal : normal;  // 2^-14
+  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  to->bits = static_cast<uint16_t>(sign | (magnitude < 0x477ff000 ? finite : special));  // halfway to 2^16
+}
+
+}  // namespace

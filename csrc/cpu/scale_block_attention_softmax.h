@@ -1,0 +1,148 @@
+// The softmax of scale_block_attention, for any instruction set. As in nearest_code_search.h, everything has internal
+// linkage and nothing is a template of the standard library.
+
+namespace {
+
+using Scores = typename Isa::Scores;
+typedef uint32_t Words __attribute__((vector_size(sizeof(Scores))));
+constexpr int64_t kLanes = Isa::kLanes, kQueries = kFormat.queries;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// A new peak is taken over only where it is this much above the old one, in powers of two: the sums hold the weights
+// of 2^8 as well as those of 1, and need rescaling almost never.
+constexpr float kHeadroom = 8;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// 2^x for x up to kHeadroom; what is below -126 counts as -126. The polynomials are minimax on [-1/2, 1/2]. Relative
+// error, rounding included: below 2^-23 with kDegree 6, below 2^-13 with 3.
+template <int kDegree>
+inline Scores power_of_two(Scores x) {
+  x = Isa::maximum(Isa::fill(-126), x);            // in this order NaN stays NaN
+  const Scores shifter = Isa::fill(12582912.0f);   // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
+  const Scores shifted = x + shifter;
+  const Scores part = x - (shifted - shifter);
+  Scores y;
+  if constexpr (kDegree == 6) {
+    y = Isa::fused(Isa::fill(0.0001534581242594868f), part, Isa::fill(0.0013399930903688073f));
+    y = Isa::fused(y, part, Isa::fill(0.009618489071726799f));
+    y = Isa::fused(y, part, Isa::fill(0.05550328642129898f));
+    y = Isa::fused(y, part, Isa::fill(0.24022646248340607f));
+    y = Isa::fused(y, part, Isa::fill(0.6931471824645996f));
+    y = Isa::fused(y, part, Isa::fill(1.0f));
+  } else {
+    static_assert(kDegree == 3);
+    y = Isa::fused(Isa::fill(0.0551716685295105f), part, Isa::fill(0.2426111251115799f));
+    y = Isa::fused(y, part, Isa::fill(0.6932609677314758f));
+    y = Isa::fused(y, part, Isa::fill(0.9999280571937561f));
+  }
+  const Words power = ((Words)shifted << 23) + 0x3f800000u;
+  return y * (Scores)power;
+}
+
+// What is kept of a tile from one block of keys to the next.
+struct State {
+  float* sums;   // of weighted values, [channels][kQueries]
+  float* peak;   // [kQueries]: near the largest score so far, in powers of two
+  float* total;  // [kQueries]: of the weights 2^(score - peak)
+};
+
+inline State state_of(const Task& task, int64_t tile) {
+  float* from = task.scratch + tile * (task.channels + 2) * kQueries;
+  return {from, from + task.channels * kQueries, from + (task.channels + 1) * kQueries};
+}
+// What is left of the scratch.
+inline float* scratch_of(const Task& task) { return state_of(task, kMostTiles).sums; }
+
+inline void begin(const Task& task) {
+  for (int64_t i = 0; i * kQueries < task.count; ++i) {
+    const State state = state_of(task, i);
+    std::memset(state.sums, 0, static_cast<size_t>(task.channels * kQueries) * sizeof(float));
+    for (int64_t q = 0; q < kQueries; ++q) {
+      state.peak[q] = -kInfinity;
+      state.total[q] = 0;
+    }
+  }
+}
+
+// The sums of values over the totals.
+inline void finish(const Task& task) {
+  for (int64_t n = 0; n < task.count; ++n) {
+    const State state = state_of(task, n / kQueries);
+    const int64_t q = n % kQueries;
+    const Scores share = Isa::fill(1 / state.total[q]);
+    for (int64_t d = 0; d < task.channels; d += kLanes) {
+      Isa::store(task.out + n * task.channels + d, Isa::gather(state.sums + d * kQueries + q, kQueries) * share);
+    }
+    constexpr float kLog2 = 0.693147180559945f;
+    task.lse[n] = (state.peak[q] + log2f(state.total[q])) * kLog2;
+  }
+}
+
+// The softmax of one tile, V vectors wide, over one block of keys.
+template <int V>
+struct Softmax {
+  const State state;
+  Scores peak[V];
+  Scores total[V];  // of this block
+  const Scores scale;
+
+  Softmax(const State& state, float scale) : state(state), scale(Isa::fill(scale)) {
+    for (int v = 0; v < V; ++v) {
+      peak[v] = Isa::load(state.peak + v * kLanes);
+      total[v] = Isa::fill(0);
+    }
+  }
+  ~Softmax() {
+    for (int v = 0; v < V; ++v) {
+      Isa::store(state.peak + v * kLanes, peak[v]);
+      Isa::store(state.total + v * kLanes, Isa::load(state.total + v * kLanes) + total[v]);
+    }
+  }
+  Softmax(const Softmax&) = delete;
+  Softmax& operator=(const Softmax&) = delete;
+
+  // Takes the scores of the block into account, [count][kQueries]; if the peak moves, scales the sums so far.
+  void raise(const float* scores, int64_t count, int64_t channels) {
+    Scores most[2][V];  // two chains, to be twice as quick as one
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) most[0][v] = most[1][v] = Isa::load(scores + v * kLanes);
+    for (int64_t k = count % 2; k < count; k += 2) {
+      const float* score = scores + k * kQueries;
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) {
+        most[0][v] = Isa::maximum(most[0][v], Isa::load(score + v * kLanes));
+        most[1][v] = Isa::maximum(most[1][v], Isa::load(score + kQueries + v * kLanes));
+      }
+    }
+    Scores factor[V];
+    bool moves = false;
+    for (int v = 0; v < V; ++v) {
+      const Scores found = Isa::maximum(most[0][v], most[1][v]) * scale;
+      const auto higher = found > peak[v] + Isa::fill(kHeadroom);
+      const Scores next = higher ? found : peak[v];
+      // At first the peak is -infinity, and the sums are 0.
+      factor[v] = higher ? power_of_two<6>(peak[v] - next) : Isa::fill(1);
+      peak[v] = next;
+      moves = moves || Isa::at_most(factor[v], 0.5f) != 0;
+    }
+    if (!moves) return;
+    for (int v = 0; v < V; ++v) {
+      Isa::store(state.total + v * kLanes, Isa::load(state.total + v * kLanes) * factor[v]);
+      for (int64_t d = 0; d < channels; ++d) {
+        float* sum = state.sums + d * kQueries + v * kLanes;
+        Isa::store(sum, Isa::load(sum) * factor[v]);
+      }
+    }
+  }
+
+  // Weight of a key, before rounding, which is added to the total.
+  template <int kDegree>
+  Scores weigh(const float* scores, int v) {
+    const Scores weight = power_of_two<kDegree>(Isa::fused(Isa::load(scores + v * kLanes), scale, -peak[v]));
+    total[v] = total[v] + weight;
+    return weight;
+  }
+};
+
+}  // namespace
