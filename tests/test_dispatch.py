@@ -61,7 +61,9 @@ def test_environment_forces_and_the_context_wins(monkeypatch: pytest.MonkeyPatch
     with use_backend("cpu"):
         assert _operation()(1) == ("cpu", 2)
     monkeypatch.setenv("HITSR_FAST_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="HITSR_FAST_BACKEND: expected one of cuda, triton, cpu, reference"):
+    with pytest.raises(
+        ValueError, match="HITSR_FAST_BACKEND: expected one of cuda, triton, flash_attn, cpu, reference"
+    ):
         _operation()(1)
 
 
