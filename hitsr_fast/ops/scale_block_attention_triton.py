@@ -42,8 +42,9 @@ _TILES: dict[str, dict[tuple[bool, bool], tuple[tuple[int, int, int, int], ...]]
         (True, False): ((32, 32, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1)),
         (True, True): ((16, 32, 4, 1), (16, 16, 8, 1), (16, 32, 8, 1), (16, 32, 4, 1)),
     },
+    # Two programs of four warps share a multiprocessor: one's exponentials run beside the other's products.
     "hopper": {
-        (False, False): ((128, 128, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3)),
+        (False, False): ((128, 64, 4, 3), (64, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 3)),
         (False, True): ((128, 64, 8, 2), (32, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
         (True, False): ((128, 32, 8, 2), (32, 128, 8, 1), (128, 32, 8, 1), (64, 32, 4, 1)),
         (True, True): ((16, 32, 4, 1), (16, 16, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
@@ -100,31 +101,39 @@ def block_table(block_lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return edges.repeat_interleave(lengths, dim=1).to(device)
 
 
-def _family() -> str:
-    """The key of `_TILES` for the GPU that kernels are compiled for."""
+def family(backend: str, arch: int | str) -> str:
+    """The key of `_TILES` for a target of Triton's."""
+    if backend != "cuda":
+        return "cdna"
+    return {9: "hopper", 10: "blackwell"}.get(int(arch) // 10, "ampere")
+
+
+def _present_family() -> str:
     if env.triton_interpret():
         return "interpreter"
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
-    if target.backend != "cuda":
-        return "cdna"
-    return {9: "hopper", 10: "blackwell"}.get(target.arch // 10, "ampere")
+    return family(target.backend, target.arch)
 
 
-def constants(kernel: str, dtype: torch.dtype, D: int) -> dict[str, Any]:
-    """Block sizes and options of a kernel: "forward", "dkdv", "dq" or "decode"."""
-    family = _family()
+def constants(kernel: str, dtype: torch.dtype, D: int, chip: str | None = None) -> dict[str, Any]:
+    """Block sizes and options of a kernel: "forward", "dkdv", "dq" or "decode".
+
+    Args:
+        chip: a `family`; None means that of the GPU at hand.
+    """
+    chip = chip or _present_family()
     padded = max(1 << (D - 1).bit_length(), 16)
     exact = dtype == torch.float32
-    queries, keys, warps, stages = _TILES[family][exact, padded > 64][_KERNELS.index(kernel)]
+    queries, keys, warps, stages = _TILES[chip][exact, padded > 64][_KERNELS.index(kernel)]
     return {
         "D": D,
         "DP": padded,
         "BLOCK_M": queries,
         "BLOCK_N": keys,
         # Three products of tf32 give the digits of float32; AMD's tensor cores take float32 as it is.
-        "PRECISION": "tf32x3" if exact and family not in ("cdna", "interpreter") else "ieee",
+        "PRECISION": "tf32x3" if exact and chip not in ("cdna", "interpreter") else "ieee",
         "num_warps": warps,
         "num_stages": stages,
         "enable_fp_fusion": True,

@@ -27,7 +27,7 @@ SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "
 BUDGET = {
     "sm_80": {FORWARD: 12.2, DKDV: 14.6, DQ: 10.9},
     "sm_89": {FORWARD: 12.2, DKDV: 14.6, DQ: 11.2},
-    "sm_90": {FORWARD: 7.9, DKDV: 10.5, DQ: 8.9},
+    "sm_90": {FORWARD: 8.95, DKDV: 10.5, DQ: 8.9},
     "sm_100": {FORWARD: 7.5, DKDV: 9.5, DQ: 10.2},
     "gfx942": {FORWARD: 13.6, DKDV: 32.5, DQ: 14.0},
 }
@@ -78,19 +78,16 @@ def check(kernels: dict[str, Kernel], target: str, dtype: torch.dtype) -> None:
     "target",
     [name if name in ("sm_90", "gfx942") else pytest.param(name, marks=pytest.mark.slow) for name in TARGETS],
 )
-def test_as_trained(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_as_trained(target: str, tmp_path: Path) -> None:
     kernels = compiled(tmp_path, target, 64, torch.bfloat16)
     assert set(kernels) == {*TRAINING, DELTA, DECODE, COMBINE}
     check(kernels, target, torch.bfloat16)
-    monkeypatch.setattr(triton, "_family", lambda: FAMILIES[target])
+    chip = triton.family(TARGETS[target].backend, TARGETS[target].arch)
     for name, kind in TRAINING.items():
-        blocks = triton.constants(kind, torch.bfloat16, 64)
+        blocks = triton.constants(kind, torch.bfloat16, 64, chip)
         whole, _ = kernels[name].product_loops()
         per_score = len(whole) * kernels[name].threads / (blocks["BLOCK_M"] * blocks["BLOCK_N"])
         assert per_score <= BUDGET[target][name], (name, per_score)
-
-
-FAMILIES = {"sm_80": "ampere", "sm_89": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
 
 
 def test_sizes_of_one(tmp_path: Path) -> None:
@@ -109,9 +106,9 @@ def test_all(target: str, dtype: torch.dtype, head_dim: int, queries: int, tmp_p
 
 
 def test_a_spill_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half the warps that the tile of a forward wants."""
+    """Twice the keys that the tile of a forward has room for."""
     shipped = triton.constants
-    monkeypatch.setattr(triton, "constants", lambda *args: shipped(*args) | {"num_warps": 4})
+    monkeypatch.setattr(triton, "constants", lambda *args: shipped(*args) | {"BLOCK_N": 128})
     q = torch.zeros(1, 4476, 16, 64, dtype=torch.bfloat16)
     kernels = compile_launches(
         TARGETS["sm_90"], lambda: triton.scale_block_attention_triton(q, q, q, BLOCKS, 0.125), tmp_path

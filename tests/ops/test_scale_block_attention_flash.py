@@ -28,7 +28,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 class FlashAttention3(ModuleType):
-    """What `flash_attn_interface` does with the arguments that the backend passes; `launches` counts calls."""
+    """What `flash_attn_interface` does with the arguments that the backend passes; it counts calls."""
 
     def __init__(self) -> None:
         super().__init__("flash_attn_interface")
@@ -60,7 +60,8 @@ class FlashAttention3(ModuleType):
         assert cu_seqlens_q.dtype == cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32
         assert len(cu_seqlens_q) - 1 == len(cache_seqlens) == len(cache_batch_idx)
         assert q.dim() == 3 and int(cu_seqlens_q.diff().max()) == max_seqlen_q
-        out, lse = torch.full_like(q, torch.nan), torch.full((q.shape[1], len(q)), torch.nan)
+        out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+        lse = torch.full((q.shape[1], len(q)), torch.nan)
         edges = zip(cu_seqlens_q[:-1], cu_seqlens_q[1:], cache_seqlens, cache_batch_idx, strict=True)
         for begin, end, length, image in edges:
             keys, values = k_cache[image, :length], v_cache[image, :length]
