@@ -37,9 +37,9 @@ _KERNELS = ("forward", "dkdv", "dq", "decode")
 _TILES: dict[str, dict[tuple[bool, bool], tuple[tuple[int, int, int, int], ...]]] = {
     # And all others of NVIDIA's: their products read registers, not shared memory.
     "ampere": {
-        (False, False): ((128, 64, 8, 3), (64, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
+        (False, False): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
         (False, True): ((128, 32, 8, 2), (64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 4, 2)),
-        (True, False): ((32, 32, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1), (32, 32, 4, 1)),
+        (True, False): ((32, 32, 4, 1), (32, 16, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
         (True, True): ((16, 32, 4, 1), (16, 16, 8, 1), (16, 32, 8, 1), (16, 32, 4, 1)),
     },
     # Two programs of four warps share a multiprocessor: one's exponentials run beside the other's products.
@@ -52,7 +52,7 @@ _TILES: dict[str, dict[tuple[bool, bool], tuple[tuple[int, int, int, int], ...]]
     "blackwell": {
         (False, False): ((128, 128, 8, 2), (64, 128, 4, 2), (128, 64, 8, 2), (64, 64, 4, 3)),
         (False, True): ((128, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
-        (True, False): ((128, 32, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
+        (True, False): ((64, 32, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
         (True, True): ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1), (16, 32, 4, 1)),
     },
     "cdna": {
