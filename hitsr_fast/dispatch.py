@@ -94,7 +94,11 @@ class Operation:
 
     def __call__(self, *args: Any) -> Any:
         # An op computes in the dtypes that it is given: autocast must not reach the PyTorch calls inside it.
-        device = next((arg.device.type for arg in args if isinstance(arg, torch.Tensor)), "cpu")
+        device = "cpu"
+        for arg in args:
+            if isinstance(arg, torch.Tensor):
+                device = arg.device.type
+                break
         backend = self.choose(*args)
         if not torch.is_autocast_enabled(device):
             return backend.run(*args)

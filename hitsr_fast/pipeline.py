@@ -90,7 +90,7 @@ class UpscaleOptions:
     scales: Sequence[int] = (1, 2, 4)
     tile: int | None = None
     overlap: int | None = None
-    batch: int = 8
+    batch: int | None = None
     seed: int = 0
     guidance: float = 0.0
     top_k: int = 1
@@ -99,7 +99,7 @@ class UpscaleOptions:
     class_id: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch < 1:
+        if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch: expected at least 1, got {self.batch}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected 0 <= seed < 2^63, got {self.seed}")
@@ -162,7 +162,7 @@ class HitSR:
             name_or_folder: the name of a packaged model (`hit-tiny`), a local folder, or a Hugging Face hub
                 id `owner/name` (needs the `hub` extra), looked for in this order.
             device: `auto` is CUDA where there is one, else the CPU.
-            dtype: of the weights; by default bfloat16 on CUDA and float32 on the CPU.
+            dtype: to compute in; by default see `pick_dtype`.
 
         Raises:
             ModelNotFoundError: no such model, or one of its two files is missing.
@@ -170,13 +170,13 @@ class HitSR:
         """
         from safetensors import SafetensorError
 
+        from hitsr_fast.models.hit_upscaler import HitUpscaler
         from hitsr_fast.models.hit_var import load_pretrained
 
         device, folder = pick_device(device), find_weights(name_or_folder)
-        if dtype is None:
-            dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        dtype = pick_dtype(device) if dtype is None else dtype
         try:
-            model = load_pretrained(folder, device, dtype)
+            model = HitUpscaler(load_pretrained(folder, device), dtype=dtype)
         except SafetensorError as error:
             raise ValueError(f"model: {folder / 'model.safetensors'} is broken: {error}") from error
         levels = model.config.colour_fix_levels
@@ -206,7 +206,7 @@ class HitSR:
         scales: Sequence[int] = (1, 2, 4),
         tile: int | None = None,
         overlap: int | None = None,
-        batch: int = 8,
+        batch: int | None = None,
         seed: int = 0,
         guidance: float = 0.0,
         top_k: int = 1,
@@ -222,7 +222,8 @@ class HitSR:
             scales: which outputs to make.
             tile: side of a tile in input pixels; only the model's own, which is the default.
             overlap: input pixels that neighbouring tiles share at least; a quarter of a tile by default.
-            batch: tiles run at once.
+            batch: tiles run at once; by default so many that their largest outputs are 2 megapixels, at most
+                32.
             seed: of the draws, where `top_k` is not 1.
             guidance: classifier-free guidance, 0 for none.
             top_k: draw among that many codes; 1 is greedy, 0 all of them.
@@ -352,16 +353,9 @@ class HitSR:
         blenders = {factor: RowBlender(plan, factor) for factor in options.scales}
         fixes = {factor: RowColourFix(self.colour_fix_levels[factor]) for factor in options.scales}
         tops = dict.fromkeys(options.scales, 0)
-        for band, top in enumerate(plan.tops):
-            last = band + 1 == len(plan.tops)
+        for band, outputs in enumerate(self._run_bands(read_rows, plan, options, generator, progress)):
+            top, last = plan.tops[band], band + 1 == len(plan.tops)
             end = height if last else plan.tops[band + 1]
-            tiles = plan.cut(read_rows(top, min(top + plan.tile, height)).to(self.device, torch.float32))
-
-            def tiles_done(n: int, before: int = band * len(plan.lefts), b: int = tiles.shape[1]) -> None:
-                if progress is not None:
-                    progress(before * b + n, plan.num_tiles * b)
-
-            outputs = self._run_band(tiles, plan, top, options, generator, tiles_done)
             for factor in options.scales:
                 rows = blenders[factor].add_band(outputs.pop(factor))
                 if options.colour_fix:
@@ -371,31 +365,66 @@ class HitSR:
                     yield Rows(factor, tops[factor], rows.clamp(0, 1))
                     tops[factor] += rows.shape[2]
 
+    def _batch(self, options: UpscaleOptions) -> int:
+        """Tiles run at once."""
+        side = self.model.lr_tile * max(self.model.scale_factors)
+        return min(max(2**21 // side**2, 1), 32) if options.batch is None else options.batch
+
+    def _run_bands(
+        self,
+        read_rows: ReadRows,
+        plan: TilePlan,
+        options: UpscaleOptions,
+        generator: torch.Generator,
+        progress: Progress | None,
+    ) -> Iterator[dict[int, Tensor]]:
+        """Of each band of tiles, {factor: (n, B, 3, t * factor, t * factor) float32}.
+
+        Bands that a batch has room for are run together.
+        """
+        n = len(plan.lefts)
+        together = max(self._batch(options) // n, 1)
+        for first in range(0, len(plan.tops), together):
+            tops = plan.tops[first : first + together]
+            bands = [read_rows(top, min(top + plan.tile, plan.height)) for top in tops]
+            tiles = torch.cat([plan.cut(rows.to(self.device, torch.float32)) for rows in bands])
+
+            def tiles_done(count: int, before: int = first * n, b: int = tiles.shape[1]) -> None:
+                if progress is not None:
+                    progress(before * b + count, plan.num_tiles * b)
+
+            outputs = self._run_tiles(tiles, plan, first, options, generator, tiles_done)
+            for i in range(len(tops)):
+                yield {factor: output[i * n : (i + 1) * n] for factor, output in outputs.items()}
+
     @torch.no_grad()
-    def _run_band(
+    def _run_tiles(
         self,
         tiles: Tensor,
         plan: TilePlan,
-        top: int,
+        first: int,
         options: UpscaleOptions,
         generator: torch.Generator,
         tiles_done: Callable[[int], None],
     ) -> dict[int, Tensor]:
-        """(n, B, 3, t, t) tiles in [0, 1] -> {factor: (n, B, 3, t * factor, t * factor) float32}."""
+        """(n, B, 3, t, t) tiles in [0, 1] -> {factor: (n, B, 3, t * factor, t * factor) float32}.
+
+        The first of them is that of band `first`.
+        """
         n, b = tiles.shape[:2]
-        flat = tiles.flatten(0, 1) * 2 - 1
+        flat, batch = tiles.flatten(0, 1) * 2 - 1, self._batch(options)
         parts: dict[int, list[Tensor]] = {factor: [] for factor in options.scales}
-        for begin in range(0, n * b, options.batch):
-            lr = flat[begin : begin + options.batch]
+        for begin in range(0, n * b, batch):
+            lr = flat[begin : begin + batch]
             outputs = self._super_resolve(self.model, lr, options, generator)
             for i in _non_finite(outputs):
                 # Half precision can overflow on a rare tile; in float32 the same tile is fine.
                 again = self._super_resolve(self._in_float32(), lr[i : i + 1], options, generator)
                 if _non_finite(again):
-                    left = plan.lefts[(begin + i) // b]
+                    band, column = divmod((begin + i) // b, len(plan.lefts))
                     raise NonFiniteOutputError(
                         "the model gave NaN or infinity, in float32 too, "
-                        f"for the tile at input pixel x={left}, y={top}"
+                        f"for the tile at input pixel x={plan.lefts[column]}, y={plan.tops[first + band]}"
                     )
                 for factor, output in outputs.items():
                     output[i] = again[factor][0]
@@ -478,6 +507,14 @@ def pick_device(device: torch.device | str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees no CUDA device")
     return device
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device multiplies it in hardware, where it is far faster; else float32."""
+    if device.type == "cpu":
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16
 
 
 def packaged_models() -> list[str]:

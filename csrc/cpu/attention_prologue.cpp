@@ -51,15 +51,22 @@ void check_cache(const at::Tensor& cache, const at::Tensor& qkv, const at::Tenso
       start);
 }
 
-// What is float32, contiguous and of a certain size, or null.
-const float* floats(const std::optional<at::Tensor>& values, int64_t count, const char* name) {
-  if (!values.has_value()) return nullptr;
-  check_cpu(*values, name);
-  check_contiguous(*values, name);
-  check_dtype(*values, at::kFloat, name);
-  TORCH_CHECK_VALUE(values->numel() == count, name, ": expected ", count, " values, found ", values->numel());
-  return static_cast<const float*>(values->data_ptr());
-}
+// So many values, of any floating dtype and strides, as floats in a row; or nothing.
+class Floats {
+ public:
+  Floats(const std::optional<at::Tensor>& values, int64_t count, const char* name) {
+    if (!values.has_value()) return;
+    check_cpu(*values, name);
+    TORCH_CHECK_VALUE(values->numel() == count, name, ": expected ", count, " values, found ", values->numel());
+    values_ = values->to(at::kFloat).contiguous();
+    data = static_cast<const float*>(values_.data_ptr());
+  }
+
+  const float* data = nullptr;
+
+ private:
+  at::Tensor values_;
+};
 
 template <typename F>
 void with_dtype(const at::Tensor& values, const F& run) {
@@ -83,7 +90,7 @@ class Tokens {
       : L(q.size(1)), heads(q.size(2)), D(q.size(3)), start(start), to_query(kernel_of<T, T>(isa)),
         to_cache(kernel_of<T, U>(isa)), qkv(data<const T>(qkv)), q(data<T>(q)), k_cache(k_cache), v_cache(v_cache) {}
 
-  // bias, scale, rotary: of the whole call, or null. memory: [D] floats.
+  // bias, scale, rotary: of the whole call, or null. memory: [heads * (D + 1)] floats.
   void operator()(int64_t row, const float* bias, const float* scale, const float* rotary, float* memory) const {
     const int64_t image = row / L, token = row % L, width = heads * D;
     const T* const from = qkv + row * 3 * width;
@@ -119,19 +126,17 @@ class Tokens {
 };
 
 at::Tensor attention_prologue(
-    const at::Tensor& qkv, const at::Tensor& k_cache, const at::Tensor& v_cache, int64_t start,
+    const at::Tensor& given, const at::Tensor& k_cache, const at::Tensor& v_cache, int64_t start,
     const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& q_scale,
     const std::optional<at::Tensor>& rotary, const std::string& isa) {
-  check_values(qkv, "qkv");
-  check_contiguous(qkv, "qkv");
-  TORCH_CHECK_VALUE(qkv.dim() == 3, "qkv: expected shape (B, L, 3 * NH * D), found ", qkv.sizes());
+  check_values(given, "qkv");
+  TORCH_CHECK_VALUE(given.dim() == 3, "qkv: expected shape (B, L, 3 * NH * D), found ", given.sizes());
+  const at::Tensor qkv = given.contiguous();
   check_cache(k_cache, qkv, k_cache, start, "k_cache");
   check_cache(v_cache, qkv, k_cache, start, "v_cache");
   const int64_t B = qkv.size(0), L = qkv.size(1), heads = k_cache.size(2), D = k_cache.size(3);
   TORCH_CHECK_VALUE(!rotary.has_value() || D % 2 == 0, "rotary: expected an even D, found ", D);
-  const float* const biases = floats(bias, 3 * heads * D, "bias");
-  const float* const scales = floats(q_scale, heads, "q_scale");
-  const float* const turns = floats(rotary, L * D, "rotary");
+  const Floats biases(bias, 3 * heads * D, "bias"), scales(q_scale, heads, "q_scale"), turns(rotary, L * D, "rotary");
   const at::Tensor q = at::empty({B, L, heads, D}, qkv.options());
   const std::string set = isa_by_name(isa).name;
   const int64_t share = std::max<int64_t>(kSmallestShare / std::max<int64_t>(qkv.size(2), 1), 1);
@@ -139,8 +144,8 @@ at::Tensor attention_prologue(
     with_dtype(k_cache, [&](auto cached) {
       const Tokens<decltype(value), decltype(cached)> tokens(qkv, q, k_cache, v_cache, start, set);
       at::parallel_for(0, B * L, share, [&](int64_t begin, int64_t end) {
-        std::vector<float> memory(static_cast<size_t>(D));
-        for (int64_t row = begin; row < end; ++row) tokens(row, biases, scales, turns, memory.data());
+        std::vector<float> memory(static_cast<size_t>(heads * (D + 1)));
+        for (int64_t row = begin; row < end; ++row) tokens(row, biases.data, scales.data, turns.data, memory.data());
       });
     });
   });

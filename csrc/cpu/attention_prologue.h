@@ -15,7 +15,7 @@ struct Steps {
   const float* rotary;  // [D / 2][2], or null
 };
 
-// from: [heads][D]. Head h goes to `to + h * stride`. memory: [D] floats.
+// from: [heads][D]. Head h goes to `to + h * stride`. memory: [heads * (D + 1)] floats.
 #define HITSR_PROLOGUE_KERNELS(isa)                                                                             \
   namespace isa {                                                                                               \
   template <typename T, typename U>                                                                             \

@@ -11,6 +11,8 @@ struct Avx512 {
   static Scores maximum(Scores a, Scores b) { return _mm512_max_ps(a, b); }
   static Scores fused(Scores a, Scores b, Scores c) { return _mm512_fmadd_ps(a, b, c); }
   static Scores root(Scores values) { return _mm512_sqrt_ps(values); }
+  static Scores fraction(Scores values) { return _mm512_reduce_ps(values, _MM_FROUND_TO_NEG_INF); }
+  static Scores times_power_of_two(Scores a, Scores power) { return _mm512_scalef_ps(a, power); }
   static float lowest(Scores values) { return _mm512_reduce_min_ps(values); }
 
   static __m512i numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }

@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
+#include <initializer_list>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -44,27 +44,28 @@ Kernels<T> kernels_of(const std::string& isa) {
   return {norm<T>, norm_backward<T>, residual<T>, residual_backward<T>};
 }
 
-// Values (B, L, C), float32 or bfloat16, contiguous.
-void check_values(const at::Tensor& values, const at::Tensor& like, const char* name) {
+// Arguments of any floating dtype and strides become what the kernels read: rows (B, L, C) of one dtype, bfloat16 if
+// all are and else float32, and floats of which there is one for each image or row. Here and not in Python, where on
+// small maps it would take longer than the kernels.
+at::ScalarType dtype_of(std::initializer_list<const at::Tensor*> rows) {
+  const bool half = std::all_of(rows.begin(), rows.end(), [](auto* t) { return t->scalar_type() == at::kBFloat16; });
+  return half ? at::kBFloat16 : at::kFloat;
+}
+
+at::Tensor rows_of(const at::Tensor& values, const at::Tensor& like, at::ScalarType dtype, const char* name) {
   check_cpu(values, name);
-  check_contiguous(values, name);
-  check_dtype(values, like.scalar_type(), name);
   TORCH_CHECK_VALUE(
       values.dim() == 3 && values.sizes() == like.sizes(), name, ": expected shape (B, L, C) as the first argument's, ",
       like.sizes(), ", found ", values.sizes());
-  TORCH_CHECK_TYPE(
-      values.scalar_type() == at::kFloat || values.scalar_type() == at::kBFloat16, name,
-      ": expected dtype float32 or bfloat16, found ", values.scalar_type());
+  return values.to(dtype).contiguous();
 }
 
-// What there is one of for each image or row, float32, contiguous.
-void check_floats(const at::Tensor& values, int64_t B, int64_t n, const char* name) {
+at::Tensor floats_of(const at::Tensor& values, int64_t B, int64_t n, const char* name) {
   check_cpu(values, name);
-  check_contiguous(values, name);
-  check_dtype(values, at::kFloat, name);
   TORCH_CHECK_VALUE(
       values.dim() == 2 && values.size(0) == B && values.size(1) == n, name, ": expected shape (", B, ", ", n,
       "), found ", values.sizes());
+  return values.to(at::kFloat).contiguous();
 }
 
 template <typename T>
@@ -94,11 +95,10 @@ void with_dtype(const at::Tensor& values, const F& run) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm(
-    const at::Tensor& x, const at::Tensor& scale, const at::Tensor& shift, double eps, const std::string& isa) {
-  check_values(x, x, "x");
+    const at::Tensor& x_in, const at::Tensor& scale_in, const at::Tensor& shift_in, double eps, const std::string& isa) {
+  const at::Tensor x = rows_of(x_in, x_in, dtype_of({&x_in}), "x");
   const int64_t B = x.size(0), C = x.size(2);
-  check_floats(scale, B, C, "scale");
-  check_floats(shift, B, C, "shift");
+  const at::Tensor scale = floats_of(scale_in, B, C, "scale"), shift = floats_of(shift_in, B, C, "shift");
   const at::Tensor out = at::empty_like(x), mean = at::empty({B, x.size(1)}, scale.options()), rstd = at::empty_like(mean);
   with_dtype(x, [&](auto value) {
     using T = decltype(value);
@@ -109,18 +109,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm(
           rows, C, memory, data<T>(out) + row * C, data<float>(mean) + row, data<float>(rstd) + row);
     });
   });
-  return {out, mean, rstd};
+  return {out.to(x_in.scalar_type()), mean, rstd};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(
-    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& scale, const at::Tensor& mean, const at::Tensor& rstd,
-    const std::string& isa) {
-  check_values(x, x, "x");
-  check_values(grad, x, "grad");
+    const at::Tensor& grad_in, const at::Tensor& x_in, const at::Tensor& scale_in, const at::Tensor& mean_in,
+    const at::Tensor& rstd_in, const std::string& isa) {
+  const at::ScalarType dtype = dtype_of({&grad_in, &x_in});
+  const at::Tensor x = rows_of(x_in, x_in, dtype, "x"), grad = rows_of(grad_in, x_in, dtype, "grad");
   const int64_t B = x.size(0), L = x.size(1), C = x.size(2);
-  check_floats(scale, B, C, "scale");
-  check_floats(mean, B, L, "mean");
-  check_floats(rstd, B, L, "rstd");
+  const at::Tensor scale = floats_of(scale_in, B, C, "scale");
+  const at::Tensor mean = floats_of(mean_in, B, L, "mean"), rstd = floats_of(rstd_in, B, L, "rstd");
   const at::Tensor grad_x = at::empty_like(x), sums = at::zeros({B, blocks_of(L), 2, C}, scale.options());
   with_dtype(x, [&](auto value) {
     using T = decltype(value);
@@ -132,15 +131,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(
           data<float>(rstd) + row, rows, C, memory, data<T>(grad_x) + row * C, to, to + C);
     });
   });
-  const at::Tensor whole = sums.sum(1);
-  return {grad_x, whole.select(1, 0).contiguous(), whole.select(1, 1).contiguous()};
+  const at::Tensor whole = sums.sum(1).to(scale_in.scalar_type());
+  return {grad_x.to(x_in.scalar_type()), whole.select(1, 0).contiguous(), whole.select(1, 1).contiguous()};
 }
 
-at::Tensor residual(const at::Tensor& x, const at::Tensor& y, const at::Tensor& gate, const std::string& isa) {
-  check_values(x, x, "x");
-  check_values(y, x, "y");
+at::Tensor residual(const at::Tensor& x_in, const at::Tensor& y_in, const at::Tensor& gate_in, const std::string& isa) {
+  const at::ScalarType dtype = dtype_of({&x_in, &y_in});
+  const at::Tensor x = rows_of(x_in, x_in, dtype, "x"), y = rows_of(y_in, x_in, dtype, "y");
   const int64_t C = x.size(2);
-  check_floats(gate, x.size(0), C, "gate");
+  const at::Tensor gate = floats_of(gate_in, x.size(0), C, "gate");
   const at::Tensor out = at::empty_like(x);
   with_dtype(x, [&](auto value) {
     using T = decltype(value);
@@ -150,15 +149,15 @@ at::Tensor residual(const at::Tensor& x, const at::Tensor& y, const at::Tensor& 
           data<T>(x) + row * C, data<T>(y) + row * C, data<float>(gate) + image * C, rows, C, data<T>(out) + row * C);
     });
   });
-  return out;
+  return out.to(x_in.scalar_type());
 }
 
 std::tuple<at::Tensor, at::Tensor> residual_backward(
-    const at::Tensor& grad, const at::Tensor& y, const at::Tensor& gate, const std::string& isa) {
-  check_values(y, y, "y");
-  check_values(grad, y, "grad");
+    const at::Tensor& grad_in, const at::Tensor& y_in, const at::Tensor& gate_in, const std::string& isa) {
+  const at::ScalarType dtype = dtype_of({&grad_in, &y_in});
+  const at::Tensor y = rows_of(y_in, y_in, dtype, "y"), grad = rows_of(grad_in, y_in, dtype, "grad");
   const int64_t B = y.size(0), C = y.size(2);
-  check_floats(gate, B, C, "gate");
+  const at::Tensor gate = floats_of(gate_in, B, C, "gate");
   const at::Tensor grad_y = at::empty_like(y), sums = at::zeros({B, blocks_of(y.size(1)), C}, gate.options());
   with_dtype(y, [&](auto value) {
     using T = decltype(value);
@@ -169,7 +168,7 @@ std::tuple<at::Tensor, at::Tensor> residual_backward(
           data<T>(grad_y) + row * C, data<float>(sums) + block * C);
     });
   });
-  return {grad_y, sums.sum(1)};
+  return {grad_y.to(y_in.scalar_type()), sums.sum(1).to(gate_in.scalar_type())};
 }
 
 }  // namespace

@@ -4,6 +4,7 @@ struct PlainLanes {
   static constexpr int kLanes = kPlainLanes;
   typedef float Scores __attribute__((vector_size(4 * kPlainLanes)));
   typedef double Doubles __attribute__((vector_size(4 * kPlainLanes)));
+  typedef uint32_t Words __attribute__((vector_size(4 * kPlainLanes)));
 
   static Scores load(const float* from) {
     Scores values;
@@ -19,6 +20,13 @@ struct PlainLanes {
   static Scores root(Scores values) {
     for (int l = 0; l < kLanes; ++l) values[l] = std::sqrt(values[l]);
     return values;
+  }
+
+  // What is above the next integer below, in [0, 1]; and a times 2 to that integer, from -126 to 127. The two agree on
+  // which that is where the values are close to one.
+  static Scores fraction(Scores values) { return values - (integer(values) - kShifter); }
+  static Scores times_power_of_two(Scores a, Scores power) {
+    return a * (Scores)(((Words)integer(power) << 23) + 0x3f800000u);
   }
 
   static float lowest(Scores values) {
@@ -66,4 +74,9 @@ struct PlainLanes {
     std::memcpy(&values, from, sizeof values);
     return values;
   }
+
+ private:
+  // Adding it rounds to an integer, in the lowest bits.
+  static constexpr float kShifter = 12582912.0f;  // 1.5 * 2^23
+  static Scores integer(Scores values) { return (values - 0.5f) + kShifter; }
 };

@@ -29,6 +29,7 @@ constexpr int64_t kMostTiles = 4;
 //   queries  [tiles][D][queries]                 [tiles][D / 2][queries][2]
 //   keys     [keys / rows][D][rows]              [keys][D]
 //   values   [keys / N][D / rows][N][rows]       [keys / rows][D][rows]
+//   out      [tiles][D][queries]                 the same, floats
 //
 // with `queries` and `rows` of the Format and N = kBlockKeys. Keys are padded to a multiple of N, with zeros as the
 // channels are.
@@ -37,15 +38,16 @@ struct Task {
   const void* keys;
   const void* values;
   int64_t count;     // of queries
-  int64_t visible;   // keys
+  int64_t visible;   // keys; all of them, or some that follow those of the call before
+  bool begins, ends;  // whether these are the first keys, and the last: what is known of the queries stays in the scratch
   int64_t channels;  // padded
   float scale;       // of the scores, in powers of two; not negative
   float* scratch;    // scratch_floats() of them
-  float* out;        // [count][channels]
+  float* out;        // written when the keys end, as is lse
   float* lse;        // [count], natural logarithms
 };
 
-// The same for the gradients, all in float. Layouts, of tokens or of keys (N = kBlockKeys):
+// The same for the gradients, all in float. Layouts, of tokens or of keys:
 //
 //   queries, grads, grad_queries     [tiles][D][queries]
 //   query_rows, grad_rows            [tiles][queries][D]

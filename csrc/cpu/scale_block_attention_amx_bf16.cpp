@@ -84,8 +84,10 @@ inline void multiply(const uint16_t* rows, int64_t row, int64_t step, const Pair
 }
 
 // Positive numbers, rounded to bfloat16 (ties up).
-inline Words pair_of(Scores even, Scores odd) {
-  return (((Words)even + 0x8000u) >> 16) | (((Words)odd + 0x8000u) & 0xffff0000u);
+inline __m512i pair_of(Scores even, Scores odd) {
+  const __m512i half = _mm512_set1_epi32(0x8000);
+  const __m512i low = _mm512_srli_epi32(_mm512_add_epi32((__m512i)even, half), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_add_epi32((__m512i)odd, half));
 }
 
 // Keys [first, first + count) for one tile of V vectors.
@@ -109,7 +111,7 @@ void attend_block(const Task& task, int64_t tile, int64_t first, int64_t count) 
     for (int v = 0; v < V; ++v) {
       const Scores even = softmax.template weigh<3>(score, v);
       const Scores odd = k + 1 < count ? softmax.template weigh<3>(score + kQueries, v) : Isa::fill(0);
-      _mm512_storeu_si512(pairs + k / 2 * kQueries + v * kLanes, (__m512i)pair_of(even, odd));
+      _mm512_storeu_si512(pairs + k / 2 * kQueries + v * kLanes, pair_of(even, odd));
     }
   }
   const int64_t whole = count / kRows, left = count % kRows;
@@ -133,7 +135,7 @@ void attend_block(const Task& task, int64_t tile, int64_t first, int64_t count) 
 
 void attend(const Task& task) {
   const Active active;
-  begin(task);
+  if (task.begins) begin(task);
   for (int64_t first = 0; first < task.visible; first += kBlockKeys) {
     const int64_t count = smaller(kBlockKeys, task.visible - first);
     for (int64_t tile = 0; tile * kQueries < task.count; ++tile) {
@@ -144,7 +146,7 @@ void attend(const Task& task) {
       }
     }
   }
-  finish(task);
+  if (task.ends) finish(task);
 }
 
 }  // namespace hitsr_fast::attention::amx_bf16

@@ -64,18 +64,18 @@ class Worker {
       const Head& grad, const Head& q, const Head& k, const Head& v, const Head& out, const float* lse, int64_t stride,
       float* grad_q, float* grad_k, float* grad_v) const {
     const Packer<float, float> packer(format_, padded_);
-    packer.keys(k, 0, tokens_, keys_.at(0));
-    packer.keys(v, 0, tokens_, values_.at(0));
-    packer.values(k, 0, tokens_, key_rows_.at(0));
+    packer.keys(k, tokens_, keys_.at(0));
+    packer.keys(v, tokens_, values_.at(0));
+    packer.values(k, tokens_, key_rows_.at(0));
     std::fill_n(grad_keys_.at(0), tokens_ * padded_, 0.0f);
     std::fill_n(grad_values_.at(0), tokens_ * padded_, 0.0f);
     for (const Span& span : spans_) {
       const int64_t whole = round_up(span.count, format_.queries);
       const Head queries = q.part(span.first, span.count), grads = grad.part(span.first, span.count);
-      packer.write(queries, 0, whole, format_.queries, 1, queries_.at(0));
-      packer.write(grads, 0, whole, format_.queries, 1, grads_.at(0));
-      packer.write(queries, 0, whole, 1, padded_, query_rows_.at(0));
-      packer.write(grads, 0, whole, 1, padded_, grad_rows_.at(0));
+      packer.queries(queries, whole, false, queries_.at(0));
+      packer.queries(grads, whole, false, grads_.at(0));
+      packer.rows(queries, whole, query_rows_.at(0));
+      packer.rows(grads, whole, grad_rows_.at(0));
       std::fill_n(grad_queries_.at(0), whole * padded_, 0.0f);
       for (int64_t n = 0; n < whole; ++n) {
         *lse_.at(n) = n < span.count ? lse[span.first + n] * 1.44269504088896341f : 0;

@@ -49,6 +49,12 @@ struct Tokens {
     return found;
   }
   const T* row(int64_t token) const { return data + token * stride; }
+  // The same, and asks for a row that is read soon: rows often lie a page apart, where no processor looks by itself.
+  const T* next_row(int64_t token) const {
+    constexpr int64_t kAhead = 6, kLine = 64 / sizeof(T);
+    for (int64_t d = 0; d < channels && channel_stride == 1; d += kLine) __builtin_prefetch(row(token + kAhead) + d);
+    return row(token);
+  }
 };
 
 // A number as a kernel reads it: a float, or the bits of a bfloat16.
@@ -62,58 +68,97 @@ E packed(T value) {
   }
 }
 
-// The layouts of scale_block_attention.h for one type of tokens. E: float or uint16_t.
+// The layouts of scale_block_attention.h for one type of tokens, each from its first token on and, beyond the last one,
+// filled with zeros. E: float, or uint16_t as AMX takes it.
 template <typename T, typename E>
 class Packer {
  public:
   Packer(const Format& format, int64_t padded) : format_(format), padded_(padded) {}
 
-  // Tokens [begin, end), which may reach beyond the last: zeros. As [tokens / outer][channels / inner][outer][inner].
-  void write(const Tokens<T>& from, int64_t begin, int64_t end, int64_t outer, int64_t inner, E* to) const {
-    for (int64_t k = begin; k < end; ++k) {
-      E* place = to + k / outer * outer * padded_ + k % outer * inner;
-      const int64_t given = k < from.count ? from.channels : 0;
-      const T* row = from.row(k < from.count ? k : 0);
-      for (int64_t first = 0; first < padded_; first += inner, place += outer * inner) {
-        const int64_t last = std::min(first + inner, given);
-        int64_t d = first;
-        for (; d < last; ++d) place[d - first] = packed<E>(row[d * from.channel_stride]);
-        for (; d < first + inner; ++d) place[d - first] = E(0);
+  void keys(const Tokens<T>& from, int64_t whole, E* to) const {
+    if constexpr (kTiles) {
+      rows(from, whole, to);
+    } else {
+      columns<1>(from, whole, format_.rows, [](T value) { return packed<E>(value); }, to);
+    }
+  }
+  void values(const Tokens<T>& from, int64_t whole, E* to) const {
+    if constexpr (kTiles) {
+      columns<1>(from, whole, format_.rows, [](T value) { return packed<E>(value); }, to);
+    } else {
+      for (int64_t first = 0; first < whole; first += kBlockKeys, to += kBlockKeys * padded_) {
+        panels(from.part(first, std::clamp(from.count - first, int64_t{0}, kBlockKeys)), to);
       }
     }
   }
-
-  void keys(const Tokens<T>& from, int64_t begin, int64_t end, E* to) const {
-    write(from, begin, end, kTiles ? 1 : format_.rows, kTiles ? padded_ : 1, to);
-  }
-  void values(const Tokens<T>& from, int64_t begin, int64_t end, E* to) const {
-    write(from, begin, end, kTiles ? format_.rows : kBlockKeys, kTiles ? 1 : format_.rows, to);
+  void queries(const Tokens<T>& from, int64_t whole, bool negate, E* to) const {
+    columns<kTiles ? 2 : 1>(
+        from, whole, format_.queries, [=](T value) { return packed<E>(negate ? -value : value); }, to);
   }
 
-  // `count` queries from `first` on, for a tile of which they are all.
-  void queries(const Tokens<T>& from, int64_t first, int64_t count, bool negate, E* to) const {
-    std::fill_n(to, padded_ * format_.queries, E(0));
-    const int64_t step = from.channel_stride, row = format_.queries * kPair;
-    for (int64_t q = 0; q < count; ++q) {
-      const T* token = from.row(first + q);
-      for (int64_t d = 0; d < from.channels / kPair * kPair; d += kPair) {
-        E* place = to + d / kPair * row + q * kPair;
-        for (int64_t i = 0; i < kPair; ++i) place[i] = packed<E>(negate ? -token[(d + i) * step] : token[(d + i) * step]);
-      }
-      if (from.channels % kPair != 0) {
-        const T last = token[(from.channels - 1) * step];
-        to[from.channels / kPair * row + q * kPair] = packed<E>(negate ? -last : last);
-      }
+  // [whole][D]
+  void rows(const Tokens<T>& from, int64_t whole, E* to) const {
+    for (int64_t n = 0; n < from.count; ++n, to += padded_) {
+      copy(from.next_row(n), from.channels, from.channel_stride, to);
+      std::fill(to + from.channels, to + padded_, E(0));
     }
+    std::fill_n(to, (whole - from.count) * padded_, E(0));
   }
 
  private:
   static constexpr bool kTiles = !std::is_same_v<E, float>;
-  static constexpr int64_t kPair = kTiles ? 2 : 1;  // neighbouring channels that lie side by side
+
+  static void copy(const T* from, int64_t count, int64_t stride, E* to) {
+    if (stride == 1) {  // told apart for the compiler, which makes vectors of it
+      for (int64_t d = 0; d < count; ++d) to[d] = packed<E>(from[d]);
+    } else {
+      for (int64_t d = 0; d < count; ++d) to[d] = packed<E>(from[d * stride]);
+    }
+  }
+
+  // [D / rows][N][rows]
+  void panels(const Tokens<T>& from, E* to) const {
+    if (from.count < kBlockKeys || from.channels < padded_) std::fill_n(to, kBlockKeys * padded_, E(0));
+    for (int64_t n = 0; n < from.count; ++n) {
+      const T* token = from.next_row(n);
+      E* place = to + n * format_.rows;
+      for (int64_t d = 0; d < from.channels; d += format_.rows, place += kBlockKeys * format_.rows) {
+        copy(token + d * from.channel_stride, std::min(format_.rows, from.channels - d), from.channel_stride, place);
+      }
+    }
+  }
+
+  // [whole / group][D / kPair][group][kPair]
+  template <int64_t kPair, typename F>
+  void columns(const Tokens<T>& from, int64_t whole, int64_t group, const F& convert, E* to) const {
+    if (from.count < whole || from.channels < padded_) std::fill_n(to, whole * padded_, E(0));
+    const int64_t step = from.channel_stride;
+    for (int64_t first = 0; first < from.count; first += group, to += group * padded_) {
+      const int64_t count = std::min(group, from.count - first);
+      for (int64_t n = 0; n < count; ++n) {
+        const T* token = from.next_row(first + n);
+        E* place = to + n * kPair;
+        int64_t d = 0;
+        for (; d + kPair <= from.channels; d += kPair, place += group * kPair) {
+          for (int64_t i = 0; i < kPair; ++i) place[i] = convert(token[(d + i) * step]);
+        }
+        if (d < from.channels) *place = convert(token[d * step]);
+      }
+    }
+  }
 
   const Format format_;
   const int64_t padded_;
 };
+
+// What `columns` of floats writes, back into rows of `channels` with `stride` from one to the next.
+template <typename T>
+void unpack(const float* from, int64_t count, int64_t group, int64_t padded, int64_t channels, int64_t stride, T* to) {
+  for (int64_t n = 0; n < count; ++n, to += stride) {
+    const float* place = from + n / group * group * padded + n % group;
+    for (int64_t d = 0; d < channels; ++d) to[d] = static_cast<T>(place[d * group]);
+  }
+}
 
 // Queries of one block, for one task.
 struct Span {

@@ -4,7 +4,6 @@
 namespace {
 
 using Scores = typename Isa::Scores;
-typedef uint32_t Words __attribute__((vector_size(sizeof(Scores))));
 constexpr int64_t kLanes = Isa::kLanes, kQueries = kFormat.queries;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -14,30 +13,27 @@ constexpr float kHeadroom = 8;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// 2^x for x up to kHeadroom; what is below -126 counts as -126. The polynomials are minimax on [-1/2, 1/2]. Relative
-// error, rounding included: below 2^-23 with kDegree 6, below 2^-13 with 3.
+// 2^x for x up to kHeadroom; what is below -126 counts as -126. The polynomials are minimax on [0, 1]. Relative error,
+// rounding included: below 2^-23 with kDegree 6, below 2^-13 with 3.
 template <int kDegree>
 inline Scores power_of_two(Scores x) {
-  x = Isa::maximum(Isa::fill(-126), x);            // in this order NaN stays NaN
-  const Scores shifter = Isa::fill(12582912.0f);   // 1.5 * 2^23: adding it rounds to an integer, in the lowest bits
-  const Scores shifted = x + shifter;
-  const Scores part = x - (shifted - shifter);
+  x = Isa::maximum(Isa::fill(-126), x);  // in this order NaN stays NaN
+  const Scores part = Isa::fraction(x);
   Scores y;
   if constexpr (kDegree == 6) {
-    y = Isa::fused(Isa::fill(0.0001534581242594868f), part, Isa::fill(0.0013399930903688073f));
-    y = Isa::fused(y, part, Isa::fill(0.009618489071726799f));
-    y = Isa::fused(y, part, Isa::fill(0.05550328642129898f));
-    y = Isa::fused(y, part, Isa::fill(0.24022646248340607f));
-    y = Isa::fused(y, part, Isa::fill(0.6931471824645996f));
+    y = Isa::fused(Isa::fill(0.00021709866996388882f), part, Isa::fill(0.0012437442783266306f));
+    y = Isa::fused(y, part, Isa::fill(0.009679085575044155f));
+    y = Isa::fused(y, part, Isa::fill(0.055483222007751465f));
+    y = Isa::fused(y, part, Isa::fill(0.24022985994815826f));
+    y = Isa::fused(y, part, Isa::fill(0.6931470036506653f));
     y = Isa::fused(y, part, Isa::fill(1.0f));
   } else {
     static_assert(kDegree == 3);
-    y = Isa::fused(Isa::fill(0.0551716685295105f), part, Isa::fill(0.2426111251115799f));
-    y = Isa::fused(y, part, Isa::fill(0.6932609677314758f));
-    y = Isa::fused(y, part, Isa::fill(0.9999280571937561f));
+    y = Isa::fused(Isa::fill(0.07802452147006989f), part, Isa::fill(0.22606715559959412f));
+    y = Isa::fused(y, part, Isa::fill(0.6958335638046265f));
+    y = Isa::fused(y, part, Isa::fill(0.9999251961708069f));
   }
-  const Words power = ((Words)shifted << 23) + 0x3f800000u;
-  return y * (Scores)power;
+  return Isa::times_power_of_two(y, x);
 }
 
 // What is kept of a tile from one block of keys to the next.
@@ -65,17 +61,21 @@ inline void begin(const Task& task) {
   }
 }
 
-// The sums of values over the totals.
+// The sums of values over the totals, and the logarithms of these.
 inline void finish(const Task& task) {
-  for (int64_t n = 0; n < task.count; ++n) {
-    const State state = state_of(task, n / kQueries);
-    const int64_t q = n % kQueries;
-    const Scores share = Isa::fill(1 / state.total[q]);
-    for (int64_t d = 0; d < task.channels; d += kLanes) {
-      Isa::store(task.out + n * task.channels + d, Isa::gather(state.sums + d * kQueries + q, kQueries) * share);
+  for (int64_t i = 0; i * kQueries < task.count; ++i) {
+    const State state = state_of(task, i);
+    float* out = task.out + i * task.channels * kQueries;
+    for (int64_t v = 0; v < kQueries; v += kLanes) {
+      const Scores share = Isa::fill(1) / Isa::load(state.total + v);
+      for (int64_t d = v; d < v + task.channels * kQueries; d += kQueries) {
+        Isa::store(out + d, Isa::load(state.sums + d) * share);
+      }
     }
-    constexpr float kLog2 = 0.693147180559945f;
-    task.lse[n] = (state.peak[q] + log2f(state.total[q])) * kLog2;
+    for (int64_t q = 0; q < smaller(kQueries, task.count - i * kQueries); ++q) {
+      constexpr float kLog2 = 0.693147180559945f;
+      task.lse[i * kQueries + q] = (state.peak[q] + log2f(state.total[q])) * kLog2;
+    }
   }
 }
 
@@ -88,12 +88,14 @@ struct Softmax {
   const Scores scale;
 
   Softmax(const State& state, float scale) : state(state), scale(Isa::fill(scale)) {
+#pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       peak[v] = Isa::load(state.peak + v * kLanes);
       total[v] = Isa::fill(0);
     }
   }
   ~Softmax() {
+#pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       Isa::store(state.peak + v * kLanes, peak[v]);
       Isa::store(state.total + v * kLanes, Isa::load(state.total + v * kLanes) + total[v]);
@@ -117,6 +119,7 @@ struct Softmax {
     }
     Scores factor[V];
     bool moves = false;
+#pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       const Scores found = Isa::maximum(most[0][v], most[1][v]) * scale;
       const auto higher = found > peak[v] + Isa::fill(kHeadroom);
@@ -127,6 +130,7 @@ struct Softmax {
       moves = moves || Isa::at_most(factor[v], 0.5f) != 0;
     }
     if (!moves) return;
+#pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       Isa::store(state.total + v * kLanes, Isa::load(state.total + v * kLanes) * factor[v]);
       for (int64_t d = 0; d < channels; ++d) {

@@ -79,7 +79,7 @@ void attend_block(const Task& task, int64_t tile, int64_t first, int64_t count) 
 
 void attend(const Task& task) {
   static_assert(kVectors == 3);
-  begin(task);
+  if (task.begins) begin(task);
   for (int64_t first = 0; first < task.visible; first += kBlockKeys) {
     const int64_t count = smaller(kBlockKeys, task.visible - first);
     for (int64_t tile = 0; tile * kQueries < task.count; ++tile) {
@@ -93,7 +93,7 @@ void attend(const Task& task) {
       }
     }
   }
-  finish(task);
+  if (task.ends) finish(task);
 }
 
 #include "cpu/scale_block_attention_backward_vectors.h"

@@ -47,7 +47,7 @@ class Upscale:
     """Where to run; auto is cuda where there is a device."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of the weights; auto is bfloat16 on cuda and float32 on the cpu."""
+    """To compute in; auto is bfloat16 where the device multiplies it in hardware, else float32."""
 
     tile: int | None = None
     """Side of a tile in input pixels; only the model's own is possible."""
@@ -55,8 +55,8 @@ class Upscale:
     overlap: int | None = None
     """Input pixels that neighbouring tiles share at least; a quarter of a tile by default."""
 
-    batch: int = 8
-    """Tiles run at once."""
+    batch: int | None = None
+    """Tiles run at once; by default so many that their largest outputs are 2 megapixels, at most 32."""
 
     seed: int = 0
     """Of the draws, where top-k is not 1."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hitsr_fast.models.config import HitConfig
-from hitsr_fast.nn.attention import KVCache, SelfAttention
+from hitsr_fast.nn.attention import SelfAttention
 from hitsr_fast.ops import gated_residual, modulated_layer_norm
 
 
@@ -37,11 +37,9 @@ class AdaLNBlock(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.drop_path = drop_path
 
-    def forward(
-        self, x: Tensor, condition: Tensor, block_lengths: Sequence[int], cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, block_lengths: Sequence[int]) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
-        branch = self.attn(modulated_layer_norm(x, scale1, shift1), block_lengths, cache)
+        branch = self.attn(modulated_layer_norm(x, scale1, shift1), block_lengths)
         x = gated_residual(x, branch, self._dropped(gamma1))
         return gated_residual(x, self.ffn(modulated_layer_norm(x, scale2, shift2)), self._dropped(gamma2))
 
@@ -195,37 +193,3 @@ class HitTransformer(nn.Module):
         """Classifier on rows `(B, L, width)`: `(B, L, K)` float32."""
         out: Tensor = self.head(self.head_nm(x, condition))
         return out.float()
-
-    def new_caches(self, batch: int, dtype: torch.dtype) -> list[KVCache]:
-        """Empty KV caches for a whole sequence, one a block."""
-        body = self.config.transformer
-        device = self.head.weight.device
-        tokens = sum(self.block_lengths)
-        return [
-            KVCache(batch, tokens, body.heads, body.width // body.heads, dtype, device) for _ in self.blocks
-        ]
-
-    def step(
-        self,
-        step: int,
-        inputs: Tensor | None,
-        lr_features: Tensor,
-        condition: Tensor,
-        caches: list[KVCache],
-    ) -> Tensor:
-        """Logits `(B, L, K)` of the tokens of scale number `step`, given the caches of all earlier blocks.
-
-        Args:
-            step: Number of the scale; 0 also runs the prefix.
-            inputs: `(B, C, h, w)` map from `ReconstructionWalk.advance`; None at step 0.
-            lr_features: `(B, C, h, w)`.
-            condition: `(B, width)` class vectors.
-            caches: From `new_caches`; extended in place.
-        """
-        if inputs is None:
-            x = self.first_block(lr_features, condition)
-        else:
-            x = self.scale_block(inputs.flatten(2).transpose(1, 2), lr_features, step)
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, condition, self.block_lengths, cache)
-        return self.logits(x[:, -(self.scales[step] ** 2) :], condition)

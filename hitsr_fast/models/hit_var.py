@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save
@@ -11,11 +12,11 @@ from torch import Tensor, nn
 
 from hitsr_fast.models.checkpoints import load_state
 from hitsr_fast.models.config import HitConfig
+from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.models.hit_upscaler import HitUpscaler
 from hitsr_fast.nn.autoencoder import resize
-from hitsr_fast.nn.quantizer import ReconstructionWalk
-from hitsr_fast.nn.sampling import sample_codes
 
 SCALE = 4  # LR side to full side; the paper trains x4 only
 
@@ -61,113 +62,13 @@ class HitVar(nn.Module):
         seen = self.lr_image(lr, target) if self.config.tokenizer.decoder_lr else None
         return self.tokenizer.decode(latents[target].to(self.tokenizer.quant_conv.weight.dtype), target, seen)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        lr_features: Tensor,
-        class_id: Tensor,
-        *,
-        targets: int | None = None,
-        guidance: float = 0.0,
-        top_k: int = 1,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Sample the token pyramid scale by scale, with KV caches.
+    def sample(self, lr_features: Tensor, class_id: Tensor, **options: Any) -> tuple[Tensor, list[Tensor]]:
+        """`HitSampler(self).sample(...)`: to sample often, keep the `HitSampler`."""
+        return HitSampler(self).sample(lr_features, class_id, **options)
 
-        Args:
-            lr_features: `(B, C, h, w)` from `lr_features`.
-            class_id: `(B,)` int64: 0 degraded, 1 clean.
-            targets: Stop after this many targets, coarsest first; all by default.
-            guidance: Classifier-free guidance at the last scale, rising linearly from 0 at the first (VAR); 0
-                runs one branch only.
-            top_k: See `sample_codes`.
-            top_p: See `sample_codes`.
-            generator: See `sample_codes`.
-
-        Returns:
-            Tokens `(B, T)` int64, and the latent `(B, C, h, w)` of each finished target.
-        """
-        transformer, config = self.transformer, self.config
-        batch = lr_features.shape[0]
-        if guidance > 0:
-            free = torch.full_like(class_id, config.transformer.num_classes - 1)
-            class_id = torch.cat([class_id, free])
-            lr_features = torch.cat([lr_features, lr_features])
-        condition = transformer.class_emb(class_id)
-        caches = transformer.new_caches(len(class_id), condition.dtype)
-        walk = ReconstructionWalk(self.tokenizer.quantize, batch, ar_grid=config.transformer.ar_grid)
-        steps = config.tokenizer.target_steps[(targets or len(config.tokenizer.targets)) - 1]
-        inputs: Tensor | None = None
-        tokens = []
-        for step in range(steps):
-            if inputs is not None:
-                inputs = inputs.to(condition.dtype)
-                inputs = torch.cat([inputs, inputs]) if guidance > 0 else inputs
-            logits = transformer.step(step, inputs, lr_features, condition, caches)
-            indices = sample_codes(
-                logits[:batch],
-                uncond_logits=logits[batch:] if guidance > 0 else None,
-                guidance=guidance * step / max(len(config.tokenizer.scales) - 1, 1),
-                top_k=top_k,
-                top_p=top_p,
-                generator=generator,
-            )
-            tokens.append(indices)
-            inputs = walk.advance(indices)
-        return torch.cat(tokens, 1), walk.finished
-
-    @torch.no_grad()
-    def super_resolve(
-        self,
-        lr: Tensor,
-        *,
-        class_id: int = 0,
-        factors: Sequence[int] | None = None,
-        guidance: float = 0.0,
-        top_k: int = 1,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-    ) -> dict[int, Tensor]:
-        """Restore and enlarge LR tiles.
-
-        Args:
-            lr: `(B, 3, t, t)` in [-1, 1] with `t = lr_tile`.
-            class_id: 0 for degraded input, 1 for clean bilinear or bicubic input.
-            factors: Wanted factors, out of `scale_factors`; all by default. Steps that no wanted factor needs
-                are not run.
-            guidance: See `sample`.
-            top_k: See `sample_codes`.
-            top_p: See `sample_codes`.
-            generator: See `sample_codes`.
-
-        Returns:
-            `{factor: (B, 3, factor * t, factor * t)}` in [-1, 1].
-
-        Raises:
-            ValueError: If the tile has the wrong side or a factor is not on offer.
-        """
-        if lr.ndim != 4 or tuple(lr.shape[1:]) != (3, self.lr_tile, self.lr_tile):
-            raise ValueError(f"lr: expected (B, 3, {self.lr_tile}, {self.lr_tile}), got {tuple(lr.shape)}")
-        wanted = self.scale_factors if factors is None else tuple(factors)
-        if not wanted or any(factor not in self.scale_factors for factor in wanted):
-            raise ValueError(f"factors: expected some of {self.scale_factors}, got {wanted}")
-        numbers = {factor: self.scale_factors.index(factor) for factor in wanted}
-        features = self.lr_features(lr)
-        classes = torch.full((len(lr),), class_id, dtype=torch.int64, device=lr.device)
-        _, latents = self.sample(
-            features,
-            classes,
-            targets=max(numbers.values()) + 1,
-            guidance=guidance,
-            top_k=top_k,
-            top_p=top_p,
-            generator=generator,
-        )
-        return {
-            factor: self.decode(latents, number, lr).float().clamp(-1, 1)
-            for factor, number in numbers.items()
-        }
+    def super_resolve(self, lr: Tensor, **options: Any) -> dict[int, Tensor]:
+        """`HitUpscaler(self).super_resolve(...)`: to upscale often, keep the `HitUpscaler`."""
+        return HitUpscaler(self).super_resolve(lr, **options)
 
 
 def save_pretrained(model: HitVar, folder: Path, dtype: torch.dtype = torch.float16) -> None:

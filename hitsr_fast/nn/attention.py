@@ -1,4 +1,4 @@
-"""Attention of VAR's blocks on the `scale_block_attention` op, with its preallocated KV cache."""
+"""Self-attention of VAR's blocks in training, on the `scale_block_attention` op."""
 
 from __future__ import annotations
 
@@ -9,18 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.ops import cached_attention, scale_block_attention
+from hitsr_fast.ops.scale_block_attention import scale_block_attention
+
+_MAX_LOG_SCALE = math.log(100.0)
 
 
-class KVCache:
-    """Keys and values of one layer, `(B, T, NH, D)`, written in place; the first `length` rows are valid."""
-
-    def __init__(
-        self, batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ):
-        self.k = torch.zeros(batch, tokens, heads, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros_like(self.k)
-        self.length = 0
+def score_factor(log_scale: Tensor) -> Tensor:
+    """VAR's factor of each head's normalised scores from its parameter `(1, NH, 1, 1)`: float32 `(NH,)`."""
+    return log_scale.float().clamp_max(_MAX_LOG_SCALE).exp().flatten()
 
 
 class SelfAttention(nn.Module):
@@ -46,25 +42,22 @@ class SelfAttention(nn.Module):
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, block_lengths: Sequence[int], cache: KVCache | None = None) -> Tensor:
-        """Attend within `x` `(B, T, width)` or, with a cache, from the new rows `x` to all rows so far."""
+    @property
+    def softmax_scale(self) -> float:
+        """Factor of the scores."""
+        return 1.0 if self.l2_norm else 0.25 / math.sqrt(self.proj.in_features // self.heads)
+
+    def forward(self, x: Tensor, block_lengths: Sequence[int]) -> Tensor:
+        """Attend within `x` `(B, T, width)`; see `CachedBody` for sampling."""
         b, t, width = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         q, k, v = F.linear(x, self.mat_qkv.weight, bias).view(b, t, 3, self.heads, -1).unbind(2)
-        softmax_scale: float = 0.25 / math.sqrt(width // self.heads)
         if self.l2_norm:
-            # The norm is taken in float32: in half it overflows and underflows.
-            factor = self.scale_mul_1H11.clamp_max(math.log(100.0)).exp().view(1, 1, -1, 1)
-            q = (F.normalize(q.float(), dim=-1) * factor).to(v.dtype)
-            k = F.normalize(k.float(), dim=-1).to(v.dtype)
-            softmax_scale = 1.0
-        if cache is None:
-            out = scale_block_attention(q, k, v, block_lengths=block_lengths, softmax_scale=softmax_scale)
-        else:
-            rows = slice(cache.length, cache.length + t)
-            cache.k[:, rows], cache.v[:, rows] = k, v
-            cache.length += t
-            q = q.to(cache.k.dtype)
-            out = cached_attention(q, cache.k, cache.v, cache.length, softmax_scale=softmax_scale)
+            # The norm is taken in float32 at least: in half it overflows and underflows.
+            wide = torch.promote_types(q.dtype, torch.float32)
+            factor = score_factor(self.scale_mul_1H11)[:, None]
+            q = (F.normalize(q.to(wide), dim=-1) * factor).to(v.dtype)
+            k = F.normalize(k.to(wide), dim=-1).to(v.dtype)
+        out = scale_block_attention(q, k, v, block_lengths=block_lengths, softmax_scale=self.softmax_scale)
         projected: Tensor = self.proj(out.reshape(b, t, width))
         return projected

@@ -154,12 +154,15 @@ class ReconstructionWalk:
         dtype = torch.promote_types(codebook.dtype, torch.float32)
         self._map = torch.zeros(batch, codebook.shape[1], size, size, dtype=dtype, device=codebook.device)
 
-    @torch.no_grad()
     def advance(self, indices: Tensor) -> Tensor:
         """Add the tokens `(B, L)` of the current step; returns the next step's input map `(B, C, h, w)`.
 
         After the last step the returned map is empty, `(B, C, 0, 0)`.
         """
+        with torch.no_grad():  # not as a decorator, which the compiler does not see through here
+            return self._advanced(indices)
+
+    def _advanced(self, indices: Tensor) -> Tensor:
         quantizer, config = self.quantizer, self.quantizer.config
         step, scale = self.step, config.scales[self.step]
         self._indices.append(indices)

@@ -1,41 +1,82 @@
-"""Drawing codes from logits, greedily by default."""
+"""How codes are drawn along a pyramid of scales."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hitsr_fast import ops
+
+class SamplingPlan(NamedTuple):
+    """What is fixed before the first scale; hashable, so that a captured graph can be found by it.
+
+    Attributes:
+        strengths: Of classifier-free guidance, one a scale that is run; 0 runs one branch only.
+        top_k: See `ops.sample_codes`; 1 is greedy.
+        top_p: See `ops.sample_codes`.
+    """
+
+    strengths: tuple[float, ...]
+    top_k: int
+    top_p: float
+
+    @property
+    def guided_steps(self) -> int:
+        """Scales up to the last guided one: so long the class-free branch has to run too."""
+        guided = [step for step, strength in enumerate(self.strengths) if strength > 0]
+        return guided[-1] + 1 if guided else 0
+
+    def states(self, device: torch.device, generator: torch.Generator | None) -> Tensor | None:
+        """Seed and offset of each scale's draws, int64 `(steps, 2)` on `device`; None when greedy."""
+        if self.top_k == 1:
+            return None
+        source = device if generator is None else generator.device
+        drawn = torch.randint(2**63 - 1, (len(self.strengths), 2), generator=generator, device=source)
+        return drawn.to(device)
+
+    def draw(self, logits: Tensor, uncond_logits: Tensor | None, states: Tensor | None, step: int) -> Tensor:
+        """Codes `(...)` int64 of one scale from logits `(..., K)`, by `ops.sample_codes`."""
+        strength, state = self.strengths[step], None if states is None else states[step]
+        codes: Tensor = torch.ops.hitsr_fast.sample_codes(
+            logits, uncond_logits, state, strength, self.top_k, self.top_p, 1.0
+        )
+        return codes
 
 
-def sample_codes(
-    logits: Tensor,
+def sampling_plan(
+    scales: int,
+    steps: int,
     *,
-    uncond_logits: Tensor | None = None,
     guidance: float = 0.0,
+    guided_scales: Sequence[int] | None = None,
     top_k: int = 1,
     top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """`ops.sample_codes` with the defaults of a sampler of images: the most likely code of each row.
+) -> SamplingPlan:
+    """Check the options of a sampler and lay them out over the scales.
 
     Args:
-        logits: float16, bfloat16 or float32 `(..., K)`.
-        uncond_logits: The same without the condition, for `guidance` above 0.
-        guidance: See `ops.sample_codes`.
+        scales: Number of scales of the model.
+        steps: How many of them are run, from the first on.
+        guidance: Classifier-free guidance at the last scale, rising linearly from 0 at the first (VAR).
+        guided_scales: Numbers of the scales that are guided; None is all. After the last of them one branch
+            runs.
         top_k: Keep the k largest logits; 1 is greedy (the lowest index on ties), 0 keeps all.
-        top_p: Then keep the smallest set of codes whose probability reaches `top_p`; the largest always
-            stays.
-        generator: Source of randomness; unused when greedy.
-
-    Returns:
-        `(...)` int64.
+        top_p: Then keep the smallest set of codes whose probability reaches `top_p`; the largest stays.
 
     Raises:
-        ValueError: If `top_k` is negative or `top_p` is not in (0, 1].
+        ValueError: If an option is out of its range.
     """
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"guidance: expected a finite number of at least 0, got {guidance}")
+    if top_k < 0:
+        raise ValueError(f"top_k: expected at least 0, got {top_k}")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p: expected a value in (0, 1], got {top_p}")
-    return ops.sample_codes(
-        logits, uncond_logits=uncond_logits, guidance=guidance, top_k=top_k, top_p=top_p, generator=generator
-    )
+    guided = set(range(scales)) if guided_scales is None else set(guided_scales)
+    if not guided <= set(range(scales)):
+        raise ValueError(f"guided_scales: expected numbers from 0 to {scales - 1}, got {sorted(guided)}")
+    strengths = (guidance * step / max(scales - 1, 1) * (step in guided) for step in range(steps))
+    return SamplingPlan(tuple(strengths), top_k, top_p)

@@ -14,7 +14,7 @@ __all__ = ["attention_prologue_cpu", "available", "supports"]
 
 def supports(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, *rest: Any) -> str | None:
     """Why a call with such arguments cannot run here, or None."""
-    if qkv.device.type != "cpu":
+    if not qkv.is_cpu:
         return f"needs CPU tensors, found {qkv.device.type}"
     bias = rest[0]
     if torch.float64 in (qkv.dtype, k_cache.dtype) or (bias is not None and bias.dtype == torch.float64):
@@ -25,24 +25,7 @@ def supports(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, *rest: A
     return None
 
 
-def attention_prologue_cpu(
-    qkv: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: int,
-    bias: Tensor | None,
-    q_scale: Tensor | None,
-    rotary: Tensor | None,
-) -> Tensor:
+def attention_prologue_cpu(*args: Any) -> Tensor:
     """As `reference.attention_prologue`."""
-    q: Tensor = torch.ops.hitsr_fast._attention_prologue(
-        qkv.contiguous(),
-        k_cache,
-        v_cache,
-        start,
-        None if bias is None else bias.float().contiguous(),
-        None if q_scale is None else q_scale.contiguous(),
-        None if rotary is None else rotary.contiguous(),
-        chosen_isa(),
-    )
+    q: Tensor = torch.ops.hitsr_fast._attention_prologue(*args, chosen_isa())
     return q

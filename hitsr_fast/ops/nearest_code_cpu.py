@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -30,8 +31,12 @@ def instruction_sets() -> list[str]:
     reason = extension.unavailable()
     if reason is not None:
         raise RuntimeError(f"hitsr_fast._C: {reason}")
-    names: list[str] = torch.ops.hitsr_fast._nearest_code_isas()
-    return names
+    return list(_instruction_sets())
+
+
+@functools.cache
+def _instruction_sets() -> tuple[str, ...]:
+    return tuple(torch.ops.hitsr_fast._nearest_code_isas())
 
 
 def full_scans() -> int:

@@ -25,10 +25,12 @@ def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: 
 
 def check_shape(name: str, value: Tensor, letters: str, **known: int) -> None:
     """Raise ValueError unless `value` has the axes that `letters` names, those in `known` of that length."""
-    axes = letters.split()
-    fits = value.dim() == len(axes) and all(
-        known.get(axis, length) == length for axis, length in zip(axes, value.shape, strict=True)
-    )
+    axes, shape = letters.split(), value.shape
+    fits = len(axes) == len(shape)
+    if fits:  # a plain loop: a generator takes longer than all else here
+        for axis, length in zip(axes, shape, strict=True):
+            if axis in known and known[axis] != length:
+                fits = False
     if not fits:
         expected = ", ".join(f"{axis}={known[axis]}" if axis in known else axis for axis in axes)
         raise ValueError(f"{name}: expected shape ({expected}), found {tuple(value.shape)}")
@@ -42,6 +44,8 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 def check_own_memory(name: str, value: Tensor) -> None:
     """Raise ValueError unless each element of `value`, which is to be written, has its own memory."""
+    if value.is_contiguous():
+        return
     sides = zip(value.shape, value.stride(), strict=True)
     if any(side > 1 and stride == 0 for side, stride in sides):
         raise ValueError(f"{name}: expected memory for each element, found an expanded tensor")
@@ -95,6 +99,8 @@ def _share_memory(one: Tensor, other: Tensor) -> bool:
 
 def _extent(tensor: Tensor) -> int:
     """Bytes from the first element to the end of the last."""
+    if tensor.is_contiguous():
+        return tensor.numel() * tensor.element_size()
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return tensor.element_size() * (1 + sum((side - 1) * stride for side, stride in steps))
 

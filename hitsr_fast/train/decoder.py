@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.imaging.colour import wavelet_colour_fix
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
+from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_var import HitVar
 from hitsr_fast.train.autoencoder import PyramidScore
@@ -32,6 +33,7 @@ class DecoderStage:
         self.batches = batches
         self.held_out = held_out
         self.config = config
+        self.sampler = HitSampler(model, dtype=torch.bfloat16)  # of the transformer, which does not change
         self.distance = ReconstructionLoss(config.loss).to(batches.device)
         model.requires_grad_(False)
         model.transformer.eval()
@@ -52,9 +54,9 @@ class DecoderStage:
         own_latents: list[Tensor] = []
         with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16):
             if sampled > 0:
-                features = self.whole.lr_features(lr[:sampled]).float()
+                features = self.whole.lr_features(lr[:sampled])
                 draws = torch.Generator(features.device).manual_seed(step)
-                _, sampled_latents = self.whole.sample(
+                _, sampled_latents = self.sampler.sample(
                     features, class_id[:sampled], top_k=config.top_k, generator=draws
                 )
             if sampled < config.batch:
@@ -89,6 +91,6 @@ class DecoderStage:
         for i in range(2):
             images, lr, class_id = self.held_out.pairs(i, 16)
             with torch.autocast(images.device.type, torch.bfloat16):
-                _, latents = self.whole.sample(self.whole.lr_features(lr).float(), class_id)
+                _, latents = self.sampler.sample(self.whole.lr_features(lr), class_id)
             score.add(latents, images, [self.whole.lr_image(lr, target) for target in range(len(latents))])
         return score.means()

@@ -27,7 +27,7 @@ def fingerprint() -> dict[str, list[list[float]]]:
     """Mean R, G, B in [0, 255] of each cell, row by row, for x1, x2 and x4."""
     with Image.open(ROOT / "examples/budgie-osprey.jpg") as photo:
         pixels = torch.from_numpy(picture_from_pil(photo).pixels).permute(2, 0, 1)[None].float() / 255
-    outputs = HitSR.from_pretrained("hit-tiny", device="cpu").upscale(
+    outputs = HitSR.from_pretrained("hit-tiny", device="cpu", dtype=torch.float32).upscale(
         pixels[..., 32:96, 64:128], colour_fix=False
     )
     cells = {}

@@ -1,4 +1,4 @@
-"""The transformer: who sees whom, and that cached sampling is the training forward, step by step."""
+"""The transformer: who sees whom, and what is random in training. Sampling: test_hit_sampler.py."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from hitsr_fast.models.config import HitConfig
 from hitsr_fast.models.hit_transformer import AdaLNBlock, HitTransformer
-from hitsr_fast.models.hit_var import HitVar
-from hitsr_fast.nn.quantizer import ReconstructionWalk
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
 
@@ -86,92 +82,6 @@ def test_samples_of_a_batch_do_not_meet() -> None:
     together = transformer(features, classes, rows)
     alone = transformer(features[1:], classes[1:], rows[1:])
     torch.testing.assert_close(together[1:], alone, **TOLERANCES["float32_reordered"]._asdict())
-
-
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-@torch.no_grad()
-def test_cached_steps_give_the_logits_of_the_whole_forward(config: HitConfig) -> None:
-    model = micro_model(config, torch.float64)
-    transformer, quantizer = model.transformer, model.tokenizer.quantize
-    features, classes, _ = inputs()
-    indices = torch.randint(48, (2, TOKENS))
-    rows = quantizer.teacher_inputs(indices, ar_grid=config.transformer.ar_grid).double()
-    condition = transformer.class_emb(classes)
-    caches = transformer.new_caches(2, torch.float64)
-    # The head's own output, before it is rounded to float32.
-    transformer.logits = lambda x, c: transformer.head(transformer.head_nm(x, c))  # type: ignore[method-assign]
-    whole = transformer(features, classes, rows).split(LENGTHS, dim=1)
-    walk = ReconstructionWalk(quantizer, 2, ar_grid=config.transformer.ar_grid)
-    step_inputs: Tensor | None = None
-    for step, chosen in enumerate(indices.split(LENGTHS, dim=1)):
-        logits = transformer.step(step, step_inputs, features, condition, caches)
-        torch.testing.assert_close(logits, whole[step], **TOLERANCES["float64_reordered"]._asdict())
-        step_inputs = walk.advance(chosen).double()
-    assert all(cache.length == 64 + TOKENS for cache in caches)
-
-
-def uncached_greedy(
-    model: HitVar, features: Tensor, classes: Tensor, guidance: float, targets: int
-) -> Tensor:
-    """Greedy decoding by whole forwards: each scale's codes from a forward over all tokens so far."""
-    config = model.config
-    tokens = torch.zeros(len(features), TOKENS, dtype=torch.int64)
-    start = 0
-    for step in range(config.tokenizer.target_steps[targets - 1]):
-        rows = model.tokenizer.quantize.teacher_inputs(tokens, ar_grid=config.transformer.ar_grid)
-        rows = rows.to(features.dtype)
-        logits = model.transformer(features, classes, rows)
-        if guidance:
-            free = model.transformer(features, torch.full_like(classes, CLASS_FREE), rows)
-            strength = guidance * step / (len(SCALES) - 1)
-            logits = (1 + strength) * logits - strength * free
-        end = start + LENGTHS[step]
-        tokens[:, start:end] = logits[:, start:end].argmax(-1)
-        start = end
-    return tokens[:, :start]
-
-
-@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize(("guidance", "targets"), [(0.0, 3), (1.5, 3), (0.0, 1), (2.0, 2)])
-@torch.no_grad()
-def test_cached_sampling_equals_the_uncached_forward_token_for_token(
-    config: HitConfig, guidance: float, targets: int
-) -> None:
-    model = micro_model(config, torch.float64)
-    features, classes, _ = inputs()
-    tokens, finished = model.sample(features, classes, targets=targets, guidance=guidance)
-    assert torch.equal(tokens, uncached_greedy(model, features, classes, guidance, targets))
-    assert tokens.unique().numel() > 2 * targets, "the test would prove little on a constant"
-    assert len(finished) == targets
-    for target, latent in enumerate(finished):
-        expected = model.tokenizer.quantize.reconstruct(tokens, target)
-        torch.testing.assert_close(latent.double(), expected, **TOLERANCES["float32_reordered"]._asdict())
-
-
-@torch.no_grad()
-def test_guidance_changes_the_tokens_but_not_those_of_the_first_scale() -> None:
-    model = micro_model(dtype=torch.float64)
-    features, classes, _ = inputs()
-    plain, _ = model.sample(features, classes)
-    guided, _ = model.sample(features, classes, guidance=4.0)
-    assert torch.equal(plain[:, :1], guided[:, :1])
-    assert not torch.equal(plain, guided)
-
-
-@given(seed=st.integers(0, 1000))
-@torch.no_grad()
-def test_sampling_repeats_with_a_seeded_generator(seed: int) -> None:
-    model = micro_model()
-    features, classes, _ = inputs(batch=1)
-
-    def draw(seed: int) -> Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return model.sample(features.float(), classes, targets=2, top_k=10, top_p=0.9, generator=generator)[0]
-
-    first = draw(seed)
-    torch.rand(3)  # the global generator plays no part
-    assert torch.equal(first, draw(seed))
-    assert not torch.equal(first, draw(seed + 1))
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from hitsr_fast.models.checkpoints import CheckpointError
 from hitsr_fast.models.config import HitConfig
 from hitsr_fast.models.hit_var import HitVar, load_pretrained, save_pretrained
-from hitsr_fast.nn.autoencoder import resize
 from tests.models.micro import MICRO, micro_model
 
 OPTIONS = [
@@ -51,28 +50,6 @@ def test_some_factors_give_the_images_of_all(config: HitConfig, factors: tuple[i
     assert tuple(some) == factors
     for factor, image in some.items():
         assert torch.equal(image, every[factor])
-
-
-def test_decoders_see_the_tile_at_the_size_of_their_output() -> None:
-    config = replace(MICRO, tokenizer=replace(MICRO.tokenizer, decoder_lr=True))
-    model, lr = micro_model(config), lr_tiles()
-    out = model.super_resolve(lr)
-    _, latents = model.sample(model.lr_features(lr), torch.zeros(2, dtype=torch.int64))
-    for target, (factor, latent) in enumerate(zip((1, 2, 4), latents, strict=True)):
-        seen = resize(lr, (8 * factor, 8 * factor), "bilinear")
-        assert torch.equal(out[factor], model.tokenizer.decode(latent, target, seen).clamp(-1, 1))
-        assert not torch.equal(out[factor], model.tokenizer.decode(latent, target).clamp(-1, 1))
-
-
-def test_steps_that_no_factor_needs_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = micro_model()
-    steps: list[int] = []
-    real = model.transformer.step
-    monkeypatch.setattr(
-        model.transformer, "step", lambda step, *args: steps.append(step) or real(step, *args)
-    )
-    model.super_resolve(lr_tiles(1), factors=[2])
-    assert steps == [0, 1, 2, 3]
 
 
 def test_class_matters() -> None:

@@ -1,82 +1,68 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import Tensor
 
-from hitsr_fast.nn.sampling import sample_codes
-
-SEEDS = st.integers(0, 2**31)
-CODES = 12
+from hitsr_fast.nn.sampling import sampling_plan
+from hitsr_fast.ops import sample_codes
 
 
-def random_logits(seed: int, rows: int = 4, *, levels: int | None = None) -> Tensor:
-    """Logits of order one; with `levels` few distinct values, so that ties abound."""
-    generator = torch.Generator().manual_seed(seed)
-    if levels is not None:
-        return torch.randint(levels, (2, rows, CODES), generator=generator).float()
-    return 2 * torch.randn(2, rows, CODES, generator=generator)
+def test_guidance_rises_linearly_from_the_first_scale_to_the_last() -> None:
+    assert sampling_plan(5, 5, guidance=2.0).strengths == (0.0, 0.5, 1.0, 1.5, 2.0)
+    assert sampling_plan(5, 3, guidance=2.0).strengths == (0.0, 0.5, 1.0)
+    assert sampling_plan(1, 1, guidance=2.0).strengths == (0.0,)
 
 
-@given(seed=SEEDS, levels=st.integers(1, 4))
-def test_greedy_takes_the_lowest_index_on_ties(seed: int, levels: int) -> None:
-    logits = random_logits(seed, levels=levels)
-    found = sample_codes(logits)
-    assert found.dtype == torch.int64
-    for row, chosen in zip(logits.view(-1, CODES).tolist(), found.flatten().tolist(), strict=True):
-        assert chosen == row.index(max(row))
+@pytest.mark.parametrize(
+    ("options", "guided_steps"),
+    [
+        ({}, 0),
+        ({"guidance": 1.0}, 5),
+        ({"guidance": 1.0, "guided_scales": [1, 3]}, 4),
+        ({"guidance": 1.0, "guided_scales": [0]}, 0),  # where its strength is 0
+        ({"guidance": 1.0, "guided_scales": []}, 0),
+    ],
+)
+def test_the_class_free_branch_runs_up_to_the_last_guided_scale(
+    options: dict[str, Any], guided_steps: int
+) -> None:
+    assert sampling_plan(5, 5, **options).guided_steps == guided_steps
 
 
-@given(seed=SEEDS, top_k=st.integers(0, CODES + 3), top_p=st.floats(0.01, 1.0))
-def test_only_kept_codes_are_drawn(seed: int, top_k: int, top_p: float) -> None:
-    logits = random_logits(seed)
-    generator = torch.Generator().manual_seed(seed)
-    kept = torch.zeros_like(logits, dtype=torch.bool)
-    for place, row in enumerate(logits.view(-1, CODES)):
-        order = row.argsort(descending=True)
-        if top_k > 0:
-            order = order[:top_k]
-        # The smallest head of the order that holds a share top_p of what top-k left.
-        share = row[order].double().softmax(0).cumsum(0)
-        needed = int((share < top_p + 1e-6).sum()) + 1
-        kept.view(-1, CODES)[place, order[:needed]] = True
-    for _ in range(20):
-        drawn = sample_codes(logits, top_k=top_k, top_p=top_p, generator=generator)
-        assert drawn.shape == logits.shape[:-1]
-        assert kept.gather(-1, drawn[..., None]).all()
+def test_draws_are_those_of_the_op() -> None:
+    plan = sampling_plan(3, 3, guidance=1.0, top_k=5, top_p=0.8)
+    logits, free = torch.randn(2, 2, 7, 12, generator=torch.Generator().manual_seed(0)).unbind()
+    states = plan.states(logits.device, torch.Generator().manual_seed(1))
+    assert states is not None and states.shape == (3, 2)
+    generator = torch.Generator().manual_seed(1)  # the op takes two draws a call, in the order of the scales
+    for step, guidance in enumerate((0.0, 0.5, 1.0)):
+        expected = sample_codes(
+            logits, uncond_logits=free, guidance=guidance, top_k=5, top_p=0.8, generator=generator
+        )
+        assert torch.equal(plan.draw(logits, free if guidance else None, states, step), expected)
 
 
-def test_every_kept_code_is_drawn_at_its_rate() -> None:
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(20_000, -1)
-    generator = torch.Generator().manual_seed(0)
-
-    def rates(top_k: int, top_p: float) -> list[float]:
-        drawn = sample_codes(logits, top_k=top_k, top_p=top_p, generator=generator)
-        return [round(rate, 6) for rate in (drawn.bincount(minlength=4) / len(drawn)).tolist()]
-
-    assert rates(0, 1.0) == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.02)
-    assert rates(3, 1.0) == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0], abs=0.02)
-    assert rates(0, 0.65) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.02)
-    assert rates(3, 0.5) == pytest.approx([4 / 7, 3 / 7, 0, 0], abs=0.02)
-    assert rates(0, 0.1) == [1, 0, 0, 0]
-    assert rates(1, 1.0) == [1, 0, 0, 0]
+def test_greedy_draws_nothing() -> None:
+    plan, logits = sampling_plan(2, 2), torch.tensor([[0.0, 3.0, 3.0]])
+    before = torch.random.get_rng_state()
+    assert plan.states(logits.device, None) is None
+    assert plan.draw(logits, None, None, 0).tolist() == [1]
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@given(seed=SEEDS)
-def test_a_generator_repeats_and_the_logits_stay(seed: int) -> None:
-    logits = random_logits(seed)
-    before = logits.clone()
-    first, second = (
-        sample_codes(logits, top_k=5, top_p=0.9, generator=torch.Generator().manual_seed(seed))
-        for _ in range(2)
-    )
-    assert torch.equal(first, second)
-    assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), [(-1, 1.0), (5, 0.0), (5, -0.1), (5, 1.1)])
-def test_wrong_options_are_errors(top_k: int, top_p: float) -> None:
-    with pytest.raises(ValueError, match=r"top_[kp]: expected"):
-        sample_codes(torch.zeros(1, 4), top_k=top_k, top_p=top_p)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"guidance": -1.0}, "guidance: expected a finite number of at least 0, got -1.0"),
+        ({"guidance": float("nan")}, "guidance: expected a finite number"),
+        ({"top_k": -1}, "top_k: expected at least 0, got -1"),
+        ({"top_k": 5, "top_p": 0.0}, r"top_p: expected a value in \(0, 1\], got 0.0"),
+        ({"top_p": 1.1}, r"top_p: expected a value in \(0, 1\], got 1.1"),
+        ({"guided_scales": [4]}, r"guided_scales: expected numbers from 0 to 3, got \[4\]"),
+    ],
+)
+def test_wrong_options_are_errors(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampling_plan(4, 4, **options)

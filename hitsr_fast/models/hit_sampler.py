@@ -1,0 +1,217 @@
+"""`HitSampler`: HIT-VAR's pyramid of tokens, drawn scale by scale with nothing left to launch in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hitsr_fast.nn.cached_body import CachedBody, modulation_table
+from hitsr_fast.nn.quantizer import MultiScaleQuantizer, ReconstructionWalk
+from hitsr_fast.nn.sampling import SamplingPlan, sampling_plan
+from hitsr_fast.ops import modulated_layer_norm
+from hitsr_fast.ops.cuda_graphs import Graphs, capturing
+from hitsr_fast.ops.validation import has_values
+
+if TYPE_CHECKING:
+    from hitsr_fast.models.hit_var import HitVar
+
+
+class HitSampler(nn.Module):
+    """The transformer of a `HitVar` and its quantizer, laid out for sampling.
+
+    Weights are held once, in one dtype, and shared with the model where that is its own. AdaLN, which depends
+    on the class alone, is a table of three rows; level and position embeddings are added up beforehand. All
+    shapes are static. On a GPU the steps, the draws and the inputs in between are one CUDA graph for each
+    batch size and plan; the first call of a kind runs as it is.
+
+    Args:
+        model: Whose weights to take. Later changes of them may or may not be seen: make a new sampler.
+        dtype: Of transformer and cache; by default the model's. The quantizer stays in float32 at least.
+        cuda_graphs: False leaves out the graphs.
+    """
+
+    class_vectors: Tensor
+    prefix_place: Tensor
+    prefix_weight: Tensor
+    prefix_bias: Tensor
+    word_weight: Tensor
+    word_bias: Tensor
+    head_weight: Tensor
+    head_bias: Tensor
+    places: Tensor
+    modulation: Tensor
+    head_modulation: Tensor
+
+    def __init__(self, model: HitVar, *, dtype: torch.dtype | None = None, cuda_graphs: bool = True) -> None:
+        super().__init__()
+        transformer, self.config = model.transformer, model.config
+        dtype = transformer.head.weight.dtype if dtype is None else dtype
+        blocks: list[Any] = list(transformer.blocks)
+        attention = blocks[0].attn
+        self.body = CachedBody(blocks, attention.heads, attention.softmax_scale, dtype)
+        with torch.no_grad():
+            classes, levels = transformer.class_emb.weight, transformer.lvl_embed.weight
+            places = [
+                levels[step + 1] + transformer.positions(side)[0]
+                for step, side in enumerate(transformer.scales)
+            ]
+            places[0] = places[0] + transformer.pos_start[0]
+            tensors = {
+                "class_vectors": classes,
+                "prefix_place": levels[0] + transformer.positions(self.config.tokenizer.latent_size)[0],
+                "prefix_weight": transformer.prefix_embed.weight,
+                "prefix_bias": transformer.prefix_embed.bias,
+                "word_weight": transformer.word_embed.weight,
+                "word_bias": transformer.word_embed.bias,
+                "places": torch.cat(places),
+            }
+            for name, tensor in tensors.items():
+                self.register_buffer(name, tensor.detach().to(dtype), persistent=False)
+            # In float32 at least: what decides between codes, and what each row is multiplied by.
+            wide = torch.promote_types(transformer.head.weight.dtype, torch.float32)
+            tensors = {
+                "head_weight": transformer.head.weight,
+                "head_bias": transformer.head.bias,
+                "modulation": modulation_table([block.ada_lin for block in blocks], classes),
+                "head_modulation": modulation_table([transformer.head_nm.ada_lin], classes)[0],
+            }
+            for name, tensor in tensors.items():
+                self.register_buffer(name, tensor.detach().to(wide), persistent=False)
+        self.quantizer = MultiScaleQuantizer(self.config.tokenizer)
+        for name, parameter in model.tokenizer.quantize.named_parameters():
+            value = nn.Parameter(parameter.detach().to(wide), requires_grad=False)
+            setattr(self.quantizer, name, value)
+        self._lengths = [side * side for side in transformer.scales]
+        self._cuda_graphs = cuda_graphs
+        self._graphs = Graphs(self._walk)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HitSampler:
+        """As of `nn.Module`; the graphs are forgotten, for they read the weights at their old addresses."""
+        self._graphs = Graphs(self._walk)
+        applied: HitSampler = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
+    @torch.no_grad()
+    def sample(
+        self,
+        lr_features: Tensor,
+        class_id: Tensor,
+        *,
+        targets: int | None = None,
+        guidance: float = 0.0,
+        guided_scales: Sequence[int] | None = None,
+        top_k: int = 1,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Sample the token pyramid.
+
+        Args:
+            lr_features: `(B, C, h, w)` from `HitVar.lr_features`, floating.
+            class_id: `(B,)` int64: 0 degraded, 1 clean.
+            targets: Stop after this many targets, coarsest first; all by default.
+            guidance: Classifier-free guidance at the last scale, rising linearly from 0 at the first (VAR); 0
+                runs one branch only.
+            guided_scales: Numbers of the scales that are guided; all by default. From the last of them on one
+                branch runs.
+            top_k: Keep the k largest logits; 1 is greedy, 0 keeps all.
+            top_p: Then keep the likeliest codes of that total probability.
+            generator: Source of randomness; unused when greedy.
+
+        Returns:
+            Tokens `(B, T)` int64, and the latent `(B, C, h, w)` of each finished target, float32.
+
+        Raises:
+            ValueError: If an option is out of its range.
+        """
+        tokenizer = self.config.tokenizer
+        plan = sampling_plan(
+            len(tokenizer.scales),
+            tokenizer.target_steps[(targets or len(tokenizer.targets)) - 1],
+            guidance=guidance,
+            guided_scales=guided_scales,
+            top_k=top_k,
+            top_p=top_p,
+        )
+        given = (lr_features, class_id, plan.states(lr_features.device, generator))
+        graphed = self._cuda_graphs and lr_features.is_cuda and has_values(lr_features) and not capturing()
+        tokens, *latents = (self._graphs if graphed else _unpacked(self._walk))(given, plan)
+        return tokens, latents
+
+    def _walk(
+        self, lr_features: Tensor, class_id: Tensor, states: Tensor | None, plan: SamplingPlan
+    ) -> tuple[Tensor, ...]:
+        """Tokens and latents; waits for nothing on the device."""
+        batch, dtype = len(class_id), self.body_dtype
+        features, prefix = lr_features.to(dtype), self.config.tokenizer.latent_size**2
+        steps, guided = len(plan.strengths), plan.guided_steps
+        walk = ReconstructionWalk(self.quantizer, batch, ar_grid=self.config.transformer.ar_grid)
+        classes = class_id
+        if guided:
+            free = torch.full_like(class_id, self.config.transformer.num_classes - 1)
+            classes, features = torch.cat([class_id, free]), torch.cat([features, features])
+        modulation, head_modulation = self.modulation[:, :, classes], self.head_modulation[:, classes]
+        cache = self.body.new_cache(len(classes), prefix + sum(self._lengths[:steps]))
+        start = 0
+        pooled: Tensor | None = None
+        tokens = []
+        for step in range(steps):
+            if step == guided and guided:  # no later scale is guided: the class-free branch ends here
+                features, cache = features[:batch], cache.first(batch)
+                modulation, head_modulation = modulation[:, :, :batch], head_modulation[:, :batch]
+            x = self._embed(step, pooled, features, classes)
+            length = x.shape[1]
+            x = self.body(x, modulation, cache, start)[:, -self._lengths[step] :]
+            start += length
+            uncond: Tensor | None = None
+            if plan.strengths[step] > 0:
+                uncond = self._logits(x[batch:], head_modulation[:, batch:])
+            logits = self._logits(x[:batch], head_modulation[:, :batch])
+            codes = plan.draw(logits, uncond, states, step)
+            tokens.append(codes)
+            pooled = walk.advance(codes)
+        return torch.cat(tokens, 1), *walk.finished
+
+    @property
+    def body_dtype(self) -> torch.dtype:
+        """The dtype of transformer and cache."""
+        return self.places.dtype
+
+    def _embed(self, step: int, pooled: Tensor | None, features: Tensor, classes: Tensor) -> Tensor:
+        """Tokens of a scale, `(B, L, width)`; those of scale 0 after the prefix."""
+        place = self.places.split(self._lengths)[step]
+        if pooled is None:
+            prefix = self._linear(features, self.prefix_weight, self.prefix_bias) + self.prefix_place
+            start = self.class_vectors[classes][:, None] + place
+            return torch.cat([prefix, self._inject(start, features, step)], 1)
+        x = self._linear(pooled.to(features.dtype), self.word_weight, self.word_bias)
+        if len(x) < len(features):
+            x = torch.cat([x, x])
+        return self._inject(x + place, features, step)
+
+    def _inject(self, x: Tensor, features: Tensor, step: int) -> Tensor:
+        if not self.config.transformer.prefix_injection:
+            return x
+        pooled = F.adaptive_avg_pool2d(features, self.config.tokenizer.scales[step])
+        return x + self._linear(pooled, self.prefix_weight, self.prefix_bias)
+
+    @staticmethod
+    def _linear(maps: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """A linear map of a map's cells: `(B, C, h, w)` -> `(B, h * w, width)`."""
+        return F.linear(maps.flatten(2).transpose(1, 2), weight, bias)
+
+    def _logits(self, x: Tensor, modulation: Tensor) -> Tensor:
+        """Classifier on rows `(B, L, width)`: `(B, L, K)` float32.
+
+        In float32 throughout: rounded to bfloat16, one in fifty of a row's largest logits is another's.
+        """
+        normed = modulated_layer_norm(x.to(self.head_weight.dtype), *modulation.unbind())
+        return F.linear(normed, self.head_weight, self.head_bias).float()
+
+
+def _unpacked(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    return lambda given, *rest: launch(*given, *rest)

@@ -1,0 +1,115 @@
+"""`HitUpscaler`: a `HitVar` laid out for inference; LR tiles in, their x1, x2 and x4 out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from hitsr_fast.models.hit_sampler import HitSampler
+from hitsr_fast.nn.autoencoder import resize
+from hitsr_fast.nn.inference import for_inference
+
+if TYPE_CHECKING:
+    from hitsr_fast.models.hit_var import HitVar
+
+
+class HitUpscaler(nn.Module):
+    """Encoder, sampler and decoders of HIT-VAR (arXiv 2506.04990) for inference.
+
+    Encoder and decoders are copies, channels-last and with upsampling folded into its convolutions; only the
+    decoders that are asked for run. The model itself is not needed any more.
+
+    Args:
+        model: Whose weights to take.
+        dtype: To compute in; by default that of the model's weights.
+        cuda_graphs: See `HitSampler`.
+    """
+
+    def __init__(self, model: HitVar, *, dtype: torch.dtype | None = None, cuda_graphs: bool = True) -> None:
+        super().__init__()
+        self.config, tokenizer = model.config, model.tokenizer
+        self.lr_tile, self.scale_factors = model.lr_tile, model.scale_factors
+        dtype = tokenizer.quant_conv.weight.dtype if dtype is None else dtype
+        self.sampler = HitSampler(model, dtype=dtype, cuda_graphs=cuda_graphs)
+        self.encoder = for_inference(nn.Sequential(tokenizer.encoder, tokenizer.quant_conv), dtype)
+        self.decoders = nn.ModuleList(for_inference(decoder, dtype) for decoder in tokenizer.decoders)
+
+    @torch.no_grad()
+    def super_resolve(
+        self,
+        lr: Tensor,
+        *,
+        class_id: int = 0,
+        factors: Sequence[int] | None = None,
+        guidance: float = 0.0,
+        guided_scales: Sequence[int] | None = None,
+        top_k: int = 1,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> dict[int, Tensor]:
+        """Restore and enlarge LR tiles.
+
+        Args:
+            lr: `(B, 3, t, t)` in [-1, 1] with `t = lr_tile`.
+            class_id: 0 for degraded input, 1 for clean bilinear or bicubic input.
+            factors: Wanted factors, out of `scale_factors`; all by default. Steps that no wanted factor needs
+                are not run.
+            guidance: See `HitSampler.sample`.
+            guided_scales: See `HitSampler.sample`.
+            top_k: See `HitSampler.sample`.
+            top_p: See `HitSampler.sample`.
+            generator: See `HitSampler.sample`.
+
+        Returns:
+            `{factor: (B, 3, factor * t, factor * t)}` float32 in [-1, 1].
+
+        Raises:
+            ValueError: If the tile has the wrong side, or a factor is not on offer.
+        """
+        if lr.ndim != 4 or tuple(lr.shape[1:]) != (3, self.lr_tile, self.lr_tile):
+            raise ValueError(f"lr: expected (B, 3, {self.lr_tile}, {self.lr_tile}), got {tuple(lr.shape)}")
+        wanted = self.scale_factors if factors is None else tuple(factors)
+        if not wanted or any(factor not in self.scale_factors for factor in wanted):
+            raise ValueError(f"factors: expected some of {self.scale_factors}, got {wanted}")
+        targets = {factor: self.scale_factors.index(factor) for factor in wanted}
+        _, latents = self.sampler.sample(
+            self.lr_features(lr),
+            torch.full((len(lr),), class_id, dtype=torch.int64, device=lr.device),
+            targets=max(targets.values()) + 1,
+            guidance=guidance,
+            guided_scales=guided_scales,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generator,
+        )
+        return {factor: self.decode(latents[target], target, lr) for factor, target in targets.items()}
+
+    @torch.no_grad()
+    def lr_features(self, lr: Tensor) -> Tensor:
+        """Latent `(B, C, h, w)` of LR tiles `(B, 3, t, t)` brought to the full side (HIT-VAR, 4.1)."""
+        features: Tensor = self.encoder(self._enlarged(lr, len(self.scale_factors) - 1))
+        return features
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor, target: int, lr: Tensor) -> Tensor:
+        """Image `(B, 3, side, side)`, float32 in [-1, 1], of a target's latent `(B, C, h, w)`.
+
+        Args:
+            latent: From `HitSampler.sample`.
+            target: Number of the target, 0 the coarsest.
+            lr: The LR tiles, for decoders that look at them.
+        """
+        seen = self._enlarged(lr, target) if self.config.tokenizer.decoder_lr else None
+        image: Tensor = self.decoders[target](self._channels_last(latent), seen)
+        return image.float().clamp(-1, 1)
+
+    def _enlarged(self, lr: Tensor, target: int) -> Tensor:
+        side = self.config.tokenizer.target_sizes[target] * self.config.tokenizer.stride
+        # Enlarged in the images' own dtype: the antialiased filter has no 16-bit version on the CPU.
+        return self._channels_last(resize(lr, (side, side), "bilinear"))
+
+    def _channels_last(self, x: Tensor) -> Tensor:
+        return x.to(self.sampler.body_dtype, memory_format=torch.channels_last)

@@ -1,0 +1,174 @@
+"""VAR's blocks for sampling: weights in one dtype, AdaLN from a table, keys and values in a static cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hitsr_fast.nn.attention import score_factor
+from hitsr_fast.ops import attention_prologue, cached_attention, gated_residual, modulated_layer_norm
+
+# Whether this build of PyTorch has oneDNN's linear map with an activation, which its compiler uses.
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated and written in place by `attention_prologue`.
+
+    Args:
+        layers: Number of blocks.
+        batch: Sequences.
+        tokens: Room for this many tokens a sequence.
+        heads: Attention heads.
+        head_dim: Width of a head.
+        dtype: Of keys and values.
+        device: Where they are.
+
+    Attributes:
+        k, v: `(layers, B, T, NH, D)`; what has not been written yet is not initialised.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        tokens: int,
+        heads: int,
+        head_dim: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.k = torch.empty(layers, batch, tokens, heads, head_dim, dtype=dtype, device=device)
+        self.v = torch.empty_like(self.k)
+
+    def first(self, batch: int) -> KVCache:
+        """The first `batch` sequences, in the same memory."""
+        part = object.__new__(KVCache)
+        part.k, part.v = self.k[:, :batch], self.v[:, :batch]
+        return part
+
+
+class CachedBlock(nn.Module):
+    """One AdaLN block of VAR without its AdaLN linear; weights are buffers, shared where the dtype is equal.
+
+    Args:
+        block: A block with VAR's names: `attn.mat_qkv`, `attn.q_bias`, `attn.v_bias`, `attn.proj`,
+            `ffn.fc1`, `ffn.fc2`, and `attn.scale_mul_1H11` where q and k are normalised.
+        heads: Attention heads.
+        softmax_scale: Factor of the scores.
+        dtype: Of the weights.
+    """
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+    q_scale: Tensor | None
+
+    def __init__(self, block: Any, heads: int, softmax_scale: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads, self.softmax_scale = heads, softmax_scale
+        attn, ffn = block.attn, block.ffn
+        zeros = torch.zeros_like(attn.q_bias)
+        # None stands for absent, so that every name is there on every block.
+        weights = {
+            "qkv_weight": attn.mat_qkv.weight,
+            "qkv_bias": torch.cat([attn.q_bias, zeros, attn.v_bias]),
+            "proj_weight": attn.proj.weight,
+            "proj_bias": attn.proj.bias,
+            "fc1_weight": ffn.fc1.weight,
+            "fc1_bias": ffn.fc1.bias,
+            "fc2_weight": ffn.fc2.weight,
+            "fc2_bias": ffn.fc2.bias,
+        }
+        for name, weight in weights.items():
+            self.register_buffer(name, weight.detach().to(dtype), persistent=False)
+        log_scale = getattr(attn, "scale_mul_1H11", None)
+        q_scale = None if log_scale is None else score_factor(log_scale.detach())
+        self.register_buffer("q_scale", q_scale, persistent=False)
+
+    def forward(self, x: Tensor, modulation: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> Tensor:
+        """The block's output for new tokens `x` `(B, L, C)` at places from `start` on.
+
+        Args:
+            x: In the dtype of the weights.
+            modulation: `(6, B, C)`, in VAR's order.
+            k_cache, v_cache: `(B, T, NH, D)`; rows from `start` on are written.
+            start: Tokens before these.
+        """
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind()
+        qkv = F.linear(modulated_layer_norm(x, scale1, shift1), self.qkv_weight)
+        q_scale = None if self.q_scale is None else self.q_scale.float()  # also after `.to(dtype)`
+        q = attention_prologue(qkv, k_cache, v_cache, start, bias=self.qkv_bias, q_scale=q_scale)
+        end = start + x.shape[1]
+        attended = cached_attention(q, k_cache, v_cache, end, softmax_scale=self.softmax_scale)
+        x = gated_residual(x, F.linear(attended.flatten(2), self.proj_weight, self.proj_bias), gamma1)
+        hidden = linear_gelu(modulated_layer_norm(x, scale2, shift2), self.fc1_weight, self.fc1_bias)
+        return gated_residual(x, F.linear(hidden, self.fc2_weight, self.fc2_bias), gamma2)
+
+
+class CachedBody(nn.Module):
+    """VAR's stack of blocks, run on one scale's tokens after the other.
+
+    Args:
+        blocks: See `CachedBlock`.
+        heads: Attention heads.
+        softmax_scale: Factor of the scores.
+        dtype: Of weights, tokens and cache.
+    """
+
+    def __init__(self, blocks: Iterable[Any], heads: int, softmax_scale: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.heads = heads
+        self.blocks = nn.ModuleList(CachedBlock(block, heads, softmax_scale, dtype) for block in blocks)
+
+    def new_cache(self, batch: int, tokens: int) -> KVCache:
+        """A cache for `batch` sequences of up to `tokens` tokens."""
+        weight = next(self.buffers())
+        head_dim = weight.shape[1] // self.heads
+        return KVCache(
+            len(self.blocks), batch, tokens, self.heads, head_dim, dtype=weight.dtype, device=weight.device
+        )
+
+    def forward(self, x: Tensor, modulation: Tensor, cache: KVCache, start: int) -> Tensor:
+        """Output `(B, L, C)` for new tokens `x` `(B, L, C)`, which see the first `start` ones and themselves.
+
+        Args:
+            x: In the dtype of the weights.
+            modulation: `(layers, 6, B, C)`: a block's six rows, in VAR's order.
+            cache: From `new_cache`; rows from `start` on are written.
+            start: Tokens before these.
+        """
+        for block, rows, k, v in zip(self.blocks, modulation, cache.k, cache.v, strict=True):
+            x = block(x, rows, k, v, start)
+        return x
+
+
+@torch.no_grad()
+def modulation_table(ada_lins: Sequence[nn.Module], vectors: Tensor) -> Tensor:
+    """What AdaLN makes of class vectors, once for all scales: `(layers, parts, classes, C)`.
+
+    Args:
+        ada_lins: SiLU and linear map `C -> parts * C` of each layer.
+        vectors: `(classes, C)`, in the dtype of the maps.
+    """
+    rows: Tensor = torch.stack([ada_lin(vectors) for ada_lin in ada_lins])
+    table: Tensor = rows.unflatten(2, (-1, vectors.shape[1])).transpose(1, 2).contiguous()
+    return table
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu(x W^T + b)` in GELU's tanh form; one call of oneDNN on CPUs, where the gelu alone costs more."""
+    if _ONEDNN and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+        fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+        return fused
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")

@@ -1,0 +1,161 @@
+"""Definition of HIT-VAR's sampler as public code of VAR runs it: eager, launch by launch, nothing kept.
+
+Against this the fast sampler is tested and timed. It takes a `HitVar` and reads its weights; AdaLN runs at
+each scale, keys and values are concatenated, the classifier sees all tokens, and guidance doubles the batch
+throughout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hitsr_fast.reference.residual_quantize import arithmetic_dtype, residual_step
+from hitsr_fast.reference.sample_codes import sample_codes
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    lr_features: Tensor,
+    class_id: Tensor,
+    *,
+    targets: int | None = None,
+    strengths: Sequence[float] | None = None,
+    top_k: int = 1,
+    top_p: float = 1.0,
+    states: Tensor | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """Sample a token pyramid.
+
+    Args:
+        model: A `HitVar`.
+        lr_features: `(B, C, h, w)`, the latent of the up-sampled LR, in the dtype of the weights.
+        class_id: `(B,)` int64.
+        targets: Stop after this many targets, coarsest first; all by default.
+        strengths: Of guidance, one a scale; None is no guidance.
+        top_k, top_p: See `reference.sample_codes`.
+        states: int64 `(steps, 2)`, seed and offset of each scale's draws; None when greedy.
+
+    Returns:
+        Tokens `(B, T)` int64, and the latent `(B, C, h, w)` of each finished target.
+    """
+    transformer, config = model.transformer, model.config
+    tokenizer, batch = config.tokenizer, len(class_id)
+    if strengths is not None:
+        class_id = torch.cat([class_id, torch.full_like(class_id, config.transformer.num_classes - 1)])
+        lr_features = torch.cat([lr_features, lr_features])
+    condition = transformer.class_emb(class_id)
+    caches: list[tuple[Tensor, Tensor] | None] = [None] * len(transformer.blocks)
+    inputs: Tensor | None = None
+    tokens: list[Tensor] = []
+    targets = len(tokenizer.targets) if targets is None else targets
+    reconstruction = _Reconstruction(model, batch, targets)
+    for step in range(tokenizer.target_steps[targets - 1]):
+        if inputs is None:
+            x = transformer.first_block(lr_features, condition)
+        else:
+            rows = inputs.to(condition.dtype).flatten(2).transpose(1, 2)
+            rows = rows if strengths is None else torch.cat([rows, rows])
+            x = transformer.scale_block(rows, lr_features, step)
+        for number, block in enumerate(transformer.blocks):
+            x, caches[number] = _block(block, x, condition, caches[number])
+        scale, shift = transformer.head_nm.ada_lin(condition)[:, None].chunk(2, dim=-1)
+        logits = transformer.head(_norm(x, scale, shift)).float()[:, -(tokenizer.scales[step] ** 2) :]
+        uncond, strength = None, 0.0
+        if strengths is not None and strengths[step] > 0:
+            uncond, strength = logits[batch:], strengths[step]
+        state = None if states is None else states[step]
+        tokens.append(sample_codes(logits[:batch], uncond, state, strength, top_k, top_p, 1.0))
+        inputs = reconstruction.advance(step, tokens[-1])
+    return torch.cat(tokens, 1), reconstruction.maps
+
+
+@torch.no_grad()
+def super_resolve(model: Any, lr: Tensor, class_id: int = 0) -> dict[int, Tensor]:
+    """Greedy `HitVar.super_resolve` of LR tiles `(B, 3, t, t)`: `{factor: (B, 3, factor t, factor t)}`."""
+    classes = torch.full((len(lr),), class_id, dtype=torch.int64, device=lr.device)
+    _, latents = sample(model, model.lr_features(lr), classes)
+    return {
+        factor: model.decode(latents, target, lr).float().clamp(-1, 1)
+        for target, factor in enumerate(model.scale_factors)
+    }
+
+
+def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+def _block(
+    block: Any, x: Tensor, condition: Tensor, cache: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """VAR's block on new tokens, with the keys and values of all tokens so far `(B, NH, T, D)`."""
+    gamma1, gamma2, scale1, scale2, shift1, shift2 = block.ada_lin(condition)[:, None].chunk(6, dim=-1)
+    attn, ffn = block.attn, block.ffn
+    b, length, width = x.shape
+    bias = torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])
+    qkv = F.linear(_norm(x, scale1, shift1), attn.mat_qkv.weight, bias)
+    q, k, v = qkv.view(b, length, 3, attn.heads, -1).permute(2, 0, 3, 1, 4).unbind()
+    softmax_scale = 0.25 / math.sqrt(width // attn.heads)
+    if attn.l2_norm:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        factor = attn.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp()
+        q, k = (
+            (F.normalize(q.to(wide), dim=-1) * factor).to(v.dtype),
+            F.normalize(k.to(wide), dim=-1).to(v.dtype),
+        )
+        softmax_scale = 1.0
+    if cache is not None:
+        k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)
+    out = F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
+    x = x + gamma1 * attn.proj(out.transpose(1, 2).reshape(b, length, width))
+    x = x + gamma2 * ffn.fc2(F.gelu(ffn.fc1(_norm(x, scale2, shift2)), approximate="tanh"))
+    return x, (k, v)
+
+
+class _Reconstruction:
+    """The reconstruction of each target as it grows; every code is spread out on the grid of each target."""
+
+    def __init__(self, model: Any, batch: int, targets: int) -> None:
+        self.quantizer, self.config = model.tokenizer.quantize, model.config
+        codebook, sizes = self.quantizer.codebook, model.config.tokenizer.target_sizes[:targets]
+        self.maps = [
+            torch.zeros(
+                (batch, codebook.shape[1], size, size),
+                dtype=arithmetic_dtype(codebook),
+                device=codebook.device,
+            )
+            for size in sizes
+        ]
+
+    def advance(self, step: int, codes: Tensor) -> Tensor | None:
+        """Add a scale's codes; the next scale's inputs `(B, C, h, w)`, None after the last scale."""
+        config, quantizer, inputs = self.config.tokenizer, self.quantizer, None
+        side, last = config.scales[step], len(self.maps) - 1
+        for target, steps in enumerate(config.target_steps[: len(self.maps)]):
+            if step >= steps:
+                continue
+            owner = last if self.config.transformer.ar_grid == "full" else self._owner(step + 1)
+            following = config.scales[step + 1] if owner == target and step + 1 < len(config.scales) else 0
+            phi = quantizer.phi_index(target)[step]
+            pooled = residual_step(
+                self.maps[target],
+                codes,
+                quantizer.codebook,
+                quantizer.phi_weight[phi],
+                quantizer.phi_bias[phi],
+                (side, side),
+                (following, following),
+                config.phi_ratio,
+            )
+            inputs = pooled if following else inputs
+        return inputs
+
+    def _owner(self, step: int) -> int:
+        """The target that a step belongs to."""
+        return sum(step >= steps for steps in self.config.tokenizer.target_steps)

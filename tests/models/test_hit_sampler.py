@@ -1,0 +1,307 @@
+"""The fast sampler is the plain one, is the training forward step by step, and never waits for a device."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from hitsr_fast.models.config import HitConfig
+from hitsr_fast.models.hit_sampler import HitSampler
+from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.models.hit_var import HitVar, load_pretrained
+from hitsr_fast.nn.sampling import sampling_plan
+from hitsr_fast.ops import cuda_graphs
+from hitsr_fast.pipeline import find_weights
+from hitsr_fast.reference import hit_sampler as reference
+from tests.models.micro import MICRO, micro_model
+from tests.tolerances import TOLERANCES
+
+SCALES = MICRO.tokenizer.scales
+LENGTHS = [scale * scale for scale in SCALES]
+TOKENS = MICRO.tokenizer.num_tokens
+CLASS_FREE = MICRO.transformer.num_classes - 1
+
+
+def variant(**options: object) -> HitConfig:
+    return replace(MICRO, transformer=replace(MICRO.transformer, **options))  # type: ignore[arg-type]
+
+
+VARIANTS = {
+    "default": MICRO,
+    "full grid": variant(ar_grid="full"),
+    "no l2 norm": variant(attn_l2_norm=False),
+    "injection, gates, bicubic": variant(
+        prefix_injection=True, gate_init=0.5, position_resample="bicubic", position_grid=12
+    ),
+}
+
+
+def inputs(seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """LR features in float64, and classes."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(batch, 6, 8, 8, generator=generator, dtype=torch.float64)
+    return features, torch.arange(batch) % 2
+
+
+def uncached_greedy(
+    model: HitVar, features: Tensor, classes: Tensor, strengths: tuple[float, ...]
+) -> tuple[Tensor, list[Tensor]]:
+    """Greedy decoding by whole forwards, and their logits scale by scale: nothing is cached."""
+    config = model.config
+    tokens = torch.zeros(len(features), TOKENS, dtype=torch.int64)
+    start, seen = 0, []
+    for step, strength in enumerate(strengths):
+        rows = model.tokenizer.quantize.teacher_inputs(tokens, ar_grid=config.transformer.ar_grid)
+        rows = rows.to(features.dtype)
+        logits = model.transformer(features, classes, rows)
+        if strength:
+            free = model.transformer(features, torch.full_like(classes, CLASS_FREE), rows)
+            logits = (1 + strength) * logits - strength * free
+        end = start + LENGTHS[step]
+        seen.append(logits[:, start:end])
+        tokens[:, start:end] = seen[-1].argmax(-1)
+        start = end
+    return tokens[:, :start], seen
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    ("options", "targets"),
+    [
+        ({}, 3),
+        ({"guidance": 1.5}, 3),
+        ({}, 1),
+        ({"guidance": 2.0}, 2),
+        ({"guidance": 3.0, "guided_scales": [1, 3]}, 3),
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_cached_sampling_equals_the_uncached_forward_token_for_token(
+    config: HitConfig, options: dict[str, Any], targets: int
+) -> None:
+    model = micro_model(config, torch.float64)
+    features, classes = inputs()
+    tokens, finished = HitSampler(model).sample(features, classes, targets=targets, **options)
+    plan = sampling_plan(len(SCALES), MICRO.tokenizer.target_steps[targets - 1], **options)
+    assert torch.equal(tokens, uncached_greedy(model, features, classes, plan.strengths)[0])
+    assert tokens.unique().numel() > 2 * targets, "the test would prove little on a constant"
+    assert len(finished) == targets
+    for target, latent in enumerate(finished):
+        expected = model.tokenizer.quantize.reconstruct(tokens, target)
+        torch.testing.assert_close(latent.double(), expected, **TOLERANCES["float32_reordered"]._asdict())
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@torch.no_grad()
+def test_logits_of_cached_steps_are_those_of_the_whole_forward(
+    config: HitConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = micro_model(config, torch.float64)
+    sampler, found = HitSampler(model), []
+
+    def record(x: Tensor, modulation: Tensor, logits: Any = sampler._logits) -> Tensor:
+        found.append(logits(x, modulation))
+        return found[-1]
+
+    monkeypatch.setattr(sampler, "_logits", record)
+    features, classes = inputs()
+    sampler.sample(features, classes)
+    _, expected = uncached_greedy(model, features, classes, (0.0,) * len(SCALES))
+    for step, logits in enumerate(found):
+        torch.testing.assert_close(logits, expected[step], **TOLERANCES["float32_reordered"]._asdict())
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"guidance": 2.0, "guided_scales": [2, 4], "top_k": 5, "top_p": 0.9}],
+    ids=["greedy", "all"],
+)
+@torch.no_grad()
+def test_the_plain_sampler_finds_the_same(config: HitConfig, options: dict[str, Any]) -> None:
+    model = micro_model(config, torch.float64)
+    features, classes = inputs()
+    plan = sampling_plan(len(SCALES), len(SCALES), **options)
+    tokens, finished = HitSampler(model).sample(
+        features, classes, generator=torch.Generator().manual_seed(3), **options
+    )
+    expected, maps = reference.sample(
+        model,
+        features,
+        classes,
+        strengths=plan.strengths if options else None,
+        top_k=plan.top_k,
+        top_p=plan.top_p,
+        states=plan.states(features.device, torch.Generator().manual_seed(3)),
+    )
+    assert torch.equal(tokens, expected)
+    for latent, other in zip(finished, maps, strict=True):
+        torch.testing.assert_close(latent, other, **TOLERANCES["float64_reordered"]._asdict())
+
+
+@torch.no_grad()
+def test_guidance_changes_the_tokens_but_not_those_of_the_first_scale() -> None:
+    sampler = HitSampler(micro_model(dtype=torch.float64))
+    features, classes = inputs()
+    plain, _ = sampler.sample(features, classes)
+    guided, _ = sampler.sample(features, classes, guidance=4.0)
+    assert torch.equal(plain[:, :1], guided[:, :1])
+    assert not torch.equal(plain, guided)
+
+
+@torch.no_grad()
+def test_the_class_free_branch_ends_with_the_last_guided_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, batches = HitSampler(micro_model()), []
+
+    def record(x: Tensor, *rest: Any, body: Any = sampler.body.forward) -> Tensor:
+        batches.append(len(x))
+        return body(x, *rest)
+
+    monkeypatch.setattr(sampler.body, "forward", record)
+    features, classes = inputs()
+    sampler.sample(features, classes, guidance=1.0, guided_scales=[1, 2])
+    assert batches == [4, 4, 4, 2, 2, 2]
+    batches.clear()
+    sampler.sample(features, classes)
+    assert batches == [2] * 6
+
+
+@given(seed=st.integers(0, 1000))
+@torch.no_grad()
+def test_sampling_repeats_with_a_seeded_generator(seed: int) -> None:
+    sampler = HitSampler(micro_model())
+    features, classes = inputs(batch=1)
+
+    def draw(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return sampler.sample(features, classes, targets=2, top_k=10, top_p=0.9, generator=generator)[0]
+
+    first = draw(seed)
+    torch.rand(3)  # the global generator plays no part
+    assert torch.equal(first, draw(seed))
+    assert not torch.equal(first, draw(seed + 1))
+
+
+def test_weights_are_held_once() -> None:
+    model = micro_model()
+    block, original = HitSampler(model).body.blocks[0], model.transformer.blocks[0]
+    assert block.qkv_weight.data_ptr() == original.attn.mat_qkv.weight.data_ptr()
+    assert block.fc1_weight.data_ptr() == original.ffn.fc1.weight.data_ptr()
+    half = HitSampler(model, dtype=torch.bfloat16)
+    assert {buffer.dtype for buffer in half.body.buffers()} == {torch.bfloat16, torch.float32}
+    assert all(name.endswith("q_scale") or b.dtype == torch.bfloat16 for name, b in half.body.named_buffers())
+    layers, width = MICRO.transformer.depth, MICRO.transformer.width
+    assert half.modulation.shape == (layers, 6, 3, width)
+
+
+@torch.no_grad()
+def test_bfloat16_decides_as_float32_does() -> None:
+    """Given the same earlier tokens, so that one other code does not change all that follow."""
+    model = load_pretrained(find_weights("hit-tiny"))
+    generator = torch.Generator().manual_seed(0)
+    lr = torch.rand(2, 3, 8, 8, generator=generator)  # smooth, as photos are
+    lr = torch.nn.functional.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1) * 2 - 1
+    features, classes = model.lr_features(lr), torch.zeros(2, dtype=torch.int64)
+    expected, _ = HitSampler(model).sample(features, classes)
+    assert forced_agreement(HitSampler(model, dtype=torch.bfloat16), features, classes, expected) >= 0.98
+
+
+def forced_agreement(sampler: HitSampler, features: Tensor, classes: Tensor, tokens: Tensor) -> float:
+    """Share of greedy choices that are those of `tokens`, each after the earlier ones of `tokens`."""
+    plan = sampling_plan(len(sampler.config.tokenizer.scales), len(sampler.config.tokenizer.scales))
+    chosen, start = [], 0
+
+    class Forced(type(plan)):  # type: ignore[misc]
+        def draw(self, logits: Tensor, *_rest: Any) -> Tensor:
+            nonlocal start
+            chosen.append(logits.argmax(-1))
+            start += logits.shape[1]
+            return tokens[:, start - logits.shape[1] : start]
+
+    sampler._walk(features, classes, None, Forced(*plan))
+    return float((torch.cat(chosen, 1) == tokens).float().mean())
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 1.0, "guided_scales": [2], "top_k": 4}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sampling_never_waits_for_the_device(
+    options: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake CUDA tensors have no values: whatever looks at one raises."""
+    monkeypatch.setattr(HitTransformer, "init_weights", lambda _: None)  # it looks at what it has drawn
+    with FakeTensorMode(), torch.device("cuda"):
+        sampler = HitSampler(HitVar(MICRO), dtype=dtype)
+        features, classes = torch.randn(2, 6, 8, 8), torch.zeros(2, dtype=torch.int64)
+        tokens, latents = sampler.sample(features, classes, **options)
+        assert (tokens.device.type, tokens.shape) == ("cuda", (2, TOKENS))
+        assert [tuple(latent.shape) for latent in latents] == [(2, 6, side, side) for side in (2, 4, 8)]
+        with pytest.raises(DataDependentOutputException):
+            int(tokens[0, 0])
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 1.0, "guided_scales": [2], "top_k": 4}], ids=str)
+@torch.no_grad()
+def test_the_whole_walk_is_one_graph_to_a_compiler(options: dict[str, Any]) -> None:
+    sampler = HitSampler(micro_model())
+    features, classes = inputs()
+    plan = sampling_plan(len(SCALES), len(SCALES), **options)
+    given = (features.float(), classes, plan.states(features.device, torch.Generator().manual_seed(0)), plan)
+    compiled = torch.compile(sampler._walk, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(*given), sampler._walk(*given), strict=True):
+        torch.testing.assert_close(found, expected, **TOLERANCES["float32_reordered"]._asdict())
+
+
+def test_a_graph_for_each_batch_and_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a capture that needs no GPU: a call with everything but its tensors bound."""
+    captured: list[Any] = []
+
+    def capture(launch: Any, given: Any, rest: Any) -> Any:
+        captured.append((given[0].shape[0], rest))
+        return lambda values: launch(*values, *rest)
+
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "_stream", lambda: 0)
+    sampler = HitSampler(micro_model())
+    plans = [sampling_plan(len(SCALES), len(SCALES), guidance=g) for g in (0.0, 1.0)]
+    for batch in (1, 2):
+        features, classes = inputs(batch=batch)
+        for plan in plans:
+            expected = sampler._walk(features, classes, None, plan)
+            for _ in range(3):
+                found = sampler._graphs((features, classes, None), plan)
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert captured == [(batch, (plan,)) for batch in (1, 2) for plan in plans]
+
+
+def test_a_copy_and_a_cast_forget_the_graphs() -> None:
+    sampler = HitSampler(micro_model(), dtype=torch.bfloat16)
+    graphs = sampler._graphs
+    other = copy.deepcopy(sampler)
+    assert other._graphs is not graphs and other._graphs._launch.__self__ is other  # type: ignore[attr-defined]
+    assert sampler.to(torch.float32)._graphs is not graphs
+    tokens, _ = sampler.sample(*inputs())
+    assert tokens.shape == (2, TOKENS)
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_replayed_graphs_draw_what_the_eager_walk_draws() -> None:
+    model = micro_model().cuda()
+    eager, graphed = HitSampler(model, cuda_graphs=False), HitSampler(model)
+    for seed in range(4):
+        features, classes = (tensor.cuda() for tensor in inputs(seed))
+        options = {"guidance": 1.0, "top_k": 7}
+        drawn = [
+            sampler.sample(features, classes, generator=torch.Generator().manual_seed(seed), **options)
+            for sampler in (eager, graphed)
+        ]
+        assert torch.equal(drawn[0][0], drawn[1][0])

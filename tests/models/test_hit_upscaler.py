@@ -1,0 +1,89 @@
+"""The model laid out for inference against the trained one and against the plain path."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from hitsr_fast.models.hit_sampler import HitSampler
+from hitsr_fast.models.hit_upscaler import HitUpscaler
+from hitsr_fast.nn.autoencoder import resize
+from hitsr_fast.reference import hit_sampler as reference
+from tests.models.micro import MICRO, micro_model
+from tests.tolerances import TOLERANCES
+
+CLOSE = TOLERANCES["float32_reordered"]._asdict()
+SEEING = replace(MICRO, tokenizer=replace(MICRO.tokenizer, decoder_lr=True))
+
+
+def lr_tiles(batch: int = 2) -> torch.Tensor:
+    return torch.rand(batch, 3, 8, 8, generator=torch.Generator().manual_seed(5)) * 2 - 1
+
+
+@pytest.mark.parametrize("config", [MICRO, SEEING], ids=["tokens only", "decoders see the input"])
+@torch.no_grad()
+def test_the_plain_path_gives_the_same_images(config: Any) -> None:
+    model, lr = micro_model(config, torch.float64), lr_tiles().double()
+    images, expected = HitUpscaler(model).super_resolve(lr), reference.super_resolve(model, lr)
+    assert images.keys() == expected.keys() == {1, 2, 4}
+    for factor, image in images.items():
+        assert image.dtype == torch.float32
+        torch.testing.assert_close(image, expected[factor], **CLOSE)
+
+
+@torch.no_grad()
+def test_decoders_see_the_tile_at_the_size_of_their_output() -> None:
+    model, lr = micro_model(SEEING), lr_tiles()
+    upscaler = HitUpscaler(model)
+    out = upscaler.super_resolve(lr)
+    _, latents = upscaler.sampler.sample(upscaler.lr_features(lr), torch.zeros(2, dtype=torch.int64))
+    for target, (factor, latent) in enumerate(zip((1, 2, 4), latents, strict=True)):
+        seen = resize(lr, (8 * factor, 8 * factor), "bilinear")
+        expected = model.tokenizer.decode(latent, target, seen).clamp(-1, 1)
+        torch.testing.assert_close(out[factor], expected, **CLOSE)
+        assert (out[factor] - model.tokenizer.decode(latent, target).clamp(-1, 1)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("factors", "steps"), [([1], 2), ([2], 4), ([4], 6), ([1, 2], 4)])
+def test_steps_and_decoders_that_no_factor_needs_are_not_run(
+    factors: list[int], steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upscaler = HitUpscaler(micro_model())
+    embedded: list[int] = []
+    decoded: list[int] = []
+
+    def embed(step: int, *rest: Any, real: Any = upscaler.sampler._embed) -> torch.Tensor:
+        embedded.append(step)
+        return real(step, *rest)
+
+    monkeypatch.setattr(upscaler.sampler, "_embed", embed)
+    for target, decoder in enumerate(upscaler.decoders):
+        decoder.register_forward_hook(lambda *_, target=target: decoded.append(target))
+    upscaler.super_resolve(lr_tiles(1), factors=factors)
+    assert embedded == list(range(steps))
+    assert decoded == [(1, 2, 4).index(factor) for factor in factors]
+
+
+@torch.no_grad()
+def test_bfloat16_gives_nearly_the_images_of_float32() -> None:
+    model, lr = micro_model(SEEING), lr_tiles()
+    half = HitUpscaler(model, dtype=torch.bfloat16)
+    assert half.sampler.body_dtype == torch.bfloat16
+    tokens, latents = HitSampler(model).sample(model.lr_features(lr), torch.zeros(2, dtype=torch.int64))
+    assert tokens.shape[0] == 2
+    for target, latent in enumerate(latents):
+        exact = HitUpscaler(model).decode(latent, target, lr)
+        mse = (half.decode(latent, target, lr) - exact).square().mean() / 4  # of values in [-1, 1]
+        assert -10 * mse.log10() > 35
+
+
+def test_upscaling_does_not_need_the_model() -> None:
+    model, lr = micro_model(), lr_tiles(1)
+    upscaler = HitUpscaler(model)
+    expected = upscaler.super_resolve(lr)
+    del model
+    for factor, image in upscaler.super_resolve(lr).items():
+        assert torch.equal(image, expected[factor])
