@@ -150,7 +150,7 @@ class Audit:
         unknown = [name for name in self.targets if name not in _audit.CHIPS]
         if unknown:
             return _refuse(f"--targets: expected some of {', '.join(_audit.CHIPS)}, found {unknown[0]!r}")
-        widths = (8, 10, 34, 10, 8, 8, 10, 23, 22)
+        widths = (8, 10, 37, 10, 8, 8, 10, 23, 22)
         titles = (
             "registers",
             "shared",
@@ -228,7 +228,10 @@ def _cells(found: Finding) -> list[str]:
         found.target,
         found.chip,
         found.kernel,
-        *("" if value is None else f"{value:.5g}" for value in numbers),
+        *(
+            "" if value is None else f"{value:.5g}" if isinstance(value, float) else f"{value}"
+            for value in numbers
+        ),
     ]
 
 

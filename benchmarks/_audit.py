@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks._harness import AuditPlan, C
 from tests.kernels.aot import TARGETS, Kernel, compile_launches
 
+_EXPONENTIALS = 16  # that a unit starts in each clock, on all chips below
 _RESERVED_SHARED = 1024  # bytes that CUDA keeps for itself in each program, compute capability 8.0 and later
 
 
@@ -60,8 +61,9 @@ class Finding:
         spilled: bytes of stack and local memory.
         per_score: instructions of the loop, counted once for each thread, over its scores.
         occupancy: predicted: warps that a unit holds, of those that it could.
-        floor_ms: predicted: the longer of the time of the products at the chip's peak and the time to start
-            the loop's instructions. Memory, launches and what stands around the loop come on top.
+        floor_ms: predicted: the longest of the times of the products at the chip's peak, of the exponentials,
+            and of the start of the loop's instructions. Memory, launches and what stands around the loop come
+            on top.
     """
 
     target: str
@@ -101,11 +103,14 @@ def _finding(plan: AuditPlan[C], case: C, target: str, kernel: Kernel, warp: int
     chip = CHIPS[target]
     used = kernel.resources()
     per_score = floor_ms = None
-    if kernel.name == plan.kernel and kernel.loops():
-        per_score = len(kernel.product_loop()) * kernel.threads / plan.scores_per_turn(case)
-        issue = plan.scores(case) * per_score / (chip.units * chip.lanes * chip.gigahertz * 1e9)
-        products = plan.tensor_flops(case) / (chip.teraflops * 1e12)
-        floor_ms = max(issue, products) * 1e3
+    loop, found = plan.loops.get(kernel.name), kernel.product_loops()
+    if loop is not None and found:
+        per_score = len(found[0]) * kernel.threads / loop.per_turn(case, target)
+        clocks = chip.units * chip.gigahertz * 1e9
+        issue = loop.scores(case) * per_score / (clocks * chip.lanes)
+        exponentials = loop.scores(case) * loop.exponentials / (clocks * _EXPONENTIALS)
+        products = loop.tensor_flops(case) / (chip.teraflops * 1e12)
+        floor_ms = max(issue, exponentials, products) * 1e3
     return Finding(
         target=target,
         chip=chip.name,

@@ -6,7 +6,7 @@ import importlib.util
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any, Generic, TypeVar
 
@@ -89,24 +89,35 @@ class Provider(Generic[C]):
 
 
 @dataclass(frozen=True)
+class ScoreLoop(Generic[C]):
+    """The first product loop of a kernel, which makes scores.
+
+    Attributes:
+        scores: of a case.
+        per_turn: those that a program makes in one turn, for a case on a target.
+        tensor_flops: that its products do for a case, padding included.
+        exponentials: of a score.
+    """
+
+    scores: Callable[[C], int]
+    per_turn: Callable[[C, str], int]
+    tensor_flops: Callable[[C], int]
+    exponentials: int = 0
+
+
+@dataclass(frozen=True)
 class AuditPlan(Generic[C]):
     """How to take an op's Triton kernels apart where there is no GPU.
 
     Attributes:
         cases: to compile for.
         launch: runs the Triton backend on a case with tensors of the CPU, as if they lay on a GPU.
-        kernel: the one whose innermost product loop makes the scores.
-        scores: of a case.
-        scores_per_turn: those that a program makes in one turn of that loop.
-        tensor_flops: that its products do for a case, padding included.
+        loops: by the names of the kernels that make scores.
     """
 
     cases: Sequence[C]
     launch: Callable[[C], object]
-    kernel: str
-    scores: Callable[[C], int]
-    scores_per_turn: Callable[[C], int]
-    tensor_flops: Callable[[C], int]
+    loops: Mapping[str, ScoreLoop[C]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

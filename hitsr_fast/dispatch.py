@@ -13,7 +13,7 @@ import torch
 
 from hitsr_fast import env
 
-PRIORITY = ("cuda", "triton", "cpu", "reference")
+PRIORITY = ("cuda", "triton", "flash_attn", "cpu", "reference")
 
 _NOT_IMPLEMENTED = "not implemented for this op"
 _LIBRARY = torch.library.Library("hitsr_fast", "DEF")
@@ -193,7 +193,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Force one backend for every op called in this context; None lifts an outer choice.
 
     Args:
-        name: "cuda", "triton", "cpu" or "reference".
+        name: "cuda", "triton", "flash_attn", "cpu" or "reference".
 
     Raises:
         ValueError: no such backend.
@@ -236,10 +236,11 @@ def explain(op: str, *args: Any) -> None:
 
     Example:
         >>> explain("residual_decode_backward")
-        cuda       not implemented for this op
-        triton     not implemented for this op
-        cpu        not implemented for this op
-        reference  can run  <- chosen
+        cuda        not implemented for this op
+        triton      not implemented for this op
+        flash_attn  not implemented for this op
+        cpu         not implemented for this op
+        reference   can run  <- chosen
     """
     table = operations()
     if op not in table:

@@ -61,7 +61,9 @@ def test_environment_forces_and_the_context_wins(monkeypatch: pytest.MonkeyPatch
     with use_backend("cpu"):
         assert _operation()(1) == ("cpu", 2)
     monkeypatch.setenv("HITSR_FAST_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="HITSR_FAST_BACKEND: expected one of cuda, triton, cpu, reference"):
+    with pytest.raises(
+        ValueError, match="HITSR_FAST_BACKEND: expected one of cuda, triton, flash_attn, cpu, reference"
+    ):
         _operation()(1)
 
 
@@ -122,14 +124,17 @@ def test_autocast_does_not_reach_inside_an_op() -> None:
     assert torch.equal(inside, scale_block_attention(q, q, q, block_lengths=[1, 2]))
 
 
-def test_explain_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    q = torch.zeros(1, 1, 1, 1, device="meta")
-    explain("scale_block_attention", q, q, q, [1], 1.0)
+def test_explain_prints_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(dispatch._OPERATIONS, "double", _operation())
+    explain("double", 20)
     assert capsys.readouterr().out.splitlines() == [
-        "cuda       not implemented for this op",
-        "triton     not implemented for this op",
-        "cpu        needs CPU tensors, found meta",
-        "reference  can run  <- chosen",
+        "cuda        not implemented for this op",
+        "triton      no GPU",
+        "flash_attn  not implemented for this op",
+        "cpu         x is too large",
+        "reference   can run  <- chosen",
     ]
 
 

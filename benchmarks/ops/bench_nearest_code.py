@@ -13,7 +13,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, missing_package, package_version
+from benchmarks._harness import (
+    AuditPlan,
+    Benchmark,
+    Call,
+    Case,
+    Provider,
+    ScoreLoop,
+    missing_package,
+    package_version,
+)
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
 from hitsr_fast.ops import nearest_code, prepare_codebook
@@ -247,7 +256,7 @@ def _compile_triton(case: NearestCodeCase) -> object:
     return triton.nearest_code_triton(x, codebook, [], "", case.metric)
 
 
-def _scores_per_turn(case: NearestCodeCase) -> int:
+def _scores_per_turn(case: NearestCodeCase, target: str) -> int:
     blocks = triton.screen_constants(case.C)
     return blocks["BLOCK_N"] * blocks["BLOCK_K"] * blocks["PARTS"]
 
@@ -313,9 +322,12 @@ BENCHMARK = Benchmark(
     audit=AuditPlan(
         cases=(NearestCodeCase(65536, 4096, 32), NearestCodeCase(65536, 1024, 8)),
         launch=_compile_triton,
-        kernel="_nearest_code_screen_kernel",
-        scores=lambda case: case.N * case.K * case.G,
-        scores_per_turn=_scores_per_turn,
-        tensor_flops=lambda case: 2 * case.N * case.K * case.G * triton.padded_channels(case.C),
+        loops={
+            "_nearest_code_screen_kernel": ScoreLoop(
+                scores=lambda case: case.N * case.K * case.G,
+                per_turn=_scores_per_turn,
+                tensor_flops=lambda case: 2 * case.N * case.K * case.G * triton.padded_channels(case.C),
+            )
+        },
     ),
 )

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, ScoreLoop, package_version
 from benchmarks.peers.var_quantizer import EagerQuantizer
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
@@ -399,7 +399,7 @@ def _compile_triton(case: QuantizerCase) -> object:
     )
 
 
-def _scores_per_turn(case: QuantizerCase) -> int:
+def _scores_per_turn(case: QuantizerCase, target: str) -> int:
     """Of the search on the last scale, which most rows belong to."""
     blocks = triton.search_constants(case.C, "l2", case.B * case.lengths[-1], 1)
     return blocks["BLOCK_N"] * blocks["BLOCK_K"] * blocks["PARTS"]
@@ -438,9 +438,12 @@ BENCHMARK = Benchmark(
     audit=AuditPlan(
         cases=(QuantizerCase("encode", 64), QuantizerCase("encode", 1)),
         launch=_compile_triton,
-        kernel="_residual_quantize_search_kernel",
-        scores=lambda case: case.B * case.K * sum(case.lengths),
-        scores_per_turn=_scores_per_turn,
-        tensor_flops=lambda case: 2 * case.B * case.K * sum(case.lengths) * padded_channels(case.C),
+        loops={
+            "_residual_quantize_search_kernel": ScoreLoop(
+                scores=lambda case: case.B * case.K * sum(case.lengths),
+                per_turn=_scores_per_turn,
+                tensor_flops=lambda case: 2 * case.B * case.K * sum(case.lengths) * padded_channels(case.C),
+            )
+        },
     ),
 )

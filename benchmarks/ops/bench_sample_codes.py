@@ -183,9 +183,5 @@ BENCHMARK = Benchmark(
     audit=AuditPlan(
         cases=(SamplingCase("greedy", 1024), SamplingCase("guided", 1024)),
         launch=_launch,
-        kernel="",  # it does not multiply on tensor cores: there are no scores to count
-        scores=lambda case: 0,
-        scores_per_turn=lambda case: 1,
-        tensor_flops=lambda case: 0,
     ),
 )

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks._harness import Benchmark, Call, Case, Provider, package_version
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, ScoreLoop, package_version
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
 from hitsr_fast.ops import scale_block_attention
+from hitsr_fast.ops import scale_block_attention_triton as triton
 from hitsr_fast.ops.nearest_code_cpu import instruction_sets
 from hitsr_fast.reference.scale_block_attention import scale_block_attention as reference
 from hitsr_fast.reference.scale_block_attention import scale_block_attention_backward
@@ -71,8 +72,13 @@ class AttentionCase(Case):
     @property
     def flops(self) -> int:
         """Of two products forward, and of five more backward: the scores are made anew."""
+        return self.scores * 2 * self.D * (2 if self.task == "forward" else 7)
+
+    @property
+    def scores(self) -> int:
+        """Pairs of a query and a key that it sees."""
         pairs = sum(length * end for length, end in zip(self.lengths, accumulate(self.lengths), strict=True))
-        return self.B * self.NH * pairs * 2 * self.D * (2 if self.task == "forward" else 7)
+        return self.B * self.NH * pairs
 
     def inputs(self, device: torch.device) -> Inputs:
         generator = torch.Generator().manual_seed(0)
@@ -193,6 +199,8 @@ def _ours(backend: str) -> Provider[AttentionCase]:
         return _call(case, inputs, attend)
 
     def unavailable(case: AttentionCase, inputs: Inputs) -> str | None:
+        if backend == "triton" and inputs[0].device.type == "cpu":
+            return "Triton's interpreter is not worth timing"
         scale, (q, k, v, grad) = case.D**-0.5, inputs
         arguments: dict[str, tuple[object, ...]] = {
             "scale_block_attention": (q, k, v, case.lengths, scale),
@@ -213,6 +221,34 @@ def _ours(backend: str) -> Provider[AttentionCase]:
     )
 
 
+def _compile_triton(case: AttentionCase) -> None:
+    """Forward, backward, and the second scale's step with a cache."""
+    q, k, v, grad = case.inputs(torch.device("cpu"))
+    out, lse = triton.scale_block_attention_triton(q, k, v, case.lengths, case.D**-0.5)
+    triton.scale_block_attention_backward_triton(grad, q, k, v, out, lse, case.lengths, case.D**-0.5)
+    first, second = case.lengths[:2]
+    triton.cached_attention_triton(q[:, first : first + second], k, v, first + second, case.D**-0.5)
+
+
+def _score_loop(kernel: str, products: int) -> ScoreLoop[AttentionCase]:
+    """The loop over whole tiles of a kernel, which does so many products of a score."""
+
+    def constants(case: AttentionCase, target: str) -> dict[str, int]:
+        from tests.kernels.aot import TARGETS
+
+        chip = triton.family(TARGETS[target].backend, TARGETS[target].arch)
+        return triton.constants(kernel, getattr(torch, case.dtype), case.D, chip)
+
+    def per_turn(case: AttentionCase, target: str) -> int:
+        found = constants(case, target)
+        return found["BLOCK_M"] * found["BLOCK_N"]
+
+    def tensor_flops(case: AttentionCase) -> int:
+        return case.scores * 2 * constants(case, "sm_90")["DP"] * products
+
+    return ScoreLoop(lambda case: case.scores, per_turn, tensor_flops, exponentials=1)
+
+
 def _peer(
     name: str,
     build: Callable[[AttentionCase, Inputs], Call],
@@ -229,6 +265,8 @@ BENCHMARK = Benchmark(
         _peer("flex-attention", _flex, _no_flex),
         _ours("reference"),
         _ours("cpu"),
+        _ours("triton"),
+        _ours("flash_attn"),
     ),
     cases=(
         AttentionCase("forward", "float32"),
@@ -238,5 +276,14 @@ BENCHMARK = Benchmark(
     quick=tuple(
         AttentionCase(task, dtype, NH=2, D=16, blocks="tiny")
         for task, dtype in (("forward", "float32"), ("forward", "bfloat16"), ("train", "float32"))
+    ),
+    audit=AuditPlan(
+        cases=(AttentionCase("train", "bfloat16"), AttentionCase("train", "bfloat16", NH=8, D=128)),
+        launch=_compile_triton,
+        loops={
+            "_scale_block_attention_fwd_kernel": _score_loop("forward", 2),
+            "_scale_block_attention_dkdv_kernel": _score_loop("dkdv", 4),
+            "_scale_block_attention_dq_kernel": _score_loop("dq", 3),
+        },
     ),
 )

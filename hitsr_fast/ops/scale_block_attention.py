@@ -11,6 +11,8 @@ from torch import Tensor
 import hitsr_fast.reference.scale_block_attention as reference
 from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
 from hitsr_fast.ops import scale_block_attention_cpu as cpu
+from hitsr_fast.ops import scale_block_attention_flash as flash
+from hitsr_fast.ops import scale_block_attention_triton as triton
 from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
 
 
@@ -67,7 +69,7 @@ def scale_block_attention(
     Notes:
         No mask tensor exists on any backend. Softmax and sums run in float32 at least.
         Gradient: in q, k and v, by an op of its own.
-        Backends: cpu (AMX, AVX-512, AVX2 or portable), reference.
+        Backends: triton, flash_attn, cpu (AMX, AVX-512, AVX2 or portable), reference.
         Source: the block-wise causal attention of VAR (arXiv 2404.02905), section 3.2.
 
     Example:
@@ -120,7 +122,7 @@ def cached_attention(
 
     Notes:
         Calls block by block give what `scale_block_attention` gives, up to rounding.
-        Backends: cpu, reference.
+        Backends: triton, flash_attn, cpu, reference.
         Source: VAR (arXiv 2404.02905), section 3.2.
 
     Example:
@@ -180,6 +182,8 @@ register(
     "scale_block_attention(Tensor q, Tensor k, Tensor v, int[] block_lengths, float softmax_scale) "
     "-> (Tensor, Tensor)",
     backends=[
+        Backend("triton", triton.scale_block_attention_triton, triton.supports, triton.available),
+        Backend("flash_attn", flash.scale_block_attention_flash, flash.supports, flash.available),
         Backend("cpu", cpu.scale_block_attention_cpu, cpu.supports),
         Backend("reference", reference.scale_block_attention),
     ],
@@ -189,6 +193,8 @@ register(
     "scale_block_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "int[] block_lengths, float softmax_scale) -> (Tensor, Tensor, Tensor)",
     backends=[
+        Backend("triton", triton.scale_block_attention_backward_triton, triton.supports, triton.available),
+        Backend("flash_attn", flash.scale_block_attention_backward_flash, flash.supports, flash.available),
         Backend("cpu", cpu.scale_block_attention_backward_cpu, cpu.supports),
         Backend("reference", reference.scale_block_attention_backward),
     ],
@@ -198,6 +204,8 @@ register(
     "cached_attention(Tensor q, Tensor k_cache, Tensor v_cache, SymInt length, float softmax_scale) "
     "-> Tensor",
     backends=[
+        Backend("triton", triton.cached_attention_triton, triton.supports, triton.available),
+        Backend("flash_attn", flash.cached_attention_flash, flash.supports, flash.available),
         Backend("cpu", cpu.cached_attention_cpu, cpu.supports),
         Backend("reference", reference.cached_attention),
     ],

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks._audit import CHIPS, audit, occupancy
+from benchmarks.ops import bench_scale_block_attention as attention
 from benchmarks.ops.bench_nearest_code import BENCHMARK
 from tests.kernels.aot import TARGETS
 
@@ -81,3 +82,21 @@ def test_the_table_marks_predictions(capsys: pytest.CaptureFixture[str]) -> None
         == 2
     )
     assert out.count("_nearest_code_screen_kernel") == 2
+
+
+def test_each_kernel_of_attention_has_its_scores() -> None:
+    plan = attention.BENCHMARK.audit
+    assert plan is not None
+    case = attention.AttentionCase("train", "bfloat16", NH=2, blocks="tiny")
+    found = {finding.kernel: finding for finding in audit(plan, case, ["sm_90"])}
+    chip = CHIPS["sm_90"]
+    exponentials = case.scores / (chip.units * chip.gigahertz * 1e9 * 16) * 1e3
+    for name, loop in plan.loops.items():
+        finding = found[name]
+        assert finding.per_score is not None and finding.floor_ms is not None
+        products = loop.tensor_flops(case) / (chip.teraflops * 1e12) * 1e3
+        issued = case.scores * finding.per_score / (chip.units * chip.lanes * chip.gigahertz * 1e9) * 1e3
+        assert finding.floor_ms == pytest.approx(max(products, exponentials, issued))
+    assert found["_scale_block_attention_delta_kernel"].per_score is None
+    # Two products forward, four and three backward.
+    assert sum(loop.tensor_flops(case) for loop in plan.loops.values()) == case.scores * 2 * case.D * 9

@@ -277,5 +277,6 @@ def test_a_backend_that_is_none_is_one_line(
     monkeypatch.setenv("HITSR_FAST_BACKEND", "abacus")
     assert run("--hr", tmp_path / "HR", "--lr", tmp_path / "LR") == 2
     assert capsys.readouterr().err == (
-        "hitsr-fast eval: HITSR_FAST_BACKEND: expected one of cuda, triton, cpu, reference, found 'abacus'\n"
+        "hitsr-fast eval: HITSR_FAST_BACKEND: expected one of cuda, triton, flash_attn, cpu, reference, "
+        "found 'abacus'\n"
     )

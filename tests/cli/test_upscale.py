@@ -344,7 +344,8 @@ def test_a_backend_that_is_none_is_one_line(
     monkeypatch.setenv("HITSR_FAST_BACKEND", "abacus")
     assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out") == 2
     assert capsys.readouterr().err == (
-        "error: HITSR_FAST_BACKEND: expected one of cuda, triton, cpu, reference, found 'abacus'\n"
+        "error: HITSR_FAST_BACKEND: expected one of cuda, triton, flash_attn, cpu, reference, "
+        "found 'abacus'\n"
     )
 
 

@@ -92,6 +92,25 @@ class Kernel:
 
     def loops(self) -> list[list[str]]:
         """The instructions of every loop: from the target of a jump back to the jump, the shortest first."""
+        instructions = self.instructions()
+        return [instructions[first:end] for first, end in self._spans()]
+
+    def product_loop(self) -> list[str]:
+        """The innermost loop that runs on the tensor cores."""
+        return next(loop for loop in self.loops() if any(map(TENSOR_CORE.search, loop)))
+
+    def product_loops(self) -> list[list[str]]:
+        """The innermost loops that run on the tensor cores, by address; no two share an instruction."""
+        instructions = self.instructions()
+        found: list[tuple[int, int]] = []
+        for first, end in self._spans():
+            apart = all(end <= other_first or other_end <= first for other_first, other_end in found)
+            if apart and any(map(TENSOR_CORE.search, instructions[first:end])):
+                found.append((first, end))
+        return [instructions[first:end] for first, end in sorted(found)]
+
+    def _spans(self) -> list[tuple[int, int]]:
+        """First and end of every loop, the shortest first."""
         lines = list(self._lines())
         place = {label: i for i, (_, labels) in enumerate(lines) for label in labels}
         found = []
@@ -99,12 +118,8 @@ class Kernel:
             jump = re.search(r"BRA\w*[ .].*?(\.L\w+)", instruction)
             start = place.get(jump[1], i + 1) if jump else i + 1
             if start <= i:
-                found.append([text for text, _ in lines[start : i + 1]])
-        return sorted(found, key=len)
-
-    def product_loop(self) -> list[str]:
-        """The innermost loop that runs on the tensor cores."""
-        return next(loop for loop in self.loops() if any(map(TENSOR_CORE.search, loop)))
+                found.append((start, i + 1))
+        return sorted(found, key=lambda span: span[1] - span[0])
 
     def _lines(self) -> Iterator[tuple[str, list[str]]]:
         """Each instruction with the labels that stand before it."""
