@@ -18,6 +18,7 @@ from benchmarks._machine import Conditions, MachineError, Timer
 from benchmarks._records import Record, Times
 
 _WARM_UP = 2
+_SLOW_MS = 2000.0
 _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 _QUICK_GEMM_SIZE = 128
 
@@ -195,13 +196,20 @@ def interleave(calls: Mapping[str, Call], repeats: int, clock: Timer) -> dict[st
     """Milliseconds of `repeats` calls of each, taken in turns: A, B, A, B, ...
 
     A turn is two calls, and only the second counts: the first takes caches and cores back from the provider
-    before, for the idle threads of a library's pool go on spinning for a while.
+    before, for the idle threads of a library's pool go on spinning for a while. Calls of more than two
+    seconds have their own warm-up in them: after the first turn they are called once a turn.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    slow: set[str] = set()
     for turn in range(-_WARM_UP, repeats):
         for name, call in calls.items():
-            call()
+            if name in slow and turn < 0:
+                continue
+            if name not in slow:
+                call()
             milliseconds = clock(call)
+            if milliseconds > _SLOW_MS:
+                slow.add(name)
             if turn >= 0:
                 times[name].append(milliseconds)
     return times

