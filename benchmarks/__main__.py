@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from benchmarks._harness import Benchmark
     from benchmarks._records import Record
 
-OPS = tuple(path.stem.removeprefix("bench_") for path in sorted(Path(__file__).parent.glob("ops/bench_*.py")))
+_HERE = Path(__file__).parent
+_MODULES = {
+    path.stem.removeprefix("bench_"): ".".join((*path.relative_to(_HERE.parent).parts[:-1], path.stem))
+    for path in sorted((*_HERE.glob("ops/bench_*.py"), *_HERE.glob("bench_*.py")))
+}
+OPS = tuple(sorted(_MODULES))
 
 _IDLE_LOAD = 0.5
 
@@ -185,7 +190,7 @@ def _refuse(message: str) -> int:
 
 
 def _benchmark(op: str) -> Benchmark[Any]:
-    found: Benchmark[Any] = importlib.import_module(f"benchmarks.ops.bench_{op}").BENCHMARK
+    found: Benchmark[Any] = importlib.import_module(_MODULES[op]).BENCHMARK
     return found
 
 

@@ -62,6 +62,7 @@ class CachedBlock(nn.Module):
         heads: Attention heads.
         softmax_scale: Factor of the scores.
         dtype: Of the weights.
+        eps: Of the layer norms.
     """
 
     qkv_weight: Tensor
@@ -74,9 +75,11 @@ class CachedBlock(nn.Module):
     fc2_bias: Tensor
     q_scale: Tensor | None
 
-    def __init__(self, block: Any, heads: int, softmax_scale: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, block: Any, heads: int, softmax_scale: float, dtype: torch.dtype, eps: float = 1e-6
+    ) -> None:
         super().__init__()
-        self.heads, self.softmax_scale = heads, softmax_scale
+        self.heads, self.softmax_scale, self.eps = heads, softmax_scale, eps
         attn, ffn = block.attn, block.ffn
         zeros = torch.zeros_like(attn.q_bias)
         # None stands for absent, so that every name is there on every block.
@@ -106,13 +109,14 @@ class CachedBlock(nn.Module):
             start: Tokens before these.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind()
-        qkv = F.linear(modulated_layer_norm(x, scale1, shift1), self.qkv_weight)
+        qkv = F.linear(modulated_layer_norm(x, scale1, shift1, eps=self.eps), self.qkv_weight)
         q_scale = None if self.q_scale is None else self.q_scale.float()  # also after `.to(dtype)`
         q = attention_prologue(qkv, k_cache, v_cache, start, bias=self.qkv_bias, q_scale=q_scale)
         end = start + x.shape[1]
         attended = cached_attention(q, k_cache, v_cache, end, softmax_scale=self.softmax_scale)
         x = gated_residual(x, F.linear(attended.flatten(2), self.proj_weight, self.proj_bias), gamma1)
-        hidden = linear_gelu(modulated_layer_norm(x, scale2, shift2), self.fc1_weight, self.fc1_bias)
+        normed = modulated_layer_norm(x, scale2, shift2, eps=self.eps)
+        hidden = linear_gelu(normed, self.fc1_weight, self.fc1_bias)
         return gated_residual(x, F.linear(hidden, self.fc2_weight, self.fc2_bias), gamma2)
 
 
@@ -124,12 +128,20 @@ class CachedBody(nn.Module):
         heads: Attention heads.
         softmax_scale: Factor of the scores.
         dtype: Of weights, tokens and cache.
+        eps: Of the layer norms.
     """
 
-    def __init__(self, blocks: Iterable[Any], heads: int, softmax_scale: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        blocks: Iterable[Any],
+        heads: int,
+        softmax_scale: float,
+        dtype: torch.dtype,
+        eps: float = 1e-6,
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.blocks = nn.ModuleList(CachedBlock(block, heads, softmax_scale, dtype) for block in blocks)
+        self.blocks = nn.ModuleList(CachedBlock(block, heads, softmax_scale, dtype, eps) for block in blocks)
 
     def new_cache(self, batch: int, tokens: int) -> KVCache:
         """A cache for `batch` sequences of up to `tokens` tokens."""

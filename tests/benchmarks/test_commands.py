@@ -86,8 +86,7 @@ def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         (
             ["run", "nearest_cod"],
-            "op: expected one of attention_prologue, modulated_layer_norm, nearest_code, residual_quantize, "
-            "sample_codes, scale_block_attention, found 'nearest_cod'",
+            f"op: expected one of {', '.join(cli.OPS)}, found 'nearest_cod'",
         ),
         (["run", "nearest_code", "--threads", "0"], "--threads: expected at least 1, found 0"),
         (["run", "nearest_code", "--quick", "--providers", "fais"], "providers: expected some of torch, "),

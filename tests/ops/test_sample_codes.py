@@ -16,6 +16,7 @@ from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import nearest_code_cpu, sample_codes
 from hitsr_fast.ops.sample_codes import random_state
 from hitsr_fast.reference import sample_codes as definition
+from tests.ops.chi_square import chi_square, chi_square_bound
 
 OP = torch.ops.hitsr_fast.sample_codes.default
 ISAS = [] if extension.unavailable() else nearest_code_cpu.instruction_sets()
@@ -192,22 +193,6 @@ def test_equal_logits_stay_or_go_together() -> None:
     assert drawn(top_p=float(share[0]) - 0.01) == {0}
     assert drawn(top_p=1 - float(share[4]) - 0.01) == {0, 1, 2, 3}
     assert drawn(top_p=1 - float(share[4]) + 0.01) == {0, 1, 2, 3, 4}
-
-
-def chi_square_bound(freedom: int) -> float:
-    """Exceeded by chance once in a million (Wilson and Hilferty's approximation of the quantile)."""
-    spread = 2 / (9 * freedom)
-    return freedom * (1 - spread + 4.75 * math.sqrt(spread)) ** 3
-
-
-def chi_square(drawn: Tensor, probabilities: Tensor) -> float:
-    """Of codes against float64 probabilities; those that expect fewer than five draws are one class."""
-    counts = drawn.bincount(minlength=len(probabilities)).double()
-    expected = probabilities * len(drawn)
-    rare = expected < 5
-    counts = torch.cat([counts[~rare], counts[rare].sum(0, keepdim=True)])
-    expected = torch.cat([expected[~rare], expected[rare].sum(0, keepdim=True)])
-    return float(((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum())
 
 
 @pytest.mark.parametrize(
