@@ -29,7 +29,7 @@ BUDGET = {
     "sm_89": {FORWARD: 12.2, DKDV: 16.4, DQ: 11.2},
     "sm_90": {FORWARD: 8.95, DKDV: 10.5, DQ: 8.9},
     "sm_100": {FORWARD: 7.5, DKDV: 9.5, DQ: 10.2},
-    "gfx942": {FORWARD: 13.6, DKDV: 32.5, DQ: 14.0},
+    "gfx942": {FORWARD: 12.9, DKDV: 36.8, DQ: 14.0},
 }
 
 COMPARISON = re.compile(r"\b(ISETP|V_CMP_\w+_I32)")
@@ -99,11 +99,11 @@ def test_sizes_of_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 96, 128])
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 64, 96, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("target", TARGETS)
 def test_all(target: str, dtype: torch.dtype, head_dim: int, tmp_path: Path) -> None:
-    for queries in (1, 100, 1024):
+    for queries in (1, 20, 100, 1024):
         folder = tmp_path / str(queries)
         folder.mkdir()
         kernels = compiled(folder, target, head_dim, dtype, queries=queries, training=queries == 1)
