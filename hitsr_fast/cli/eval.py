@@ -67,6 +67,9 @@ class Eval:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models and metrics run."""
 
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """In which models compute; auto is bfloat16 where the device multiplies it in hardware, else float32."""
+
     limit: int | None = None
     """Use the first images of each set only."""
 
@@ -132,7 +135,7 @@ class Eval:
             methods: list[Method] = [Bicubic(), *(self._load(model, device) for model in self.model)]
         except ValueError as error:
             raise EvaluationError(str(error)) from error
-        kept = ("degrade", "seed", "class_id", "guidance", "top_k", "top_p", "colour_fix")
+        kept = ("degrade", "seed", "class_id", "guidance", "top_k", "top_p", "colour_fix", "dtype")
         settings = {name: getattr(self, name) for name in kept}
         settings |= {"device": device.type, "hitsr_fast": __version__, "torch": torch.__version__}
         console = Console(stderr=True)
@@ -146,6 +149,8 @@ class Eval:
         return replace(report, settings=settings)
 
     def _load(self, model: str, device: torch.device) -> HitSRMethod:
+        import torch
+
         from hitsr_fast.evaluate import HitSRMethod
         from hitsr_fast.pipeline import HitSR, UpscaleOptions
 
@@ -157,7 +162,8 @@ class Eval:
             top_p=self.top_p,
             colour_fix=self.colour_fix,
         )
-        return HitSRMethod(model, HitSR.from_pretrained(model, device), options)
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        return HitSRMethod(model, HitSR.from_pretrained(model, device, dtype), options)
 
 
 def _print(report: Report) -> None:

@@ -71,6 +71,22 @@ def test_a_quick_run_of_the_quantizer_is_right_on_every_task(tmp_path: Path) -> 
     assert all(row["wrong_rows"] in ("0", "") and (row["median_ms"] or row["reason"]) for row in rows)
 
 
+def test_a_quick_run_of_the_whole_way_is_right_at_every_stage(tmp_path: Path) -> None:
+    path, names = tmp_path / "results.csv", ("reference", "eager:float32", "eager:bfloat16", "graph:bfloat16")
+    done = benchmarks(
+        *("run", "generate", "--quick", "--threads", "1", "--repeats", "1", "--device", "cpu"),
+        *("--results", str(path), "--providers", *names),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = _records.read(path)
+    measured = {(row["stage"], row["provider"]) for row in rows if row["median_ms"]}
+    for stage in ("photo", "encode", "sample", "decode", "tiles"):
+        assert {(stage, name) for name in names[:3]} <= measured
+    # Left to itself bfloat16 takes other paths of tokens: its latents need not be float32's.
+    free = ("sample", "eager:bfloat16")
+    assert all(row["wrong_rows"] in ("0", "") or (row["stage"], row["provider"]) == free for row in rows)
+
+
 def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main(

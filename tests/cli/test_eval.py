@@ -42,7 +42,7 @@ def lpips_weights(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, device: torch.device) -> HitSR:
+    def load(name: str, device: torch.device, dtype: torch.dtype | None) -> HitSR:
         if name != "hit-tiny":
             raise ModelNotFoundError(f"model: no {name!r}")
         return HitSR(NearestModel(), device)
