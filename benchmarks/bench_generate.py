@@ -118,13 +118,13 @@ class GenerateCase(Case):
     def wrong_rows(self, result: Any, expected: Any) -> int:
         """Images or latents that are less than 35 dB from the plain path's, or not finite.
 
-        Tokens of random weights are near ties, which a rounding decides, and what follows is another image.
-        So of "sample" and "tiles" of such weights only shapes and finite values are asked for. The images of
-        another model are not compared.
+        A rounding decides where two codes are all but equally likely, and other tokens follow. So only shapes
+        and finite values are asked of "sample", and of "tiles" with random weights; the tests compare tokens.
+        The images of another model are not compared.
         """
         if isinstance(result, _OtherModel):
             return 0
-        chaotic = self.preset != "hit-tiny" and self.stage in ("sample", "tiles")
+        chaotic = self.stage == "sample" or (self.stage == "tiles" and self.preset != "hit-tiny")
         wrong = 0
         for found, exact in zip(result, expected, strict=True):
             if found.shape != exact.shape or not found.isfinite().all():
