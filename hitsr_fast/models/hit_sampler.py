@@ -23,14 +23,15 @@ if TYPE_CHECKING:
 class HitSampler(nn.Module):
     """The transformer of a `HitVar` and its quantizer, laid out for sampling.
 
-    Weights are held once, in one dtype, and shared with the model where that is its own. AdaLN, which depends
-    on the class alone, is a table of three rows; level and position embeddings are added up beforehand. All
-    shapes are static. On a GPU the steps, the draws and the inputs in between are one CUDA graph for each
+    Weights are held once, and shared with the model where the dtype is its own: those of the blocks in
+    `dtype`, the rest, and what passes from block to block, in float32 at least. AdaLN, which depends on the
+    class alone, is a table of three rows; level and position embeddings are added up beforehand. All shapes
+    are static. On a GPU the steps, the draws and the inputs in between are one CUDA graph for each
     batch size and plan; the first call of a kind runs as it is.
 
     Args:
         model: Whose weights to take. Later changes of them may or may not be seen: make a new sampler.
-        dtype: Of transformer and cache; by default the model's. The quantizer stays in float32 at least.
+        dtype: Of the blocks' products and of the cache; by default the model's.
         cuda_graphs: False leaves out the graphs.
     """
 
@@ -68,17 +69,13 @@ class HitSampler(nn.Module):
                 "word_weight": transformer.word_embed.weight,
                 "word_bias": transformer.word_embed.bias,
                 "places": torch.cat(places),
-            }
-            for name, tensor in tensors.items():
-                self.register_buffer(name, tensor.detach().to(dtype), persistent=False)
-            # In float32 at least: what decides between codes, and what each row is multiplied by.
-            wide = torch.promote_types(transformer.head.weight.dtype, torch.float32)
-            tensors = {
                 "head_weight": transformer.head.weight,
                 "head_bias": transformer.head.bias,
                 "modulation": modulation_table([block.ada_lin for block in blocks], classes),
                 "head_modulation": modulation_table([transformer.head_nm.ada_lin], classes)[0],
             }
+            # What is outside the blocks is small, and decides between codes: in float32 at least.
+            wide = torch.promote_types(transformer.head.weight.dtype, torch.float32)
             for name, tensor in tensors.items():
                 self.register_buffer(name, tensor.detach().to(wide), persistent=False)
         self.quantizer = MultiScaleQuantizer(self.config.tokenizer)
@@ -146,8 +143,8 @@ class HitSampler(nn.Module):
         self, lr_features: Tensor, class_id: Tensor, states: Tensor | None, plan: SamplingPlan
     ) -> tuple[Tensor, ...]:
         """Tokens and latents; waits for nothing on the device."""
-        batch, dtype = len(class_id), self.body_dtype
-        features, prefix = lr_features.to(dtype), self.config.tokenizer.latent_size**2
+        batch, features = len(class_id), lr_features.to(self.places.dtype)
+        prefix = self.config.tokenizer.latent_size**2
         steps, guided = len(plan.strengths), plan.guided_steps
         walk = ReconstructionWalk(self.quantizer, batch, ar_grid=self.config.transformer.ar_grid)
         classes = class_id
@@ -178,8 +175,8 @@ class HitSampler(nn.Module):
 
     @property
     def body_dtype(self) -> torch.dtype:
-        """The dtype of transformer and cache."""
-        return self.places.dtype
+        """The dtype of the blocks' products and of the cache."""
+        return self.body.dtype
 
     def _embed(self, step: int, pooled: Tensor | None, features: Tensor, classes: Tensor) -> Tensor:
         """Tokens of a scale, `(B, L, width)`; those of scale 0 after the prefix."""
@@ -209,7 +206,7 @@ class HitSampler(nn.Module):
 
         In float32 throughout: rounded to bfloat16, one in fifty of a row's largest logits is another's.
         """
-        normed = modulated_layer_norm(x.to(self.head_weight.dtype), *modulation.unbind())
+        normed = modulated_layer_norm(x, *modulation.unbind())
         return F.linear(normed, self.head_weight, self.head_bias).float()
 
 

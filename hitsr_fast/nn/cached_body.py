@@ -103,19 +103,20 @@ class CachedBlock(nn.Module):
         """The block's output for new tokens `x` `(B, L, C)` at places from `start` on.
 
         Args:
-            x: In the dtype of the weights.
+            x: Floating; in float32 it loses less from block to block.
             modulation: `(6, B, C)`, in VAR's order.
             k_cache, v_cache: `(B, T, NH, D)`; rows from `start` on are written.
             start: Tokens before these.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind()
-        qkv = F.linear(modulated_layer_norm(x, scale1, shift1, eps=self.eps), self.qkv_weight)
+        dtype = self.qkv_weight.dtype
+        qkv = F.linear(modulated_layer_norm(x, scale1, shift1, eps=self.eps).to(dtype), self.qkv_weight)
         q_scale = None if self.q_scale is None else self.q_scale.float()  # also after `.to(dtype)`
         q = attention_prologue(qkv, k_cache, v_cache, start, bias=self.qkv_bias, q_scale=q_scale)
         end = start + x.shape[1]
         attended = cached_attention(q, k_cache, v_cache, end, softmax_scale=self.softmax_scale)
         x = gated_residual(x, F.linear(attended.flatten(2), self.proj_weight, self.proj_bias), gamma1)
-        normed = modulated_layer_norm(x, scale2, shift2, eps=self.eps)
+        normed = modulated_layer_norm(x, scale2, shift2, eps=self.eps).to(dtype)
         hidden = linear_gelu(normed, self.fc1_weight, self.fc1_bias)
         return gated_residual(x, F.linear(hidden, self.fc2_weight, self.fc2_bias), gamma2)
 
@@ -127,7 +128,7 @@ class CachedBody(nn.Module):
         blocks: See `CachedBlock`.
         heads: Attention heads.
         softmax_scale: Factor of the scores.
-        dtype: Of weights, tokens and cache.
+        dtype: Of weights and cache.
         eps: Of the layer norms.
     """
 
@@ -143,6 +144,11 @@ class CachedBody(nn.Module):
         self.heads = heads
         self.blocks = nn.ModuleList(CachedBlock(block, heads, softmax_scale, dtype, eps) for block in blocks)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of weights and cache."""
+        return next(self.buffers()).dtype
+
     def new_cache(self, batch: int, tokens: int) -> KVCache:
         """A cache for `batch` sequences of up to `tokens` tokens."""
         weight = next(self.buffers())
@@ -155,7 +161,7 @@ class CachedBody(nn.Module):
         """Output `(B, L, C)` for new tokens `x` `(B, L, C)`, which see the first `start` ones and themselves.
 
         Args:
-            x: In the dtype of the weights.
+            x: Floating, as is the output.
             modulation: `(layers, 6, B, C)`: a block's six rows, in VAR's order.
             cache: From `new_cache`; rows from `start` on are written.
             start: Tokens before these.
