@@ -14,7 +14,7 @@ from hitsr_fast.nn.quantizer import MultiScaleQuantizer, ReconstructionWalk
 from hitsr_fast.nn.sampling import SamplingPlan, sampling_plan
 from hitsr_fast.ops import modulated_layer_norm
 from hitsr_fast.ops.cuda_graphs import Graphs, capturing
-from hitsr_fast.ops.validation import has_values
+from hitsr_fast.ops.validation import FLOATING, INDEX, check_shape, check_tensor, has_values
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var import HitVar
@@ -123,12 +123,20 @@ class HitSampler(nn.Module):
             Tokens `(B, T)` int64, and the latent `(B, C, h, w)` of each finished target, float32.
 
         Raises:
-            ValueError: If an option is out of its range.
+            TypeError: If a tensor is of another dtype.
+            ValueError: If a shape does not fit or an option is out of its range.
         """
-        tokenizer = self.config.tokenizer
+        tokenizer, size = self.config.tokenizer, self.config.tokenizer.latent_size
+        check_tensor("lr_features", lr_features, FLOATING, like=self.places)
+        check_shape("lr_features", lr_features, "B C h w", C=tokenizer.code_dim, h=size, w=size)
+        check_tensor("class_id", class_id, INDEX, like=lr_features)
+        check_shape("class_id", class_id, "B", B=len(lr_features))
+        last = len(tokenizer.targets) if targets is None else targets
+        if not 1 <= last <= len(tokenizer.targets):
+            raise ValueError(f"targets: expected 1 to {len(tokenizer.targets)}, found {targets}")
         plan = sampling_plan(
             len(tokenizer.scales),
-            tokenizer.target_steps[(targets or len(tokenizer.targets)) - 1],
+            tokenizer.target_steps[last - 1],
             guidance=guidance,
             guided_scales=guided_scales,
             top_k=top_k,

@@ -191,6 +191,27 @@ def test_sampling_repeats_with_a_seeded_generator(seed: int) -> None:
     assert not torch.equal(first, draw(seed + 1))
 
 
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (
+            {"lr_features": torch.zeros(2, 6, 8, 7)},
+            ValueError,
+            r"lr_features: expected shape \(B, C=6, h=8, w=8\)",
+        ),
+        ({"lr_features": torch.zeros(2, 6, 8, 8).int()}, TypeError, "lr_features: expected dtype float16 or"),
+        ({"class_id": torch.zeros(3, dtype=torch.int64)}, ValueError, r"class_id: expected shape \(B=2\)"),
+        ({"class_id": torch.zeros(2)}, TypeError, "class_id: expected dtype int64"),
+        ({"targets": 0}, ValueError, "targets: expected 1 to 3, found 0"),
+        ({"targets": 4}, ValueError, "targets: expected 1 to 3, found 4"),
+    ],
+)
+def test_wrong_arguments_are_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    features, classes = inputs()
+    with pytest.raises(error, match=message):
+        HitSampler(micro_model()).sample(**({"lr_features": features, "class_id": classes} | changes))
+
+
 def test_weights_are_held_once() -> None:
     model = micro_model()
     block, original = HitSampler(model).body.blocks[0], model.transformer.blocks[0]
