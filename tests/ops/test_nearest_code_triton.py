@@ -44,7 +44,7 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None
     with use_backend("triton"), pytest.raises(BackendUnavailableError) as error:
         nearest_code(x, codebook)
-    assert f"triton     {reason}" in str(error.value)
+    assert f"triton      {reason}" in str(error.value)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for a, b, expected in [
         (x.double(), codebook, "needs float16, bfloat16 or float32, found x of float64"),

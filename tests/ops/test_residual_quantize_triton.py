@@ -41,7 +41,7 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with use_backend("triton"), pytest.raises(BackendUnavailableError) as error:
             call()
-        assert f"triton     {reason}" in str(error.value)
+        assert f"triton      {reason}" in str(error.value)
     assert triton.supports_step(z, indices, codes.codebook) == (
         "needs CUDA or HIP tensors, found reconstruction on cpu"
     )
