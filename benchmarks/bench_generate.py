@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +30,7 @@ from hitsr_fast.dispatch import use_backend
 from hitsr_fast.models.config import PRESETS
 from hitsr_fast.models.hit_upscaler import HitUpscaler
 from hitsr_fast.models.hit_var import HitVar, load_pretrained
+from hitsr_fast.nn.sampling import sampling_plan
 from hitsr_fast.pipeline import HitSR, find_weights
 from hitsr_fast.reference import hit_sampler as reference
 
@@ -36,7 +38,7 @@ _PHOTO = Path(__file__).parents[1] / "examples" / "budgie-osprey.jpg"
 _MOST_NOISE = 10**-3.5  # 35 dB
 
 Inputs = tuple[Tensor, ...]
-Stage = Literal["tiles", "encode", "sample", "decode", "photo"]
+Stage = Literal["tiles", "encode", "sample", "decode", "photo", "scale"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ class GenerateCase(Case):
         preset: of the model; hit-tiny has trained weights, others random ones.
         stage: "tiles": LR tiles to the images of all targets; "encode", "sample", "decode": its parts, the
             latter two up to and at target number `target`; "photo": a photo of `side` pixels to x1, x2 and x4
-            by `HitSR`.
+            by `HitSR`; "scale": blocks, classifier and choice of scale number `step`, prefix included in 0.
         B: tiles, or photos.
         target: number of the last target.
         side: of the photo.
+        step: number of the scale.
     """
 
     preset: str
@@ -58,6 +61,7 @@ class GenerateCase(Case):
     B: int = 1
     target: int = 2
     side: int = 0
+    step: int = 0
 
     @property
     def items(self) -> int:
@@ -78,29 +82,46 @@ class GenerateCase(Case):
                     seen = torch.empty(self.B, 3, side * stride, side * stride)
                     model.decode(torch.empty(self.B, tokenizer.code_dim, side, side), target, seen)
         if self.stage in ("tiles", "sample", "photo"):
-            total += self.B * self._transformer_flops()
+            steps = tokenizer.target_steps[self.target]
+            total += self.B * sum(self._transformer_flops(step) for step in range(steps))
+        elif self.stage == "scale":
+            total += self.B * self._transformer_flops(self.step)
         tiles = (4 * self.side / tokenizer.image_size) ** 2 if self.stage == "photo" else 1
         return int((counter.get_total_flops() + total) * tiles)
 
-    def _transformer_flops(self) -> int:
-        """Blocks and classifier for one image, AdaLN and embeddings left out."""
+    def _transformer_flops(self, step: int) -> int:
+        """Blocks and classifier for one scale of one image, AdaLN and embeddings left out."""
         config = PRESETS[self.preset]
         width, depth = config.transformer.width, config.transformer.depth
-        steps = config.tokenizer.target_steps[self.target]
-        lengths = [side * side for side in config.tokenizer.scales[:steps]]
-        blocks = [config.tokenizer.latent_size**2 + lengths[0], *lengths[1:]]
-        pairs = sum(block * sum(blocks[: i + 1]) for i, block in enumerate(blocks))
-        classifier = 2 * width * config.tokenizer.codebook_size * sum(lengths)
-        return depth * (24 * width**2 * sum(blocks) + 4 * width * pairs) + classifier
+        start, length = self.tokens(step)
+        classifier = 2 * width * config.tokenizer.codebook_size * config.tokenizer.scales[step] ** 2
+        return depth * (24 * width**2 * length + 4 * width * length * (start + length)) + classifier
+
+    def tokens(self, step: int) -> tuple[int, int]:
+        """How many are before a scale, prefix included, and how many it adds."""
+        tokenizer = PRESETS[self.preset].tokenizer
+        ends = list(accumulate((side * side for side in tokenizer.scales), initial=tokenizer.latent_size**2))
+        start = ends[step] if step > 0 else 0
+        return start, ends[step + 1] - start
 
     def inputs(self, device: torch.device) -> Inputs:
-        """LR tiles; for "sample" their features; for "decode" a latent and the tiles; or a photo."""
+        """LR tiles; for "sample" their features; for "decode" a latent and the tiles; or a photo.
+
+        For "scale" tokens, and keys and values `(layers, B, NH, T, D)` of those before.
+        """
         with Image.open(_PHOTO) as photo:
             pixels = torch.from_numpy(np.array(photo.convert("RGB"))).permute(2, 0, 1)[None].float() / 255
         if self.stage == "photo":
             image = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True)
             return (image.clamp(0, 1).expand(self.B, -1, -1, -1).to(device),)
         model = _model(self.preset, device)
+        if self.stage == "scale":
+            body, (start, length) = PRESETS[self.preset].transformer, self.tokens(self.step)
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(self.B, length, body.width, generator=generator)
+            shape = (2, body.depth, self.B, body.heads, start, body.width // body.heads)
+            k, v = torch.randn(shape, generator=generator)
+            return x.to(device), F.normalize(k, dim=-1).to(device), v.to(device)
         tiles = F.interpolate(pixels, (model.lr_tile, model.lr_tile), mode="bicubic", antialias=True)
         tiles = (tiles.clamp(0, 1) * 2 - 1).expand(self.B, -1, -1, -1).to(device)
         if self.stage in ("tiles", "encode"):
@@ -170,12 +191,42 @@ def _plain(case: GenerateCase, inputs: Inputs) -> Call:
         "encode": lambda: (model.lr_features(inputs[0]),),
         "sample": lambda: reference.sample(model, inputs[0], _classes(inputs[0]), targets=target + 1)[1],
         "decode": lambda: (model.decode([inputs[0]] * 3, target, inputs[1]).clamp(-1, 1),),
+        "scale": lambda: _plain_scale(model, case, inputs),
         "photo": lambda: _images(sr.upscale(inputs[0])),
     }
 
     def call() -> Any:
         with use_backend("reference"), torch.no_grad():
             return calls[stage]()
+
+    return call
+
+
+def _plain_scale(model: HitVar, case: GenerateCase, inputs: Inputs) -> Sequence[Tensor]:
+    """Logits of one scale, and the choice that is made of them."""
+    x, keys, values = inputs
+    before = None if case.step == 0 else list(zip(keys, values, strict=True))
+    caches: Any = before or [None] * len(keys)
+    condition = model.transformer.class_emb(_classes(x))
+    logits = reference.step_logits(model.transformer, x, condition, caches)
+    logits = logits[:, -(PRESETS[case.preset].tokenizer.scales[case.step] ** 2) :]
+    logits.argmax(dim=-1)
+    return (logits,)
+
+
+def _our_scale(upscaler: HitUpscaler, case: GenerateCase, inputs: Inputs) -> Call:
+    """The same from a cache that holds the tokens before."""
+    sampler, (x, keys, values) = upscaler.sampler, inputs
+    start, length = case.tokens(case.step)
+    cache = sampler.body.new_cache(len(x), start + length)
+    cache.k[:, :, :start], cache.v[:, :, :start] = keys.transpose(2, 3), values.transpose(2, 3)
+    plan = sampling_plan(1, 1)
+
+    def call() -> Sequence[Tensor]:
+        with torch.no_grad():
+            logits = sampler.step_logits(x, _classes(x), cache, start, case.step)
+            plan.draw(logits, None, None, 0)
+            return (logits,)
 
     return call
 
@@ -194,7 +245,7 @@ def _ours(dtype: torch.dtype, graphs: bool) -> Provider[GenerateCase]:
             "decode": lambda: (upscaler.decode(inputs[0], case.target, inputs[1]),),
             "photo": lambda: _images(sr.upscale(inputs[0])),
         }
-        return calls[case.stage]
+        return _our_scale(upscaler, case, inputs) if case.stage == "scale" else calls[case.stage]
 
     def unavailable(case: GenerateCase, inputs: Inputs) -> str | None:
         return "CUDA graphs need a CUDA device" if graphs and not inputs[0].is_cuda else None
@@ -266,6 +317,7 @@ BENCHMARK = Benchmark(
         GenerateCase("hit-d16", "sample"),
         GenerateCase("hit-d16", "decode"),
         GenerateCase("hit-d16", "tiles"),
+        *(GenerateCase("hit-d16", "scale", step=step) for step in range(10)),
     ),
     quick=(
         GenerateCase("hit-tiny", "photo", side=32),
@@ -273,5 +325,7 @@ BENCHMARK = Benchmark(
         GenerateCase("hit-tiny", "sample", target=1),
         GenerateCase("hit-tiny", "decode", target=0),
         GenerateCase("hit-tiny", "tiles"),
+        GenerateCase("hit-tiny", "scale"),
+        GenerateCase("hit-tiny", "scale", step=3),
     ),
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.nn.cached_body import CachedBody, modulation_table
+from hitsr_fast.nn.cached_body import CachedBody, KVCache, modulation_table
 from hitsr_fast.nn.quantizer import MultiScaleQuantizer, ReconstructionWalk
 from hitsr_fast.nn.sampling import SamplingPlan, sampling_plan
 from hitsr_fast.ops import modulated_layer_norm
@@ -180,6 +180,23 @@ class HitSampler(nn.Module):
             tokens.append(codes)
             pooled = walk.advance(codes)
         return torch.cat(tokens, 1), *walk.finished
+
+    @torch.no_grad()
+    def step_logits(self, x: Tensor, class_id: Tensor, cache: KVCache, start: int, step: int) -> Tensor:
+        """Blocks and classifier on the tokens of one scale, for programs that hold the cache themselves.
+
+        Args:
+            x: `(B, L, width)`, floating; of scale 0 after the prefix.
+            class_id: `(B,)` int64.
+            cache: From `body.new_cache`; rows from `start` on are written.
+            start: Tokens before these.
+            step: Number of the scale.
+
+        Returns:
+            `(B, scales[step] ** 2, K)` float32.
+        """
+        x = self.body(x, self.modulation[:, :, class_id], cache, start)[:, -self._lengths[step] :]
+        return self._logits(x, self.head_modulation[:, class_id])
 
     @property
     def body_dtype(self) -> torch.dtype:

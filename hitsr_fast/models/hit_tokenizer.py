@@ -13,6 +13,15 @@ from hitsr_fast.nn.quantizer import MultiScaleQuantizer
 from hitsr_fast.ops import TokenizedPyramid
 
 
+def enlarged(lr: Tensor, config: TokenizerConfig, target: int) -> Tensor:
+    """LR tiles `(B, 3, t, t)` at the side of target number `target`, bilinear (HIT-VAR, 4.1).
+
+    In the tiles' own dtype: the antialiased filter has no 16-bit version on the CPU.
+    """
+    side = config.target_sizes[target] * config.stride
+    return resize(lr, (side, side), "bilinear")
+
+
 class HitTokenizer(nn.Module):
     """Images to tokens and back, at each target size (HIT-VAR, section 3.1 and Algorithm 1).
 

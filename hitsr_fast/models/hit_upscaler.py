@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hitsr_fast.models.hit_sampler import HitSampler
-from hitsr_fast.nn.autoencoder import resize
+from hitsr_fast.models.hit_tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class HitUpscaler(nn.Module):
     @torch.no_grad()
     def lr_features(self, lr: Tensor) -> Tensor:
         """Latent `(B, C, h, w)` of LR tiles `(B, 3, t, t)` brought to the full side (HIT-VAR, 4.1)."""
-        features: Tensor = self.encoder(self._enlarged(lr, len(self.scale_factors) - 1))
+        image = enlarged(lr, self.config.tokenizer, len(self.scale_factors) - 1)
+        features: Tensor = self.encoder(self._channels_last(image))
         return features
 
     @torch.no_grad()
@@ -102,14 +103,11 @@ class HitUpscaler(nn.Module):
             target: Number of the target, 0 the coarsest.
             lr: The LR tiles, for decoders that look at them.
         """
-        seen = self._enlarged(lr, target) if self.config.tokenizer.decoder_lr else None
+        config, seen = self.config.tokenizer, None
+        if config.decoder_lr:
+            seen = self._channels_last(enlarged(lr, config, target))
         image: Tensor = self.decoders[target](self._channels_last(latent), seen)
         return image.float().clamp(-1, 1)
-
-    def _enlarged(self, lr: Tensor, target: int) -> Tensor:
-        side = self.config.tokenizer.target_sizes[target] * self.config.tokenizer.stride
-        # Enlarged in the images' own dtype: the antialiased filter has no 16-bit version on the CPU.
-        return self._channels_last(resize(lr, (side, side), "bilinear"))
 
     def _channels_last(self, x: Tensor) -> Tensor:
         return x.to(self.sampler.body_dtype, memory_format=torch.channels_last)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from hitsr_fast.models.checkpoints import load_state
 from hitsr_fast.models.config import HitConfig
 from hitsr_fast.models.hit_sampler import HitSampler
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.models.hit_tokenizer import HitTokenizer, enlarged
 from hitsr_fast.models.hit_transformer import HitTransformer
 from hitsr_fast.models.hit_upscaler import HitUpscaler
-from hitsr_fast.nn.autoencoder import resize
 
 SCALE = 4  # LR side to full side; the paper trains x4 only
 
@@ -45,11 +44,8 @@ class HitVar(nn.Module):
         return self.tokenizer.encode(self.lr_image(lr, len(self.config.tokenizer.targets) - 1))
 
     def lr_image(self, lr: Tensor, target: int) -> Tensor:
-        """LR tiles `(B, 3, t, t)` at the side of target number `target`, bilinear, in the weights' dtype."""
-        config = self.config.tokenizer
-        side = config.target_sizes[target] * config.stride
-        # Enlarged in the images' own dtype: the antialiased filter has no 16-bit version on the CPU.
-        return resize(lr, (side, side), "bilinear").to(self.tokenizer.quant_conv.weight.dtype)
+        """LR tiles `(B, 3, t, t)` at the side of target number `target`, in the weights' dtype."""
+        return enlarged(lr, self.config.tokenizer, target).to(self.tokenizer.quant_conv.weight.dtype)
 
     def decode(self, latents: Sequence[Tensor], target: int, lr: Tensor) -> Tensor:
         """Image `(B, 3, side, side)`, not clamped, of target number `target`.

@@ -82,7 +82,6 @@ class CachedBlock(nn.Module):
         self.heads, self.softmax_scale, self.eps = heads, softmax_scale, eps
         attn, ffn = block.attn, block.ffn
         zeros = torch.zeros_like(attn.q_bias)
-        # None stands for absent, so that every name is there on every block.
         weights = {
             "qkv_weight": attn.mat_qkv.weight,
             "qkv_bias": torch.cat([attn.q_bias, zeros, attn.v_bias]),
@@ -97,6 +96,7 @@ class CachedBlock(nn.Module):
             self.register_buffer(name, weight.detach().to(dtype), persistent=False)
         log_scale = getattr(attn, "scale_mul_1H11", None)
         q_scale = None if log_scale is None else score_factor(log_scale.detach())
+        # None where there is no norm: the name is there on every block.
         self.register_buffer("q_scale", q_scale, persistent=False)
 
     def forward(self, x: Tensor, modulation: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> Tensor:

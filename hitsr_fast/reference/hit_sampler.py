@@ -63,15 +63,15 @@ def sample(
             rows = inputs.to(condition.dtype).flatten(2).transpose(1, 2)
             rows = rows if strengths is None else torch.cat([rows, rows])
             x = transformer.scale_block(rows, lr_features, step)
-        for number, block in enumerate(transformer.blocks):
-            x, caches[number] = _block(block, x, condition, caches[number])
-        scale, shift = transformer.head_nm.ada_lin(condition)[:, None].chunk(2, dim=-1)
-        logits = transformer.head(_norm(x, scale, shift)).float()[:, -(tokenizer.scales[step] ** 2) :]
-        uncond, strength = None, 0.0
-        if strengths is not None and strengths[step] > 0:
-            uncond, strength = logits[batch:], strengths[step]
-        state = None if states is None else states[step]
-        tokens.append(sample_codes(logits[:batch], uncond, state, strength, top_k, top_p, 1.0))
+        both = step_logits(transformer, x, condition, caches)[:, -(tokenizer.scales[step] ** 2) :]
+        logits, strength = both[:batch], 0.0 if strengths is None else strengths[step]
+        uncond = both[batch:] if strength > 0 else None
+        if top_k == 1:
+            guided = logits if uncond is None else (1 + strength) * logits - strength * uncond
+            tokens.append(guided.argmax(dim=-1))
+        else:
+            state = None if states is None else states[step]
+            tokens.append(sample_codes(logits, uncond, state, strength, top_k, top_p, 1.0))
         inputs = reconstruction.advance(step, tokens[-1])
     return torch.cat(tokens, 1), reconstruction.maps
 
@@ -85,6 +85,28 @@ def super_resolve(model: Any, lr: Tensor, class_id: int = 0) -> dict[int, Tensor
         factor: model.decode(latents, target, lr).float().clamp(-1, 1)
         for target, factor in enumerate(model.scale_factors)
     }
+
+
+def step_logits(
+    transformer: Any, x: Tensor, condition: Tensor, caches: list[tuple[Tensor, Tensor] | None]
+) -> Tensor:
+    """Blocks and classifier on new tokens.
+
+    Args:
+        transformer: A `HitTransformer`.
+        x: `(B, L, width)`.
+        condition: `(B, width)`, class vectors.
+        caches: Of each block, keys and values `(B, NH, T, D)` of the tokens before, or None; those of the new
+            tokens are added.
+
+    Returns:
+        `(B, L, K)`, float32 at least.
+    """
+    for number, block in enumerate(transformer.blocks):
+        x, caches[number] = _block(block, x, condition, caches[number])
+    scale, shift = transformer.head_nm.ada_lin(condition)[:, None].chunk(2, dim=-1)
+    logits: Tensor = transformer.head(_norm(x, scale, shift)).float()
+    return logits
 
 
 def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def test_a_quick_run_of_the_whole_way_is_right_at_every_stage(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     rows = _records.read(path)
     measured = {(row["stage"], row["provider"]) for row in rows if row["median_ms"]}
-    for stage in ("photo", "encode", "sample", "decode", "tiles"):
+    for stage in ("photo", "encode", "sample", "decode", "tiles", "scale"):
         assert {(stage, name) for name in names[:3]} <= measured
     assert all(row["wrong_rows"] in ("0", "") and (row["median_ms"] or row["reason"]) for row in rows)
 

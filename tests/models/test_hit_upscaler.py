@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -78,6 +79,19 @@ def test_bfloat16_gives_nearly_the_images_of_float32() -> None:
         exact = HitUpscaler(model).decode(latent, target, lr)
         mse = (half.decode(latent, target, lr) - exact).square().mean() / 4  # of values in [-1, 1]
         assert -10 * mse.log10() > 35
+
+
+@torch.no_grad()
+def test_a_copy_in_float32_is_what_a_tile_of_nan_is_done_again_with() -> None:
+    model, lr = micro_model(SEEING), lr_tiles(1)
+    half = HitUpscaler(model, dtype=torch.bfloat16)
+    again = copy.deepcopy(half).to(torch.float32)
+    assert (half.sampler.body_dtype, again.sampler.body_dtype) == (torch.bfloat16, torch.float32)
+    latent = half.lr_features(lr)
+    exact = HitUpscaler(model).decode(latent, 2, lr)
+    mse = (again.decode(latent, 2, lr) - exact).square().mean() / 4  # the weights have been rounded
+    assert -10 * mse.log10() > 35
+    assert all(image.isfinite().all() for image in again.super_resolve(lr).values())
 
 
 def test_upscaling_does_not_need_the_model() -> None:
