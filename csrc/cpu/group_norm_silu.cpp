@@ -12,6 +12,7 @@
 
 #include "check.h"
 #include "cpu/instruction_sets.h"
+#include "cpu/large_pages.h"
 
 namespace hitsr_fast {
 namespace {
@@ -44,15 +45,16 @@ Kernels<T> kernels_of(const std::string& isa) {
   return {moments_of_pixels<T>, moments_of_run<T>, apply_to_pixels<T>, apply_to_run<T>};
 }
 
-// A map, cut into blocks of a size that does not depend on the number of threads.
+// Maps, cut into blocks of a size that does not depend on the number of threads: of an image's P pixels if they are
+// channels-last, else of a group's width * P values, which lie in a row.
 struct Maps {
   int64_t B, C, P, groups, width;  // width: channels of a group
   bool channels_last;
-  int64_t step, blocks;  // of P pixels if channels-last, else of the width * P values of a group, which lie in one piece
+  int64_t step, blocks;  // pixels or values of a block, and how many there are of an image or group
 
-  Maps(const at::Tensor& x, int64_t groups)
+  Maps(const at::Tensor& x, int64_t groups, bool channels_last)
       : B(x.size(0)), C(x.size(1)), P(x.size(2) * x.size(3)), groups(groups), width(C / groups),
-        channels_last(!x.is_contiguous()),
+        channels_last(channels_last),
         step(channels_last ? std::clamp<int64_t>(kBlock / C, 1, kMostPixels) : kBlock),
         blocks((length() + step - 1) / step) {}
 
@@ -69,11 +71,12 @@ void for_each(int64_t count, int64_t values, const F& task) {
   });
 }
 
-// Of each block: mean [B][blocks][groups], and the same of the squares.
+// Of each block and group, [B][blocks][groups].
 struct Moments {
   std::vector<float> mean, squares;
 
-  explicit Moments(const Maps& maps) : mean(static_cast<size_t>(maps.B * maps.blocks * maps.groups)), squares(mean.size()) {}
+  explicit Moments(const Maps& maps)
+      : mean(static_cast<size_t>(maps.B * maps.blocks * maps.groups)), squares(mean.size()) {}
 };
 
 template <typename T>
@@ -81,17 +84,15 @@ Moments measure(const Maps& maps, const Kernels<T>& kernels, const T* x) {
   Moments moments(maps);
   const int64_t blocks = maps.blocks, groups = maps.groups, C = maps.C;
   if (maps.channels_last) {
-    at::parallel_for(0, maps.B * blocks, std::max<int64_t>(kSmallestShare / (maps.step * C), 1), [&](int64_t begin, int64_t end) {
+    for_each(maps.B * blocks, maps.size(0) * C, [&](int64_t i) {
+      const int64_t image = i / blocks, block = i % blocks;
       std::vector<float> memory(static_cast<size_t>(3 * C));
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t image = i / blocks, block = i % blocks;
-        kernels.moments_of_pixels(
-            x + (image * maps.P + block * maps.step) * C, maps.size(block), groups, maps.width, memory.data(),
-            moments.mean.data() + i * groups, moments.squares.data() + i * groups);
-      }
+      kernels.moments_of_pixels(
+          x + (image * maps.P + block * maps.step) * C, maps.size(block), groups, maps.width, memory.data(),
+          &moments.mean[i * groups], &moments.squares[i * groups]);
     });
   } else {
-    for_each(maps.B * groups * blocks, std::min(maps.step, maps.length()), [&](int64_t i) {
+    for_each(maps.B * groups * blocks, maps.size(0), [&](int64_t i) {
       const int64_t part = i / blocks, block = i % blocks;
       const int64_t to = (part / groups * blocks + block) * groups + part % groups;
       kernels.moments_of_run(
@@ -108,24 +109,24 @@ struct Coefficients {
 
 // Blocks are joined in their order, in double precision.
 Coefficients join(const Maps& maps, const Moments& moments, const float* weight, const float* bias, double eps) {
-  const auto each = static_cast<size_t>(maps.B * maps.C), groups = static_cast<size_t>(maps.groups);
-  Coefficients found{std::vector<float>(each), std::vector<float>(each), std::vector<float>(each)};
-  const double length = static_cast<double>(maps.length()), count = length * (maps.channels_last ? maps.width : 1);
-  std::vector<double> mean(groups), squares(groups);
+  const int64_t groups = maps.groups, blocks = maps.blocks;
+  const auto channels = static_cast<size_t>(maps.B * maps.C);
+  Coefficients found{std::vector<float>(channels), std::vector<float>(channels), std::vector<float>(channels)};
+  const double unit = maps.channels_last ? maps.width : 1, count = unit * static_cast<double>(maps.length());
+  std::vector<double> mean(static_cast<size_t>(groups)), squares(mean.size());
   for (int64_t image = 0; image < maps.B; ++image) {
-    const float* means = moments.mean.data() + image * maps.blocks * maps.groups;
-    const float* parts = moments.squares.data() + image * maps.blocks * maps.groups;
+    const float *means = &moments.mean[image * blocks * groups], *parts = &moments.squares[image * blocks * groups];
     std::fill(mean.begin(), mean.end(), 0.0);
     std::fill(squares.begin(), squares.end(), 0.0);
-    for (int64_t block = 0; block < maps.blocks; ++block) {
-      const double share = static_cast<double>(maps.size(block)) / length;
-      for (int64_t g = 0; g < maps.groups; ++g) mean[g] += share * means[block * maps.groups + g];
+    for (int64_t block = 0; block < blocks; ++block) {
+      const double share = unit * static_cast<double>(maps.size(block)) / count;
+      for (int64_t g = 0; g < groups; ++g) mean[g] += share * means[block * groups + g];
     }
-    for (int64_t block = 0; block < maps.blocks; ++block) {
-      const double values = static_cast<double>(maps.size(block)) * (maps.channels_last ? maps.width : 1);
-      for (int64_t g = 0; g < maps.groups; ++g) {
-        const double apart = means[block * maps.groups + g] - mean[g];
-        squares[g] += parts[block * maps.groups + g] + values * apart * apart;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const double values = unit * static_cast<double>(maps.size(block));
+      for (int64_t g = 0; g < groups; ++g) {
+        const double apart = means[block * groups + g] - mean[g];
+        squares[g] += parts[block * groups + g] + values * apart * apart;
       }
     }
     for (int64_t c = 0; c < maps.C; ++c) {
@@ -142,7 +143,7 @@ template <typename T>
 void apply(const Maps& maps, const Kernels<T>& kernels, const Coefficients& found, const T* x, T* out) {
   const int64_t C = maps.C, P = maps.P;
   if (maps.channels_last) {
-    for_each(maps.B * maps.blocks, maps.step * C, [&](int64_t i) {
+    for_each(maps.B * maps.blocks, maps.size(0) * C, [&](int64_t i) {
       const int64_t image = i / maps.blocks, block = i % maps.blocks, at = (image * P + block * maps.step) * C;
       const int64_t first = image * C;
       kernels.apply_to_pixels(
@@ -155,41 +156,43 @@ void apply(const Maps& maps, const Kernels<T>& kernels, const Coefficients& foun
   }
 }
 
-void check_channels(const at::Tensor& values, int64_t C, const char* name) {
+// Of any floating dtype and strides, as floats in a row.
+at::Tensor floats_of(const at::Tensor& values, int64_t C, const char* name) {
   check_cpu(values, name);
-  check_contiguous(values, name);
-  check_dtype(values, at::kFloat, name);
   TORCH_CHECK_VALUE(values.dim() == 1 && values.size(0) == C, name, ": expected shape (", C, "), found ", values.sizes());
+  return values.to(at::kFloat).contiguous();
 }
 
 template <typename T>
-void run(const at::Tensor& x, const at::Tensor& out, const Maps& maps, const float* weight, const float* bias, double eps, const std::string& isa) {
+void run(
+    const at::Tensor& x, const at::Tensor& out, const Maps& maps, const at::Tensor& weight, const at::Tensor& bias,
+    double eps, const std::string& isa) {
   const Kernels<T> kernels = kernels_of<T>(isa);
   const T* const from = static_cast<const T*>(x.const_data_ptr());
   const Moments moments = measure(maps, kernels, from);
-  apply(maps, kernels, join(maps, moments, weight, bias, eps), from, static_cast<T*>(out.data_ptr()));
+  const Coefficients found = join(
+      maps, moments, static_cast<const float*>(weight.const_data_ptr()), static_cast<const float*>(bias.const_data_ptr()),
+      eps);
+  apply(maps, kernels, found, from, static_cast<T*>(out.data_ptr()));
 }
 
+// x is read as it lies if its channels or its pixels lie in a row, and copied otherwise.
 at::Tensor group_norm_silu(
-    const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, int64_t groups, double eps,
+    const at::Tensor& given, const at::Tensor& weight, const at::Tensor& bias, int64_t groups, double eps,
     const std::string& isa) {
-  check_cpu(x, "x");
-  TORCH_CHECK_VALUE(x.dim() == 4, "x: expected shape (B, C, H, W), found ", x.sizes());
+  check_cpu(given, "x");
+  TORCH_CHECK_VALUE(given.dim() == 4, "x: expected shape (B, C, H, W), found ", given.sizes());
+  const int64_t C = given.size(1), P = given.size(2) * given.size(3);
   TORCH_CHECK_VALUE(
-      x.is_contiguous() || x.is_contiguous(at::MemoryFormat::ChannelsLast),
-      "x: expected a contiguous or channels-last map, found strides ", x.strides());
-  TORCH_CHECK_VALUE(
-      groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0, "groups: expected a divisor of C = ", x.size(1), ", found ",
-      groups);
-  check_channels(weight, x.size(1), "weight");
-  check_channels(bias, x.size(1), "bias");
-  const at::Tensor out = at::empty_like(
-      x, x.is_contiguous() ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
+      groups > 0 && C > 0 && C % groups == 0, "groups: expected a divisor of C = ", C, ", found ", groups);
+  const bool channels_last = C > 1 && P > 1 && given.stride(1) == 1;
+  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  const at::Tensor x = given.contiguous(format), out = at::empty_like(x, format);
+  const at::Tensor weights = floats_of(weight, C, "weight"), biases = floats_of(bias, C, "bias");
   if (out.numel() == 0) return out;
-  const Maps maps(x, groups);
+  advise_large_pages(out);
+  const Maps maps(x, groups, channels_last);
   const std::string set = isa_by_name(isa).name;
-  const float* const weights = static_cast<const float*>(weight.const_data_ptr());
-  const float* const biases = static_cast<const float*>(bias.const_data_ptr());
   switch (x.scalar_type()) {
     case at::kFloat:
       run<float>(x, out, maps, weights, biases, eps, set);
