@@ -17,8 +17,8 @@
 namespace hitsr_fast {
 namespace {
 
-constexpr int64_t kBlock = 16384;        // values that are read twice for their moments: they stay in a near cache
-constexpr int64_t kMostPixels = 512;     // that one channel's sum in a block runs over
+constexpr int64_t kBlock = 16384;         // values that are read twice for their moments: they stay in a near cache
+constexpr int64_t kMostPixels = 512;      // that one channel's sum in a block runs over
 constexpr int64_t kSmallestShare = 8192;  // values that are worth a thread
 
 template <typename T>
@@ -159,7 +159,8 @@ void apply(const Maps& maps, const Kernels<T>& kernels, const Coefficients& foun
 // Of any floating dtype and strides, as floats in a row.
 at::Tensor floats_of(const at::Tensor& values, int64_t C, const char* name) {
   check_cpu(values, name);
-  TORCH_CHECK_VALUE(values.dim() == 1 && values.size(0) == C, name, ": expected shape (", C, "), found ", values.sizes());
+  TORCH_CHECK_VALUE(
+      values.dim() == 1 && values.size(0) == C, name, ": expected shape (", C, "), found ", values.sizes());
   return values.to(at::kFloat).contiguous();
 }
 
@@ -170,9 +171,9 @@ void run(
   const Kernels<T> kernels = kernels_of<T>(isa);
   const T* const from = static_cast<const T*>(x.const_data_ptr());
   const Moments moments = measure(maps, kernels, from);
-  const Coefficients found = join(
-      maps, moments, static_cast<const float*>(weight.const_data_ptr()), static_cast<const float*>(bias.const_data_ptr()),
-      eps);
+  const auto* const factors = static_cast<const float*>(weight.const_data_ptr());
+  const auto* const offsets = static_cast<const float*>(bias.const_data_ptr());
+  const Coefficients found = join(maps, moments, factors, offsets, eps);
   apply(maps, kernels, found, from, static_cast<T*>(out.data_ptr()));
 }
 
@@ -213,7 +214,8 @@ at::Tensor group_norm_silu(
 
 TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
   library.def(
-      "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, str isa) -> Tensor", &group_norm_silu);
+      "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, str isa) -> Tensor",
+      &group_norm_silu);
 }
 
 }  // namespace hitsr_fast

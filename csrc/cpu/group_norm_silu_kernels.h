@@ -26,8 +26,8 @@ constexpr bool kPrecise = true;
 template <>
 constexpr bool kPrecise<Bfloat16> = false;
 
-// y / (1 + e^-y), in place; `values` has room for whole vectors. What is below -87 counts as -87, of which 1e-36 is left, so
-// that the power stays below 2^127.
+// y / (1 + e^-y), in place; `values` has room for whole vectors. What is below -87 counts as -87, of which 1e-36 is
+// left, so that the power stays below 2^127.
 template <typename T>
 inline void silu(float* values, int64_t count) {
   for (int64_t i = count; i % Isa::kLanes != 0; ++i) values[i] = 0;

@@ -1,5 +1,5 @@
-// Powers of two of any Isa, a vector type of avx512.h, avx2.h or plain_lanes.h; included inside an anonymous namespace of its
-// user.
+// Powers of two of any Isa, a vector type of avx512.h, avx2.h or plain_lanes.h; included inside an anonymous namespace
+// of its user.
 
 // 2^x for x below 127; what is below -126 counts as -126. The polynomials are minimax on [0, 1]. Relative error,
 // rounding included: below 2^-23 with kDegree 6, below 2^-13 with 3.
