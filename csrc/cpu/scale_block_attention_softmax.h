@@ -3,6 +3,8 @@
 
 namespace {
 
+#include "cpu/power_of_two.h"
+
 using Scores = typename Isa::Scores;
 constexpr int64_t kLanes = Isa::kLanes, kQueries = kFormat.queries;
 
@@ -12,29 +14,6 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kHeadroom = 8;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// 2^x for x up to kHeadroom; what is below -126 counts as -126. The polynomials are minimax on [0, 1]. Relative error,
-// rounding included: below 2^-23 with kDegree 6, below 2^-13 with 3.
-template <int kDegree>
-inline Scores power_of_two(Scores x) {
-  x = Isa::maximum(Isa::fill(-126), x);  // in this order NaN stays NaN
-  const Scores part = Isa::fraction(x);
-  Scores y;
-  if constexpr (kDegree == 6) {
-    y = Isa::fused(Isa::fill(0.00021709866996388882f), part, Isa::fill(0.0012437442783266306f));
-    y = Isa::fused(y, part, Isa::fill(0.009679085575044155f));
-    y = Isa::fused(y, part, Isa::fill(0.055483222007751465f));
-    y = Isa::fused(y, part, Isa::fill(0.24022985994815826f));
-    y = Isa::fused(y, part, Isa::fill(0.6931470036506653f));
-    y = Isa::fused(y, part, Isa::fill(1.0f));
-  } else {
-    static_assert(kDegree == 3);
-    y = Isa::fused(Isa::fill(0.07802452147006989f), part, Isa::fill(0.22606715559959412f));
-    y = Isa::fused(y, part, Isa::fill(0.6958335638046265f));
-    y = Isa::fused(y, part, Isa::fill(0.9999251961708069f));
-  }
-  return Isa::times_power_of_two(y, x);
-}
 
 // What is kept of a tile from one block of keys to the next.
 struct State {

@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+GROUPS, EPS = 32, 1e-6  # VAR's, of each group norm
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with VAR's 32 groups and eps."""
-    return nn.GroupNorm(32, channels, eps=1e-6)
+
+class NormSiLU(nn.GroupNorm):
+    """Group norm, then SiLU: what each 3x3 convolution but those that change the resolution takes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(GROUPS, channels, eps=EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
 
 
 class ResidualBlock(nn.Module):
@@ -16,16 +23,16 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = NormSiLU(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = NormSiLU(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         out: Tensor = self.nin_shortcut(x) + h
         return out
 
@@ -35,7 +42,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = nn.GroupNorm(GROUPS, channels, eps=EPS)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
@@ -154,7 +161,7 @@ class Encoder(nn.Module):
             self.down.append(DownLevel(widths, attention=last, downsample=not last))
             width = out
         self.mid = Mid(width)
-        self.norm_out = group_norm(width)
+        self.norm_out = NormSiLU(width)
         self.conv_out = nn.Conv2d(width, code_dim, 3, padding=1)
         self.stride = stem_patch * 2 ** (len(levels) - 1)
         self.skip = nn.Conv2d(3 * self.stride**2, code_dim, 1) if linear_skip else None
@@ -163,7 +170,7 @@ class Encoder(nn.Module):
         x = self.conv_in(F.pixel_unshuffle(image, self.stem_patch))
         for level in self.down:
             x = level(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        out: Tensor = self.conv_out(self.norm_out(self.mid(x)))
         return out if self.skip is None else out + self.skip(F.pixel_unshuffle(image, self.stride))
 
 
@@ -200,7 +207,7 @@ class Decoder(nn.Module):
             up.insert(0, UpLevel(widths, attention=i == len(levels) - 1, upsample=i > 0))
             width = levels[i]
         self.up = nn.ModuleList(up)
-        self.norm_out = group_norm(width)
+        self.norm_out = NormSiLU(width)
         self.conv_out = nn.Conv2d(width, 3 * stem_patch**2, 3, padding=1)
         self.stride = stem_patch * 2 ** (len(levels) - 1)
         self.skip = nn.Conv2d(code_dim, 3 * self.stride**2, 1) if linear_skip else None
@@ -219,7 +226,7 @@ class Decoder(nn.Module):
         if self.lr_in is not None and lr is not None:
             x = x + self.lr_in(F.pixel_unshuffle(lr, self.stem_patch))
         x = self.up[0](x)
-        image = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.stem_patch)
+        image = F.pixel_shuffle(self.conv_out(self.norm_out(x)), self.stem_patch)
         if self.skip is not None:
             image = image + F.pixel_shuffle(self.skip(latent), self.stride)
         if self.lr_out is not None and lr is not None:

@@ -1,6 +1,7 @@
 """The public ops: each checks its arguments and calls `torch.ops.hitsr_fast.<op>`, which picks a backend."""
 
 from hitsr_fast.ops.attention_prologue import attention_prologue
+from hitsr_fast.ops.group_norm_silu import group_norm_silu
 from hitsr_fast.ops.modulated_layer_norm import gated_residual, modulated_layer_norm
 from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, nearest_code, prepare_codebook
 from hitsr_fast.ops.residual_quantize import (
@@ -25,6 +26,7 @@ __all__ = [
     "attention_prologue",
     "cached_attention",
     "gated_residual",
+    "group_norm_silu",
     "modulated_layer_norm",
     "nearest_code",
     "nearest_phi",

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hitsr_fast.nn.autoencoder import Decoder, Downsample, Encoder, SpatialAttention, resize
+from hitsr_fast.nn.autoencoder import Decoder, Downsample, Encoder, NormSiLU, SpatialAttention, resize
 from tests.tolerances import TOLERANCES
 
 CLOSE = TOLERANCES["float32_reordered"]._asdict()
@@ -74,6 +74,20 @@ def test_spatial_attention_is_single_head_attention_over_positions() -> None:
     weights = (q.transpose(1, 2) @ k / 32**0.5).softmax(-1)
     out = (v @ weights.transpose(1, 2)).view_as(x)
     torch.testing.assert_close(attention(x), x + attention.proj_out(out), **CLOSE)
+
+
+def test_norm_then_silu_with_gradients() -> None:
+    norm = NormSiLU(64).double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(2, 64, 3, 4, dtype=torch.float64, requires_grad=True)
+    expected = F.silu(F.group_norm(x, 32, norm.weight, norm.bias, 1e-6))
+    found = norm(x)
+    assert torch.equal(found, expected)
+    inputs = (x, norm.weight, norm.bias)
+    grads = torch.autograd.grad(found.sin().sum(), inputs)
+    for actual, want in zip(grads, torch.autograd.grad(expected.sin().sum(), inputs), strict=True):
+        assert torch.equal(actual, want)
+    assert list(norm.state_dict()) == ["weight", "bias"], "the keys are VAR's"
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "area"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hitsr_fast.nn.autoencoder import Decoder, Encoder, Upsample
-from hitsr_fast.nn.inference import FoldedUpsample, for_inference
+from hitsr_fast.nn.autoencoder import Decoder, Encoder, NormSiLU, SpatialAttention, Upsample
+from hitsr_fast.nn.inference import FoldedUpsample, FusedNormSiLU, for_inference
 from tests.tolerances import TOLERANCES
 
 
@@ -29,6 +29,34 @@ def test_folded_weights_are_sums_in_float32() -> None:
     exact = FoldedUpsample(plain.to(torch.float64)).weight
     folded = FoldedUpsample(plain.to(torch.bfloat16)).weight
     assert torch.equal(folded, exact.float().bfloat16())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@torch.no_grad()
+def test_norm_and_silu_in_one(channels_last: bool) -> None:
+    plain = NormSiLU(96)
+    torch.nn.init.normal_(plain.weight)
+    torch.nn.init.normal_(plain.bias)
+    fused = FusedNormSiLU(plain)
+    x = torch.randn(2, 96, 5, 7)
+    expected = F.silu(F.group_norm(x, 32, plain.weight, plain.bias, 1e-6))
+    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    found = fused(x)
+    assert found.is_contiguous(memory_format=torch.channels_last) == channels_last
+    torch.testing.assert_close(found, expected, **TOLERANCES["float32_reordered"]._asdict())
+
+
+def test_what_is_swapped() -> None:
+    decoder = Decoder(32, (1, 2), 1, 5, 2, False)
+    prepared = for_inference(decoder, torch.bfloat16)
+    norms = [name for name, module in decoder.named_modules() if isinstance(module, NormSiLU)]
+    assert "norm_out" in norms and "mid.block_1.norm2" in norms
+    fused = {name: module for name, module in prepared.named_modules() if isinstance(module, FusedNormSiLU)}
+    assert list(fused) == norms
+    assert all(module.weight.dtype == torch.bfloat16 for module in fused.values())
+    kinds = {type(module) for module in prepared.modules()}
+    assert not kinds & {NormSiLU, Upsample} and {FoldedUpsample, SpatialAttention} <= kinds
+    assert isinstance(prepared.mid.attn_1.norm, torch.nn.GroupNorm), "no SiLU follows it"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

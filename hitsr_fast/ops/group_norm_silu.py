@@ -1,0 +1,78 @@
+"""`group_norm_silu`: what stands before each convolution of the autoencoder, in two passes over the map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import hitsr_fast.reference.group_norm_silu as reference
+from hitsr_fast.dispatch import Backend, register
+from hitsr_fast.ops import group_norm_silu_cpu as cpu
+from hitsr_fast.ops import group_norm_silu_triton as triton
+from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, eps: float = 1e-6) -> Tensor:
+    """SiLU of a group norm: `y / (1 + exp(-y))` of `y = (x - mean) / sqrt(var + eps) * weight + bias`.
+
+    Mean and variance (of the population) are those of an image's C / groups neighbouring channels.
+
+    Args:
+        x: float16, bfloat16, float32 or float64, `(B, C, H, W)`, C at least 1. Any strides; contiguous and
+            channels-last maps are read as they lie.
+        weight: of those dtypes, `(C,)`.
+        bias: of those dtypes, `(C,)`.
+        groups: a divisor of C.
+        eps: added to the variance, above 0.
+
+    Returns:
+        `(B, C, H, W)` in the dtype of x; channels-last where the channels of x lie side by side, else
+        contiguous.
+
+    Raises:
+        TypeError: an argument is not a tensor of those dtypes.
+        ValueError: a shape or device does not fit, `groups` does not divide C, or eps is not above 0.
+        RuntimeError: an argument asks for a gradient; the op has none.
+
+    Notes:
+        Computed in float32 (float64 where an argument has it) and rounded once. Deterministic, on any number
+        of threads.
+        Backends: triton, cpu (both all dtypes but float64), reference.
+        Source: group norm (arXiv 1803.08494) and SiLU as VAR's autoencoder (arXiv 2404.02905) has them.
+
+    Example:
+        >>> x = torch.tensor([1.0, 3.0, 5.0, 5.0]).view(1, 2, 1, 2)
+        >>> group_norm_silu(x, torch.ones(2), torch.tensor([0.0, 9.0]), 2).flatten()
+        tensor([-0.2689,  0.7311,  8.9989,  8.9989])
+    """
+    check_tensor("x", x, FLOATING)
+    check_shape("x", x, "B C H W")
+    C = x.shape[1]
+    if C == 0:
+        raise ValueError(f"x: expected C of at least 1, found shape {tuple(x.shape)}")
+    for name, value in (("weight", weight), ("bias", bias)):
+        check_tensor(name, value, FLOATING, like=x)
+        check_shape(name, value, "C", C=C)
+    if groups < 1 or C % groups != 0:
+        raise ValueError(f"groups: expected a divisor of C = {C}, found {groups}")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps: expected a finite value above 0, found {eps}")
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
+        raise RuntimeError("group_norm_silu: has no gradient; call it under torch.no_grad()")
+    out: Tensor = torch.ops.hitsr_fast.group_norm_silu(x, weight, bias, groups, eps)
+    return out
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=reference.memory_format(x))
+
+
+register(
+    "group_norm_silu(Tensor x, Tensor weight, Tensor bias, SymInt groups, float eps) -> Tensor",
+    backends=[
+        Backend("triton", triton.group_norm_silu_triton, triton.supports, triton.available),
+        Backend("cpu", cpu.group_norm_silu_cpu, cpu.supports, cpu.available),
+        Backend("reference", reference.group_norm_silu),
+    ],
+    fake=_fake,
+)
