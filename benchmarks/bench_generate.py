@@ -225,7 +225,7 @@ def _our_scale(upscaler: HitUpscaler, case: GenerateCase, inputs: Inputs) -> Cal
     def call() -> Sequence[Tensor]:
         with torch.no_grad():
             logits = sampler.step_logits(x, _classes(x), cache, start, case.step)
-            plan.draw(logits, None, None, 0)
+            plan.draw(logits.flatten(0, 1)[None], None, 0)
             return (logits,)
 
     return call

@@ -12,17 +12,17 @@ namespace hitsr_fast::adaln {
 #define HITSR_ADALN_KERNELS(isa)                                                                                      \
   namespace isa {                                                                                                     \
   /* memory: [C] floats. mean, rstd: [rows]. */                                                                       \
-  template <typename T>                                                                                               \
+  template <typename T, typename R>                                                                                   \
   void norm(                                                                                                          \
-      const T* x, const float* scale, const float* shift, float eps, int64_t rows, int64_t C, float* memory, T* out,  \
+      const T* x, const float* scale, const float* shift, float eps, int64_t rows, int64_t C, float* memory, R* out,  \
       float* mean, float* rstd);                                                                                      \
   /* memory: [2 * C] floats. */                                                                                       \
   template <typename T>                                                                                               \
   void norm_backward(                                                                                                 \
       const T* grad, const T* x, const float* scale, const float* mean, const float* rstd, int64_t rows, int64_t C,   \
       float* memory, T* grad_x, float* grad_scale, float* grad_shift);                                                \
-  template <typename T>                                                                                               \
-  void residual(const T* x, const T* y, const float* gate, int64_t rows, int64_t C, T* out);                          \
+  template <typename T, typename R>                                                                                   \
+  void residual(const T* x, const R* y, const float* gate, int64_t rows, int64_t C, T* out);                          \
   template <typename T>                                                                                               \
   void residual_backward(                                                                                             \
       const T* grad, const T* y, const float* gate, int64_t rows, int64_t C, T* grad_y, float* grad_gate);            \

@@ -5,9 +5,9 @@
 
 #include "cpu/floats16_inline.h"
 
-template <typename T>
+template <typename T, typename R>
 void norm(
-    const T* x, const float* scale, const float* shift, float eps, int64_t rows, int64_t C, float* memory, T* out,
+    const T* x, const float* scale, const float* shift, float eps, int64_t rows, int64_t C, float* memory, R* out,
     float* mean, float* rstd) {
   const float count = static_cast<float>(C);
   for (int64_t row = 0; row < rows; ++row, x += C, out += C) {
@@ -60,8 +60,8 @@ void norm_backward(
   }
 }
 
-template <typename T>
-void residual(const T* x, const T* y, const float* gate, int64_t rows, int64_t C, T* out) {
+template <typename T, typename R>
+void residual(const T* x, const R* y, const float* gate, int64_t rows, int64_t C, T* out) {
   for (int64_t row = 0; row < rows; ++row, x += C, y += C, out += C) {
 #pragma omp simd
     for (int64_t c = 0; c < C; ++c) narrow(wide(x[c]) + gate[c] * wide(y[c]), out + c);
@@ -81,12 +81,17 @@ void residual_backward(
   }
 }
 
-#define HITSR_ADALN_INSTANCES(T)                                                                                     \
-  template void norm(const T*, const float*, const float*, float, int64_t, int64_t, float*, T*, float*, float*);     \
+#define HITSR_ADALN_FORWARD(T, R)                                                                                    \
+  template void norm(const T*, const float*, const float*, float, int64_t, int64_t, float*, R*, float*, float*);     \
+  template void residual(const T*, const R*, const float*, int64_t, int64_t, T*);
+#define HITSR_ADALN_BACKWARD(T)                                                                                      \
   template void norm_backward(                                                                                       \
       const T*, const T*, const float*, const float*, const float*, int64_t, int64_t, float*, T*, float*, float*);   \
-  template void residual(const T*, const T*, const float*, int64_t, int64_t, T*);                                    \
   template void residual_backward(const T*, const T*, const float*, int64_t, int64_t, T*, float*);
-HITSR_ADALN_INSTANCES(float)
-HITSR_ADALN_INSTANCES(Bfloat16)
-#undef HITSR_ADALN_INSTANCES
+HITSR_ADALN_FORWARD(float, float)
+HITSR_ADALN_FORWARD(float, Bfloat16)
+HITSR_ADALN_FORWARD(Bfloat16, Bfloat16)
+HITSR_ADALN_BACKWARD(float)
+HITSR_ADALN_BACKWARD(Bfloat16)
+#undef HITSR_ADALN_FORWARD
+#undef HITSR_ADALN_BACKWARD

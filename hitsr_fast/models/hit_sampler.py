@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from hitsr_fast.models.hit_var import HitVar
 
 
+_CACHED_LOGITS = 2**21  # 8 MiB
+
+
 class HitSampler(nn.Module):
     """The transformer of a `HitVar` and its quantizer, laid out for sampling.
 
@@ -83,6 +86,7 @@ class HitSampler(nn.Module):
             value = nn.Parameter(parameter.detach().to(wide), requires_grad=False)
             setattr(self.quantizer, name, value)
         self._lengths = [side * side for side in transformer.scales]
+        self._cached_rows = max(_CACHED_LOGITS // transformer.head.out_features, 1)
         self._cuda_graphs = cuda_graphs
         self._graphs = Graphs(self._walk)
 
@@ -172,11 +176,9 @@ class HitSampler(nn.Module):
             length = x.shape[1]
             x = self.body(x, modulation, cache, start)[:, -self._lengths[step] :]
             start += length
-            uncond: Tensor | None = None
-            if plan.strengths[step] > 0:
-                uncond = self._logits(x[batch:], head_modulation[:, batch:])
-            logits = self._logits(x[:batch], head_modulation[:, :batch])
-            codes = plan.draw(logits, uncond, states, step)
+            seen = len(x) if plan.strengths[step] > 0 else batch
+            rows = modulated_layer_norm(x[:seen], *head_modulation[:, :seen].unbind())
+            codes = self._codes(rows, plan, states, step).view(batch, -1)
             tokens.append(codes)
             pooled = walk.advance(codes)
         return torch.cat(tokens, 1), *walk.finished
@@ -196,7 +198,7 @@ class HitSampler(nn.Module):
             `(B, scales[step] ** 2, K)` float32.
         """
         x = self.body(x, self.modulation[:, :, class_id], cache, start)[:, -self._lengths[step] :]
-        return self._logits(x, self.head_modulation[:, class_id])
+        return self._logits(modulated_layer_norm(x, *self.head_modulation[:, class_id].unbind()))
 
     @property
     def body_dtype(self) -> torch.dtype:
@@ -226,13 +228,19 @@ class HitSampler(nn.Module):
         """A linear map of a map's cells: `(B, C, h, w)` -> `(B, h * w, width)`."""
         return F.linear(maps.flatten(2).transpose(1, 2), weight, bias)
 
-    def _logits(self, x: Tensor, modulation: Tensor) -> Tensor:
-        """Classifier on rows `(B, L, width)`: `(B, L, K)` float32.
+    def _codes(self, rows: Tensor, plan: SamplingPlan, states: Tensor | None, step: int) -> Tensor:
+        """Codes `(B L,)` of rows `(B, L, width)`, or `(2 B, L, width)` where the scale is guided."""
+        branches = rows.flatten(0, 1).unflatten(0, (2 if plan.strengths[step] > 0 else 1, -1))
+        # Greedy codes ask nothing of other rows: on a CPU in parts, whose logits stay in the cache.
+        parts = branches.split(self._cached_rows, 1) if plan.top_k == 1 and rows.is_cpu else (branches,)
+        return torch.cat([plan.draw(self._logits(part), states, step) for part in parts])
+
+    def _logits(self, rows: Tensor) -> Tensor:
+        """Classifier on rows `(..., width)`: `(..., K)` float32.
 
         In float32 throughout: rounded to bfloat16, one in fifty of a row's largest logits is another's.
         """
-        normed = modulated_layer_norm(x, *modulation.unbind())
-        return F.linear(normed, self.head_weight, self.head_bias).float()
+        return F.linear(rows, self.head_weight, self.head_bias).float()
 
 
 def _unpacked(launch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

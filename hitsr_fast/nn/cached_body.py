@@ -110,13 +110,14 @@ class CachedBlock(nn.Module):
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind()
         dtype = self.qkv_weight.dtype
-        qkv = F.linear(modulated_layer_norm(x, scale1, shift1, eps=self.eps).to(dtype), self.qkv_weight)
+        normed = modulated_layer_norm(x, scale1, shift1, eps=self.eps, out_dtype=dtype)
+        qkv = F.linear(normed, self.qkv_weight)
         q_scale = None if self.q_scale is None else self.q_scale.float()  # also after `.to(dtype)`
         q = attention_prologue(qkv, k_cache, v_cache, start, bias=self.qkv_bias, q_scale=q_scale)
         end = start + x.shape[1]
         attended = cached_attention(q, k_cache, v_cache, end, softmax_scale=self.softmax_scale)
         x = gated_residual(x, F.linear(attended.flatten(2), self.proj_weight, self.proj_bias), gamma1)
-        normed = modulated_layer_norm(x, scale2, shift2, eps=self.eps).to(dtype)
+        normed = modulated_layer_norm(x, scale2, shift2, eps=self.eps, out_dtype=dtype)
         hidden = linear_gelu(normed, self.fc1_weight, self.fc1_bias)
         return gated_residual(x, F.linear(hidden, self.fc2_weight, self.fc2_bias), gamma2)
 

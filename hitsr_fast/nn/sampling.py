@@ -37,11 +37,23 @@ class SamplingPlan(NamedTuple):
         drawn = torch.randint(2**63 - 1, (len(self.strengths), 2), generator=generator, device=source)
         return drawn.to(device)
 
-    def draw(self, logits: Tensor, uncond_logits: Tensor | None, states: Tensor | None, step: int) -> Tensor:
-        """Codes `(...)` int64 of one scale from logits `(..., K)`, by `ops.sample_codes`."""
-        strength, state = self.strengths[step], None if states is None else states[step]
+    def draw(self, logits: Tensor, states: Tensor | None, step: int) -> Tensor:
+        """Codes `(N,)` int64 of one scale by `ops.sample_codes`.
+
+        Args:
+            logits: `(1, N, K)`; `(2, N, K)` where the scale is guided, the class-free branch second.
+            states: From `states`.
+            step: Number of the scale.
+        """
+        conditional, *rest = logits.unbind()
         codes: Tensor = torch.ops.hitsr_fast.sample_codes(
-            logits, uncond_logits, state, strength, self.top_k, self.top_p, 1.0
+            conditional,
+            rest[0] if rest else None,
+            None if states is None else states[step],
+            self.strengths[step],
+            self.top_k,
+            self.top_p,
+            1.0,
         )
         return codes
 

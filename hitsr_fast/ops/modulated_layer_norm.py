@@ -11,22 +11,25 @@ import hitsr_fast.reference.modulated_layer_norm as reference
 from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
 from hitsr_fast.ops import modulated_layer_norm_cpu as cpu
 from hitsr_fast.ops import modulated_layer_norm_triton as triton
-from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
+from hitsr_fast.ops.validation import FLOATING, check_dtype, check_shape, check_tensor
 
 
-def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6) -> Tensor:
+def modulated_layer_norm(
+    x: Tensor, scale: Tensor, shift: Tensor, *, eps: float = 1e-6, out_dtype: torch.dtype | None = None
+) -> Tensor:
     """Layer norm without affine part, modulated: `(x - mean) / sqrt(var + eps) * (1 + scale) + shift`.
 
     Args:
         x: float16, bfloat16, float32 or float64, `(B, L, C)`, C at least 1. Any strides.
         scale, shift: of those dtypes, `(B, C)` or `(B, 1, C)`.
         eps: added to the variance, above 0.
+        out_dtype: one of those dtypes, for what reads the result; by default that of x.
 
     Returns:
-        `(B, L, C)` in the dtype of x.
+        `(B, L, C)` in `out_dtype`.
 
     Raises:
-        TypeError: an argument is not a tensor of those dtypes.
+        TypeError: an argument is not a tensor of those dtypes, or `out_dtype` is none of them.
         ValueError: a shape or device does not fit, or eps is not above 0.
 
     Notes:
@@ -46,8 +49,10 @@ def modulated_layer_norm(x: Tensor, scale: Tensor, shift: Tensor, *, eps: float 
         raise ValueError(f"x: expected C of at least 1, found shape {tuple(x.shape)}")
     if not 0 < eps < float("inf"):
         raise ValueError(f"eps: expected a finite value above 0, found {eps}")
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    check_dtype("out_dtype", out_dtype, FLOATING)
     scale, shift = _rows("scale", scale, x), _rows("shift", shift, x)
-    out: Tensor = torch.ops.hitsr_fast.modulated_layer_norm(x, scale, shift, eps)[0]
+    out: Tensor = torch.ops.hitsr_fast.modulated_layer_norm(x, scale, shift, eps, out_dtype)[0]
     return out
 
 
@@ -97,10 +102,12 @@ def _rows(name: str, value: Tensor, x: Tensor) -> Tensor:
     return value
 
 
-def _norm_fake(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_fake(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = any(t.dtype == torch.float64 for t in (x, scale, shift))
     mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float64 if wide else torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), mean, rstd
+    return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
 
 
 def _norm_backward_fake(grad: Tensor, x: Tensor, scale: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +123,7 @@ def _residual_backward_fake(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tens
 
 
 def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, scale, shift, _ = inputs
+    x, scale, shift, *_ = inputs
     ctx.shift_dtype = shift.dtype
     ctx.save_for_backward(x, scale, *output[1:])
 
@@ -125,7 +132,7 @@ def _norm_backward(ctx: Any, grad: Tensor, *_rest: Tensor | None) -> tuple[Tenso
     grad_x, grad_scale, grad_shift = torch.ops.hitsr_fast.modulated_layer_norm_backward(
         grad, *ctx.saved_tensors
     )
-    return grad_x, grad_scale, grad_shift.to(ctx.shift_dtype), None
+    return grad_x, grad_scale, grad_shift.to(ctx.shift_dtype), None, None
 
 
 def _residual_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -137,7 +144,8 @@ def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 register(
-    "modulated_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps) -> (Tensor, Tensor, Tensor)",
+    "modulated_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps, ScalarType out_dtype) "
+    "-> (Tensor, Tensor, Tensor)",
     backends=[
         Backend("triton", triton.modulated_layer_norm_triton, triton.supports, triton.available),
         Backend("cpu", cpu.modulated_layer_norm_cpu, cpu.supports, cpu.available),

@@ -26,16 +26,18 @@ def supports(*args: Any) -> str | None:
     if not args[0].is_cpu:
         return f"needs CPU tensors, found {args[0].device.type}"
     for arg in args:
-        if isinstance(arg, Tensor) and arg.dtype == torch.float64:
+        if torch.float64 in (arg, getattr(arg, "dtype", None)):
             return "needs float16, bfloat16 or float32, found float64"
     return None
 
 
 def modulated_layer_norm_cpu(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.modulated_layer_norm`."""
-    out: tuple[Tensor, Tensor, Tensor] = _LIBRARY._modulated_layer_norm(x, scale, shift, eps, chosen_isa())
+    out: tuple[Tensor, Tensor, Tensor] = _LIBRARY._modulated_layer_norm(
+        x, scale, shift, eps, out_dtype, chosen_isa()
+    )
     return out
 
 

@@ -29,7 +29,7 @@ def supports(*args: Any) -> str | None:
     values = tensors[0]
     if values.device.type != "cuda" and not env.triton_interpret():
         return f"needs CUDA or HIP tensors, found {values.device.type}"
-    if any(tensor.dtype == torch.float64 for tensor in tensors):
+    if torch.float64 in (*args, *(tensor.dtype for tensor in tensors)):
         return "needs float16, bfloat16 or float32, found float64"
     if values.shape[2] > MAX_CHANNELS:
         return f"needs C of at most {MAX_CHANNELS}, found {values.shape[2]}"
@@ -46,13 +46,13 @@ def constants(channels: int) -> dict[str, Any]:
 
 
 def modulated_layer_norm_triton(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.modulated_layer_norm`."""
     from hitsr_fast.kernels.modulated_layer_norm import _modulated_layer_norm_fwd_kernel
 
     B, L, C = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     mean, rstd = (torch.empty(B, L, dtype=torch.float32, device=x.device) for _ in range(2))
     if out.numel() > 0:
         with torch.cuda.device_of(x):

@@ -23,6 +23,13 @@ def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: 
         raise ValueError(f"{name}: expected device {like.device}, found {value.device}")
 
 
+def check_dtype(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless `value` is one of `dtypes`."""
+    if value not in dtypes:
+        found = _short(value) if isinstance(value, torch.dtype) else repr(value)
+        raise TypeError(f"{name}: expected {_any_of(dtypes)}, found {found}")
+
+
 def check_shape(name: str, value: Tensor, letters: str, **known: int) -> None:
     """Raise ValueError unless `value` has the axes that `letters` names, those in `known` of that length."""
     axes, shape = letters.split(), value.shape

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def modulated_layer_norm(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Layer norm without affine part, times `1 + scale` plus `shift`.
 
@@ -15,9 +15,10 @@ def modulated_layer_norm(
         x: floating `(B, L, C)`.
         scale, shift: floating `(B, C)`.
         eps: added to the variance.
+        out_dtype: floating, of the result.
 
     Returns:
-        out: `(B, L, C)` in the dtype of x, contiguous; rounded to it once, from float32 at least.
+        out: `(B, L, C)` in `out_dtype`, contiguous; rounded to it once, from float32 at least.
         mean, rstd: `(B, L)` float32 (float64 for float64 input), of each row, and one over its deviation.
     """
     values, factor, offset = _wide(x, scale, shift)
@@ -25,7 +26,7 @@ def modulated_layer_norm(
     centred = values - mean[..., None]
     rstd = (centred.square().mean(-1) + eps).rsqrt()
     out = centred * rstd[..., None] * (1 + factor[:, None]) + offset[:, None]
-    return out.to(x.dtype).contiguous(), mean, rstd
+    return out.to(out_dtype).contiguous(), mean, rstd
 
 
 def modulated_layer_norm_backward(

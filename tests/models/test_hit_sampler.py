@@ -108,8 +108,8 @@ def test_logits_of_cached_steps_are_those_of_the_whole_forward(
     model = micro_model(config, torch.float64)
     sampler, found = HitSampler(model), []
 
-    def record(x: Tensor, modulation: Tensor, logits: Any = sampler._logits) -> Tensor:
-        found.append(logits(x, modulation))
+    def record(rows: Tensor, logits: Any = sampler._logits) -> Tensor:
+        found.append(logits(rows))
         return found[-1]
 
     monkeypatch.setattr(sampler, "_logits", record)
@@ -117,7 +117,26 @@ def test_logits_of_cached_steps_are_those_of_the_whole_forward(
     sampler.sample(features, classes)
     _, expected = uncached_greedy(model, features, classes, (0.0,) * len(SCALES))
     for step, logits in enumerate(found):
+        logits = logits.view_as(expected[step])
         torch.testing.assert_close(logits, expected[step], **TOLERANCES["float32_reordered"]._asdict())
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 2.0, "guided_scales": [1, 3]}], ids=["one", "two"])
+@torch.no_grad()
+def test_codes_found_in_parts_are_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler, seen = HitSampler(micro_model(MICRO)), []
+    features, classes = inputs()
+    whole, _ = sampler.sample(features, classes, **options)
+
+    def record(rows: Tensor, logits: Any = sampler._logits) -> Tensor:
+        seen.append(rows.shape[1])
+        return logits(rows)
+
+    monkeypatch.setattr(sampler, "_logits", record)
+    monkeypatch.setattr(sampler, "_cached_rows", 3)
+    parts, _ = sampler.sample(features, classes, **options)
+    assert torch.equal(whole, parts)
+    assert max(seen) == 3 and sum(seen) == len(features) * sum(LENGTHS)
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
@@ -238,17 +257,17 @@ def test_bfloat16_decides_as_float32_does() -> None:
 
 def forced_agreement(sampler: HitSampler, features: Tensor, classes: Tensor, tokens: Tensor) -> float:
     """Share of greedy choices that are those of `tokens`, each after the earlier ones of `tokens`."""
-    plan = sampling_plan(len(sampler.config.tokenizer.scales), len(sampler.config.tokenizer.scales))
-    chosen, start = [], 0
+    chosen: list[Tensor] = []
+    codes = sampler._codes
 
-    class Forced(type(plan)):  # type: ignore[misc]
-        def draw(self, logits: Tensor, *_rest: Any) -> Tensor:
-            nonlocal start
-            chosen.append(logits.argmax(-1))
-            start += logits.shape[1]
-            return tokens[:, start - logits.shape[1] : start]
+    def forced(rows: Tensor, *rest: Any) -> Tensor:
+        start = sum(part.shape[1] for part in chosen)
+        chosen.append(codes(rows, *rest).view(rows.shape[:2]))
+        return tokens[:, start : start + rows.shape[1]]
 
-    sampler._walk(features, classes, None, Forced(*plan))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "_codes", forced)
+        sampler.sample(features, classes)
     return float((torch.cat(chosen, 1) == tokens).float().mean())
 
 

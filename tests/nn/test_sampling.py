@@ -41,14 +41,15 @@ def test_draws_are_those_of_the_op() -> None:
         expected = sample_codes(
             logits, uncond_logits=free, guidance=guidance, top_k=5, top_p=0.8, generator=generator
         )
-        assert torch.equal(plan.draw(logits, free if guidance else None, states, step), expected)
+        branches = torch.stack([logits, free][: 2 if guidance else 1])
+        assert torch.equal(plan.draw(branches, states, step), expected)
 
 
 def test_greedy_draws_nothing() -> None:
-    plan, logits = sampling_plan(2, 2), torch.tensor([[0.0, 3.0, 3.0]])
+    plan, logits = sampling_plan(2, 2), torch.tensor([[[0.0, 3.0, 3.0]]])
     before = torch.random.get_rng_state()
     assert plan.states(logits.device, None) is None
-    assert plan.draw(logits, None, None, 0).tolist() == [1]
+    assert plan.draw(logits, None, 0).tolist() == [1]
     assert torch.equal(torch.random.get_rng_state(), before)
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.ops import gated_residual
+from hitsr_fast.ops import gated_residual, modulated_layer_norm
 from tests.ops.test_modulated_layer_norm import CASES, NAMES, OPS, Case, check, norm_inputs
+from tests.tolerances import TOLERANCES
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,14 +39,26 @@ def test_strides_and_mixed_dtypes(case: Case) -> None:
     check(case, mixed, "bfloat16")
 
 
+@pytest.mark.parametrize("out_dtype", NAMES)
+@pytest.mark.parametrize("dtype", NAMES)
+def test_dtype_of_the_result(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    inputs = norm_inputs(2, 5, 40, dtype)
+    out = modulated_layer_norm(*inputs, out_dtype=out_dtype)
+    expected = modulated_layer_norm(*(t.float() for t in inputs))
+    assert out.dtype == out_dtype
+    torch.testing.assert_close(out.float(), expected, **TOLERANCES[NAMES[out_dtype]]._asdict())
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert all(grad.dtype == dtype and grad.isfinite().all() for grad in grads)
+
+
 def test_no_rows() -> None:
     x, scale, shift = norm_inputs(2, 0, 4)
-    out = gated_residual(x, OPS.modulated_layer_norm(x, scale, shift, 1e-6)[0], scale)
+    out = gated_residual(x, modulated_layer_norm(x, scale, shift), scale)
     (grad,) = torch.autograd.grad(out.sum(), scale)
     assert out.shape == (2, 0, 4) and not grad.any()
 
 
 def test_opcheck() -> None:
     x, scale, shift = norm_inputs(2, 3, 8)
-    torch.library.opcheck(OPS.modulated_layer_norm.default, (x, scale, shift, 1e-6))
+    torch.library.opcheck(OPS.modulated_layer_norm.default, (x, scale, shift, 1e-6, torch.bfloat16))
     torch.library.opcheck(OPS.gated_residual.default, (x, x.detach().sin(), scale))

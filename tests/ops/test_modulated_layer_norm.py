@@ -14,7 +14,13 @@ from torch import Tensor
 
 from hitsr_fast import extension
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.ops import gated_residual, modulated_layer_norm, nearest_code_cpu
+from hitsr_fast.ops import (
+    gated_residual,
+    modulated_layer_norm,
+    modulated_layer_norm_cpu,
+    nearest_code_cpu,
+)
+from hitsr_fast.reference import modulated_layer_norm as reference
 from tests.tolerances import TOLERANCES
 
 ISAS = [] if extension.unavailable() else nearest_code_cpu.instruction_sets()
@@ -96,6 +102,35 @@ def test_strides_and_mixed_dtypes(backend: str, case: Case) -> None:
     check(case, [mixed[1], wide[0], mixed[2]] if case[0] is gated_residual else mixed, "bfloat16")
 
 
+@pytest.mark.parametrize("out_dtype", NAMES)
+@pytest.mark.parametrize("dtype", NAMES)
+def test_dtype_of_the_result(backend: str, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
+    """As the branch wants it that reads the result."""
+    inputs = norm_inputs(2, 5, 40, dtype)
+    out = modulated_layer_norm(*inputs, out_dtype=out_dtype)
+    assert out.dtype == out_dtype
+    wide = [t.detach().float().requires_grad_() for t in inputs]
+    expected = modulated_layer_norm(*wide)
+    torch.testing.assert_close(out.float(), expected, **TOLERANCES[NAMES[out_dtype]]._asdict())
+    weight = torch.randn(out.shape).to(out_dtype)
+    grads = torch.autograd.grad(out, inputs, weight)
+    expected_grads = torch.autograd.grad(expected, wide, weight.float())
+    for actual, want in zip(grads, expected_grads, strict=True):
+        size = want.abs().max()
+        assert actual.dtype == dtype
+        torch.testing.assert_close(
+            actual.float() / size, want.float() / size, **TOLERANCES[NAMES[dtype]]._asdict()
+        )
+
+
+def test_float64_results() -> None:
+    x, scale, shift = (t.detach() for t in norm_inputs(2, 5, 40))
+    out = modulated_layer_norm(x, scale, shift, out_dtype=torch.float64)
+    assert torch.equal(out, reference.modulated_layer_norm(x, scale, shift, 1e-6, torch.float32)[0].double())
+    refusal = modulated_layer_norm_cpu.supports(x, scale, shift, 1e-6, torch.float64)
+    assert refusal == "needs float16, bfloat16 or float32, found float64"
+
+
 @pytest.mark.parametrize("case", CASES, ids=["norm", "residual"])
 def test_gradcheck(case: Case) -> None:
     inputs = [t.detach().double().requires_grad_() for t in case[2](2, 3, 4)]
@@ -159,6 +194,8 @@ def test_bad_arguments() -> None:
     for eps in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"eps: expected a finite value above 0, found {eps}"):
             modulated_layer_norm(x, row, row, eps=eps)
+    with pytest.raises(TypeError, match=r"out_dtype: expected float16 or .* float64, found int32"):
+        modulated_layer_norm(x, row, row, out_dtype=torch.int32)
     with pytest.raises(ValueError, match=r"y: expected shape \(B=2, L=3, C=4\), found \(2, 2, 4\)"):
         gated_residual(x, x[:, 1:], row)
     with pytest.raises(ValueError, match=r"gate: expected shape \(B=2, C=4\)"):
@@ -167,10 +204,10 @@ def test_bad_arguments() -> None:
 
 def test_opcheck(backend: str) -> None:
     x, scale, shift = norm_inputs(2, 3, 8)
-    torch.library.opcheck(OPS.modulated_layer_norm.default, (x, scale, shift, 1e-6))
+    torch.library.opcheck(OPS.modulated_layer_norm.default, (x, scale, shift, 1e-6, torch.bfloat16))
     torch.library.opcheck(OPS.gated_residual.default, (x, x.detach().sin(), scale))
     x, scale, shift = (t.detach().bfloat16() for t in (x, scale, shift))
-    out, mean, rstd = OPS.modulated_layer_norm(x, scale, shift, 1e-6)
+    out, mean, rstd = OPS.modulated_layer_norm(x, scale, shift, 1e-6, torch.bfloat16)
     torch.library.opcheck(OPS.modulated_layer_norm_backward.default, (out, x, scale, mean, rstd))
     torch.library.opcheck(OPS.gated_residual_backward.default, (out, x, scale))
 
