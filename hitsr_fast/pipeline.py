@@ -100,17 +100,17 @@ class UpscaleOptions:
 
     def __post_init__(self) -> None:
         if self.batch is not None and self.batch < 1:
-            raise ValueError(f"batch: expected at least 1, got {self.batch}")
+            raise ValueError(f"batch: expected at least 1, found {self.batch}")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed: expected 0 <= seed < 2^63, got {self.seed}")
+            raise ValueError(f"seed: expected 0 <= seed < 2^63, found {self.seed}")
         if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance: expected a finite number of at least 0, got {self.guidance}")
+            raise ValueError(f"guidance: expected a finite number of at least 0, found {self.guidance}")
         if self.top_k < 0:
-            raise ValueError(f"top_k: expected at least 0, got {self.top_k}")
+            raise ValueError(f"top_k: expected at least 0, found {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: expected 0 < top_p <= 1, got {self.top_p}")
+            raise ValueError(f"top_p: expected 0 < top_p <= 1, found {self.top_p}")
         if self.class_id not in (0, 1):
-            raise ValueError(f"class_id: expected 0 or 1, got {self.class_id}")
+            raise ValueError(f"class_id: expected 0 or 1, found {self.class_id}")
 
 
 class Rows(NamedTuple):
@@ -191,10 +191,10 @@ class HitSR:
         factors, side = tuple(self.model.scale_factors), self.model.lr_tile
         asked = tuple(options.scales)
         if not asked or len(set(asked)) < len(asked) or not set(asked) <= set(factors):
-            raise ValueError(f"scales: expected some of {factors}, each once, got {asked}")
+            raise ValueError(f"scales: expected some of {factors}, each once, found {asked}")
         if options.tile not in (None, side):
             raise ValueError(
-                f"tile: this model takes tiles of {side} x {side} input pixels only, got {options.tile}"
+                f"tile: this model takes tiles of {side} x {side} input pixels only, found {options.tile}"
             )
         overlap = side // 4 if options.overlap is None else options.overlap
         return TilePlan.cover(height, width, side, overlap)
@@ -242,7 +242,8 @@ class HitSR:
             NonFiniteOutputError: if the model gives NaN for a tile, in float32 too.
 
         Notes:
-            Equal arguments give equal outputs on one machine. With `top_k != 1` the draws depend on `batch`.
+            Equal arguments give equal outputs on one machine. With `top_k != 1` the draws depend on `batch`;
+            in half precision so do roundings, and on the number of threads, and with them a few tokens.
         """
         options = UpscaleOptions(
             tuple(scales), tile, overlap, batch, seed, guidance, top_k, top_p, colour_fix, class_id
@@ -259,11 +260,12 @@ class HitSR:
     ) -> dict[int, Tensor]:
         if not isinstance(image, Tensor) or not image.is_floating_point():
             found = image.dtype if isinstance(image, Tensor) else type(image).__name__
-            raise TypeError(f"image: expected a PIL image or a floating tensor, got {found}")
+            raise TypeError(f"image: expected a PIL image or a floating tensor, found {found}")
         if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape:
-            raise ValueError(f"image: expected shape (B, 3, H, W), none of them 0, got {tuple(image.shape)}")
+            shape = tuple(image.shape)
+            raise ValueError(f"image: expected shape (B, 3, H, W), none of them 0, found {shape}")
         if not bool(((image >= 0) & (image <= 1)).all()):
-            raise ValueError(f"image: expected values in [0, 1], got {image.min():g}..{image.max():g}")
+            raise ValueError(f"image: expected values in [0, 1], found {image.min():g}..{image.max():g}")
         b, _, height, width = image.shape
         outputs = {
             factor: torch.empty(b, 3, height * factor, width * factor, device=image.device)

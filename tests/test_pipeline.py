@@ -125,10 +125,10 @@ def test_a_tile_that_stays_nan_is_named() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scales": (3,)}, r"scales: expected some of \(1, 2, 4\), each once, got \(3,\)"),
+        ({"scales": (3,)}, r"scales: expected some of \(1, 2, 4\), each once, found \(3,\)"),
         ({"scales": ()}, "scales: "),
         ({"scales": (2, 2)}, "scales: "),
-        ({"tile": 32}, "tile: this model takes tiles of 16 x 16 input pixels only, got 32"),
+        ({"tile": 32}, "tile: this model takes tiles of 16 x 16 input pixels only, found 32"),
         ({"overlap": 16}, "overlap: "),
         ({"batch": 0}, "batch: "),
         ({"guidance": -1.0}, "guidance: "),
@@ -137,7 +137,7 @@ def test_a_tile_that_stays_nan_is_named() -> None:
         ({"guidance": float("nan")}, "guidance: "),
         ({"seed": -1}, "seed: "),
         ({"seed": 2**63}, "seed: "),
-        ({"class_id": 2}, "class_id: expected 0 or 1, got 2"),
+        ({"class_id": 2}, "class_id: expected 0 or 1, found 2"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:

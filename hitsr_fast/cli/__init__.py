@@ -31,10 +31,13 @@ def main(args: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid in the locale's encoding
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdout else "backslashreplace")
-    command: Command = tyro.cli(
-        Command, prog="hitsr-fast", description="Image super-resolution by next-scale prediction.", args=args
-    )
     try:
+        command: Command = tyro.cli(
+            Command,
+            prog="hitsr-fast",
+            description="Image super-resolution by next-scale prediction.",
+            args=args,
+        )
         code = command.run()
         sys.stdout.flush()
     except KeyboardInterrupt:

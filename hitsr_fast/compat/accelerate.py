@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -44,7 +45,8 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
 
     Notes:
         Accelerated once more, a model takes the new dtype; one `undo` ends it.
-        Hooks on blocks are not called while sampling, and training mode drops nothing there.
+        While sampling, blocks and head are read and not called: no hook of theirs runs, no `forward` or
+        `get_logits` of a subclass counts, and training mode drops nothing.
         Source: VAR (arXiv 2404.02905), the interface of its released code.
 
     Example:
@@ -176,10 +178,11 @@ def _kind(kind: type | tuple[type, ...], words: str) -> Callable[[str], list[_Pa
     return parts
 
 
-def _plain_linear(names: str) -> list[_Part]:
+def _plain_linear(names: str, *, bias: bool) -> list[_Part]:
     """Parts whose weights are read instead of calling them: a subclass might compute something else."""
+    kind = f"torch.nn.Linear, no subclass, {'with' if bias else 'without'} bias"
     return [
-        _Part(name, "torch.nn.Linear, no subclass", lambda value: type(value) is nn.Linear)
+        _Part(name, kind, lambda value: type(value) is nn.Linear and (value.bias is not None) == bias)
         for name in names.split()
     ]
 
@@ -209,8 +212,12 @@ _MODEL = [
     *_tensor("uniform_prob lvl_1L pos_start pos_1LC"),
     *_module("class_emb lvl_embed word_embed shared_ada_lin head_nm head_nm.ada_lin"),
     _plain_norm._replace(path="head_nm.ln_wo_grad"),
-    *_plain_linear("head"),
-    *_kind(nn.ModuleList, "a torch.nn.ModuleList")("blocks"),
+    *_plain_linear("head", bias=True),
+    _Part(
+        "blocks",
+        "a torch.nn.ModuleList, not empty",
+        lambda value: isinstance(value, nn.ModuleList) and len(value) > 0,
+    ),
     _Part(
         "vae_proxy", "a tuple of the tokenizer", lambda value: isinstance(value, tuple) and len(value) == 1
     ),
@@ -221,7 +228,8 @@ _MODEL = [
     ),
 ]
 _BLOCK = [
-    *_plain_linear("attn.mat_qkv attn.proj ffn.fc1 ffn.fc2"),
+    *_plain_linear("attn.mat_qkv", bias=False),
+    *_plain_linear("attn.proj ffn.fc1 ffn.fc2", bias=True),
     *_tensor("attn.q_bias attn.zero_k_bias attn.v_bias"),
     *_number("attn.num_heads attn.scale"),
     *_flag("attn.attn_l2_norm shared_aln"),
@@ -236,6 +244,8 @@ _L2_NORM = [
         lambda value: isinstance(value, float) and abs(value - math.log(100)) < 1e-6,
     ),
 ]
+# One value serves all blocks.
+_COMMON = ["attn.num_heads", "attn.scale", "attn.attn_l2_norm", "ln_wo_grad.eps"]
 _TOKENIZER = [
     *_module("quantize"),
     _Part("fhat_to_img", "a method", callable),
@@ -247,6 +257,16 @@ _QUANTIZER = [
     *_module("embedding quant_resi"),
     *_tensor("embedding.weight ema_vocab_hit_SV"),
 ]
+
+
+def _as_in(first: Any) -> list[_Part]:
+    """What other blocks share with the first."""
+
+    def part(path: str) -> _Part:
+        expected = operator.attrgetter(path)(first)
+        return _Part(path, f"{expected}, as in blocks[0]", lambda value: value == expected)
+
+    return [part(path) for path in _COMMON]
 
 
 def _missing(model: Any) -> Iterator[str]:
@@ -265,6 +285,8 @@ def _missing(model: Any) -> Iterator[str]:
             own += look(_L2_NORM, block, prefix)
         shared = getattr(block, "shared_aln", False)
         own += look(_tensor("ada_gss") if shared else _module("ada_lin"), block, prefix)
+        if not own:
+            own += look(_as_in(model.blocks[0]), block, prefix)
         yield from own
         if own:
             return  # the others miss the same

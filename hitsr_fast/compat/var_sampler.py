@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hitsr_fast.compat.var import VectorQuantizer2
 from hitsr_fast.nn.cached_body import CachedBody
+from hitsr_fast.nn.versions import Version, version_of
 from hitsr_fast.ops import modulated_layer_norm, residual_step, sample_codes
 from hitsr_fast.ops.validation import has_values
 
@@ -88,7 +89,7 @@ class VarSampler:
         self.model = model
         self.dtype = dtype
         self._kept: _Weights | None = None
-        self._sources: list[tuple[Tensor, int]] = []
+        self._sources: list[tuple[Tensor, Version]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None, "_sources": []}
@@ -220,7 +221,7 @@ class VarSampler:
         kept = self._kept
         if kept is None or kept.head[0].dtype != dtype or not _unchanged(sources, self._sources):
             kept = self._kept = self._made(dtype)
-            self._sources = [(tensor.detach(), _version(tensor)) for tensor in sources]
+            self._sources = [(tensor.detach(), version_of(tensor)) for tensor in sources]
         return kept
 
     def _made(self, dtype: torch.dtype) -> _Weights:
@@ -230,17 +231,12 @@ class VarSampler:
         return _Weights(body, (head.weight.to(dtype), head.bias.to(dtype)))
 
 
-def _unchanged(tensors: Sequence[Tensor], known: Sequence[tuple[Tensor, int]]) -> bool:
+def _unchanged(tensors: Sequence[Tensor], known: Sequence[tuple[Tensor, Version]]) -> bool:
     """Whether they are in the memory that those known hold, and unwritten by PyTorch's count."""
     return len(tensors) == len(known) and all(
         (tensor.dtype, tensor.device) == (alias.dtype, alias.device)
         and tensor.data_ptr() == alias.data_ptr()
         and not tensor.is_inference()
-        and tensor._version == version
+        and version_of(tensor) == version
         for tensor, (alias, version) in zip(tensors, known, strict=True)
     )
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts writes, but to inference tensors."""
-    return 0 if tensor.is_inference() else tensor._version

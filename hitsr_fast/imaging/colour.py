@@ -57,15 +57,16 @@ def wavelet_colour_fix(output: Tensor, lr_upsampled: Tensor, levels: int = 5) ->
     """
     if not (output.is_floating_point() and output.dtype == lr_upsampled.dtype):
         raise TypeError(
-            f"output, lr_upsampled: expected one floating dtype, got {output.dtype} and {lr_upsampled.dtype}"
+            "output, lr_upsampled: expected one floating dtype, "
+            f"found {output.dtype} and {lr_upsampled.dtype}"
         )
     if output.dim() != 4 or output.shape != lr_upsampled.shape:
         raise ValueError(
             "output, lr_upsampled: expected one (B, C, H, W) shape, "
-            f"got {tuple(output.shape)} and {tuple(lr_upsampled.shape)}"
+            f"found {tuple(output.shape)} and {tuple(lr_upsampled.shape)}"
         )
     if levels < 0:
-        raise ValueError(f"levels: expected at least 0, got {levels}")
+        raise ValueError(f"levels: expected at least 0, found {levels}")
     return output + low_pass(lr_upsampled - output, levels)
 
 

@@ -88,16 +88,16 @@ class Picture:
 
     def __post_init__(self) -> None:
         if self.pixels.dtype not in (np.uint8, np.uint16):
-            raise TypeError(f"pixels: expected uint8 or uint16, got {self.pixels.dtype}")
+            raise TypeError(f"pixels: expected uint8 or uint16, found {self.pixels.dtype}")
         if self.pixels.ndim != 3 or self.pixels.shape[2] not in (1, 3) or 0 in self.pixels.shape:
-            raise ValueError(f"pixels: expected shape (H, W, 1) or (H, W, 3), got {self.pixels.shape}")
+            raise ValueError(f"pixels: expected shape (H, W, 1) or (H, W, 3), found {self.pixels.shape}")
         if self.alpha is not None and (self.alpha.dtype, self.alpha.shape) != (
             self.pixels.dtype,
             self.pixels.shape[:2],
         ):
             raise ValueError(
                 f"alpha: expected {self.pixels.dtype} of shape {self.pixels.shape[:2]}, "
-                f"got {self.alpha.dtype} of shape {self.alpha.shape}"
+                f"found {self.alpha.dtype} of shape {self.alpha.shape}"
             )
 
     @property

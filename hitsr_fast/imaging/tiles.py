@@ -30,11 +30,11 @@ def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
         ValueError: if an argument is out of its range.
     """
     if length < 1:
-        raise ValueError(f"length: expected at least 1, got {length}")
+        raise ValueError(f"length: expected at least 1, found {length}")
     if tile < 1:
-        raise ValueError(f"tile: expected at least 1, got {tile}")
+        raise ValueError(f"tile: expected at least 1, found {tile}")
     if not 0 <= overlap < tile:
-        raise ValueError(f"overlap: expected 0 <= overlap < tile = {tile}, got {overlap}")
+        raise ValueError(f"overlap: expected 0 <= overlap < tile = {tile}, found {overlap}")
     if length <= tile:
         return (0,)
     steps = math.ceil((length - tile) / (tile - overlap))
@@ -145,10 +145,10 @@ class RowBlender:
         """
         plan, side = self.plan, self.plan.tile * self.factor
         if self._band == len(plan.tops):
-            raise ValueError(f"tiles: expected {len(plan.tops)} bands, got one more")
+            raise ValueError(f"tiles: expected {len(plan.tops)} bands, found one more")
         if tiles.dim() != 5 or len(tiles) != len(plan.lefts) or tiles.shape[-2:] != (side, side):
             raise ValueError(
-                f"tiles: expected shape ({len(plan.lefts)}, B, C, {side}, {side}), got {tuple(tiles.shape)}"
+                f"tiles: expected shape ({len(plan.lefts)}, B, C, {side}, {side}), found {tuple(tiles.shape)}"
             )
         band = self._blend_columns(tiles)
         if self._pending is not None:

@@ -83,9 +83,9 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         if list(self.scales) != sorted(set(self.scales)) or not self.scales or self.scales[0] < 1:
-            raise ValueError(f"scales: expected ascending sides of at least 1, got {self.scales}")
+            raise ValueError(f"scales: expected ascending sides of at least 1, found {self.scales}")
         if list(self.targets) != sorted(set(self.targets)) or not self.targets or self.targets[-1] != 1.0:
-            raise ValueError(f"targets: expected ascending fractions that end at 1.0, got {self.targets}")
+            raise ValueError(f"targets: expected ascending fractions that end at 1.0, found {self.targets}")
         for target in self.targets:
             if not (target * self.latent_size).is_integer() or target * self.latent_size not in self.scales:
                 raise ValueError(
@@ -165,7 +165,7 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         if self.width % self.heads:
-            raise ValueError(f"width: expected a multiple of heads={self.heads}, got {self.width}")
+            raise ValueError(f"width: expected a multiple of heads={self.heads}, found {self.width}")
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class HitConfig:
         if len(self.colour_fix_levels) != len(self.tokenizer.targets) or min(self.colour_fix_levels) < 0:
             raise ValueError(
                 f"colour_fix_levels: expected {len(self.tokenizer.targets)} numbers of at least 0, "
-                f"got {self.colour_fix_levels}"
+                f"found {self.colour_fix_levels}"
             )
 
     def to_json(self) -> str:
@@ -213,7 +213,7 @@ class HitConfig:
 
 def _build(cls: type[ConfigT], values: Any, where: str) -> ConfigT:
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected an object, got {type(values).__name__}")
+        raise ValueError(f"{where}: expected an object, found {type(values).__name__}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     if unknown:

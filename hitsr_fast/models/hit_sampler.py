@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,15 @@ from hitsr_fast.nn.quantizer import MultiScaleQuantizer, ReconstructionWalk
 from hitsr_fast.nn.sampling import SamplingPlan, sampling_plan
 from hitsr_fast.ops import modulated_layer_norm
 from hitsr_fast.ops.cuda_graphs import Graphs, capturing
-from hitsr_fast.ops.validation import FLOATING, INDEX, check_shape, check_tensor, has_values
+from hitsr_fast.ops.validation import (
+    FLOATING,
+    INDEX,
+    check_dtype,
+    check_index_range,
+    check_shape,
+    check_tensor,
+    has_values,
+)
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var import HitVar
@@ -34,8 +42,11 @@ class HitSampler(nn.Module):
 
     Args:
         model: Whose weights to take. Later changes of them may or may not be seen: make a new sampler.
-        dtype: Of the blocks' products and of the cache; by default the model's.
+        dtype: Of the blocks' products and of the cache, floating; by default the model's.
         cuda_graphs: False leaves out the graphs.
+
+    Raises:
+        TypeError: If `dtype` is not floating.
     """
 
     class_vectors: Tensor
@@ -54,6 +65,7 @@ class HitSampler(nn.Module):
         super().__init__()
         transformer, self.config = model.transformer, model.config
         dtype = transformer.head.weight.dtype if dtype is None else dtype
+        check_dtype("dtype", dtype, FLOATING)
         blocks: list[Any] = list(transformer.blocks)
         attention = blocks[0].attn
         self.body = CachedBody(blocks, attention.heads, attention.softmax_scale, dtype)
@@ -113,7 +125,7 @@ class HitSampler(nn.Module):
 
         Args:
             lr_features: `(B, C, h, w)` from `HitVar.lr_features`, floating.
-            class_id: `(B,)` int64: 0 degraded, 1 clean.
+            class_id: `(B,)` int64: 0 degraded, 1 clean, 2 neither. Checked where it is on a CPU.
             targets: Stop after this many targets, coarsest first; all by default.
             guidance: Classifier-free guidance at the last scale, rising linearly from 0 at the first (VAR); 0
                 runs one branch only.
@@ -124,20 +136,28 @@ class HitSampler(nn.Module):
             generator: Source of randomness; unused when greedy.
 
         Returns:
-            Tokens `(B, T)` int64, and the latent `(B, C, h, w)` of each finished target, float32.
+            Tokens `(B, T)` int64, and the latent `(B, C, h, w)` of each finished target, float32. Where the
+            blocks give NaN or infinity for an image, its latents are NaN.
 
         Raises:
-            TypeError: If a tensor is of another dtype.
+            TypeError: If an argument is of another type or dtype.
             ValueError: If a shape does not fit or an option is out of its range.
+
+        Notes:
+            In the dtypes that were chosen, under autocast too.
         """
         tokenizer, size = self.config.tokenizer, self.config.tokenizer.latent_size
         check_tensor("lr_features", lr_features, FLOATING, like=self.places)
         check_shape("lr_features", lr_features, "B C h w", C=tokenizer.code_dim, h=size, w=size)
         check_tensor("class_id", class_id, INDEX, like=lr_features)
         check_shape("class_id", class_id, "B", B=len(lr_features))
+        if has_values(class_id):
+            check_index_range("class_id", class_id, self.config.transformer.num_classes)
         last = len(tokenizer.targets) if targets is None else targets
-        if not 1 <= last <= len(tokenizer.targets):
-            raise ValueError(f"targets: expected 1 to {len(tokenizer.targets)}, found {targets}")
+        if not isinstance(last, int) or not 1 <= last <= len(tokenizer.targets):
+            raise ValueError(
+                f"targets: expected an integer from 1 to {len(tokenizer.targets)}, found {targets}"
+            )
         plan = sampling_plan(
             len(tokenizer.scales),
             tokenizer.target_steps[last - 1],
@@ -148,7 +168,8 @@ class HitSampler(nn.Module):
         )
         given = (lr_features, class_id, plan.states(lr_features.device, generator))
         graphed = self._cuda_graphs and lr_features.is_cuda and has_values(lr_features) and not capturing()
-        tokens, *latents = (self._graphs if graphed else _unpacked(self._walk))(given, plan)
+        with torch.autocast(lr_features.device.type, enabled=False):
+            tokens, *latents = (self._graphs if graphed else _unpacked(self._walk))(given, plan)
         return tokens, latents
 
     def _walk(
@@ -168,6 +189,7 @@ class HitSampler(nn.Module):
         start = 0
         pooled: Tensor | None = None
         tokens = []
+        doubt = torch.zeros(batch, dtype=features.dtype, device=features.device)
         for step in range(steps):
             if step == guided and guided:  # no later scale is guided: the class-free branch ends here
                 features, cache = features[:batch], cache.first(batch)
@@ -178,10 +200,12 @@ class HitSampler(nn.Module):
             start += length
             seen = len(x) if plan.strengths[step] > 0 else batch
             rows = modulated_layer_norm(x[:seen], *head_modulation[:, :seen].unbind())
+            # A layer norm makes a whole row NaN of one bad value: a channel tells, 0 times which is 0 or NaN.
+            doubt = doubt + 0 * rows[..., 0].sum(1).view(-1, batch).sum(0)
             codes = self._codes(rows, plan, states, step).view(batch, -1)
             tokens.append(codes)
             pooled = walk.advance(codes)
-        return torch.cat(tokens, 1), *walk.finished
+        return torch.cat(tokens, 1), *(latent + doubt[:, None, None, None] for latent in walk.finished)
 
     @torch.no_grad()
     def step_logits(self, x: Tensor, class_id: Tensor, cache: KVCache, start: int, step: int) -> Tensor:
@@ -197,8 +221,13 @@ class HitSampler(nn.Module):
         Returns:
             `(B, scales[step] ** 2, K)` float32.
         """
-        x = self.body(x, self.modulation[:, :, class_id], cache, start)[:, -self._lengths[step] :]
-        return self._logits(modulated_layer_norm(x, *self.head_modulation[:, class_id].unbind()))
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.body(x, self.modulation[:, :, class_id], cache, start)[:, -self._lengths[step] :]
+            return self._logits(modulated_layer_norm(x, *self.head_modulation[:, class_id].unbind()))
+
+    def load_state_dict(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Raises RuntimeError: weights are laid out once, from a `HitVar`."""
+        raise RuntimeError("HitSampler: load weights into a HitVar and make a new HitSampler of it")
 
     @property
     def body_dtype(self) -> torch.dtype:

@@ -50,7 +50,7 @@ class HitTokenizer(nn.Module):
         """The image at each target size, coarsest first: `(B, 3, s S, s S)` for `s` in `config.targets`."""
         sides = [size * self.config.stride for size in self.config.target_sizes]
         if image.ndim != 4 or tuple(image.shape[1:]) != (3, sides[-1], sides[-1]):
-            raise ValueError(f"image: expected (B, 3, {sides[-1]}, {sides[-1]}), got {tuple(image.shape)}")
+            raise ValueError(f"image: expected (B, 3, {sides[-1]}, {sides[-1]}), found {tuple(image.shape)}")
         return [resize(image, (side, side), self.config.resize_mode) for side in sides]
 
     def encode(self, image: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
+from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var import HitVar
@@ -53,7 +54,7 @@ class HitUpscaler(nn.Module):
         """Restore and enlarge LR tiles.
 
         Args:
-            lr: `(B, 3, t, t)` in [-1, 1] with `t = lr_tile`.
+            lr: `(B, 3, t, t)` floating in [-1, 1] with `t = lr_tile`.
             class_id: 0 for degraded input, 1 for clean bilinear or bicubic input.
             factors: Wanted factors, out of `scale_factors`; all by default. Steps that no wanted factor needs
                 are not run.
@@ -67,13 +68,23 @@ class HitUpscaler(nn.Module):
             `{factor: (B, 3, factor * t, factor * t)}` float32 in [-1, 1].
 
         Raises:
-            ValueError: If the tile has the wrong side, or a factor is not on offer.
+            TypeError: If `lr` is not a floating tensor.
+            ValueError: If the tile has the wrong side, a factor is not on offer, or an option is out of its
+                range.
+
+        Notes:
+            In the dtype of this upscaler, under autocast too.
         """
-        if lr.ndim != 4 or tuple(lr.shape[1:]) != (3, self.lr_tile, self.lr_tile):
-            raise ValueError(f"lr: expected (B, 3, {self.lr_tile}, {self.lr_tile}), got {tuple(lr.shape)}")
+        check_tensor("lr", lr, FLOATING)
+        check_shape("lr", lr, "B C h w", C=3, h=self.lr_tile, w=self.lr_tile)
+        if len(lr) == 0:
+            raise ValueError(f"lr: expected B of at least 1, found shape {tuple(lr.shape)}")
+        classes = self.config.transformer.num_classes
+        if not isinstance(class_id, int) or not 0 <= class_id < classes:
+            raise ValueError(f"class_id: expected an integer from 0 to {classes - 1}, found {class_id}")
         wanted = self.scale_factors if factors is None else tuple(factors)
         if not wanted or any(factor not in self.scale_factors for factor in wanted):
-            raise ValueError(f"factors: expected some of {self.scale_factors}, got {wanted}")
+            raise ValueError(f"factors: expected some of {self.scale_factors}, found {wanted}")
         targets = {factor: self.scale_factors.index(factor) for factor in wanted}
         _, latents = self.sampler.sample(
             self.lr_features(lr),
@@ -87,11 +98,16 @@ class HitUpscaler(nn.Module):
         )
         return {factor: self.decode(latents[target], target, lr) for factor, target in targets.items()}
 
+    def load_state_dict(self, *_args: Any, **_options: Any) -> NoReturn:
+        """Raises RuntimeError: weights are laid out once, from a `HitVar`."""
+        raise RuntimeError("HitUpscaler: load weights into a HitVar and make a new HitUpscaler of it")
+
     @torch.no_grad()
     def lr_features(self, lr: Tensor) -> Tensor:
         """Latent `(B, C, h, w)` of LR tiles `(B, 3, t, t)` brought to the full side (HIT-VAR, 4.1)."""
-        image = enlarged(lr, self.config.tokenizer, len(self.scale_factors) - 1)
-        features: Tensor = self.encoder(self._channels_last(image))
+        with torch.autocast(lr.device.type, enabled=False):
+            image = enlarged(lr, self.config.tokenizer, len(self.scale_factors) - 1)
+            features: Tensor = self.encoder(self._channels_last(image))
         return features
 
     @torch.no_grad()
@@ -104,9 +120,10 @@ class HitUpscaler(nn.Module):
             lr: The LR tiles, for decoders that look at them.
         """
         config, seen = self.config.tokenizer, None
-        if config.decoder_lr:
-            seen = self._channels_last(enlarged(lr, config, target))
-        image: Tensor = self.decoders[target](self._channels_last(latent), seen)
+        with torch.autocast(latent.device.type, enabled=False):
+            if config.decoder_lr:
+                seen = self._channels_last(enlarged(lr, config, target))
+            image: Tensor = self.decoders[target](self._channels_last(latent), seen)
         return image.float().clamp(-1, 1)
 
     def _channels_last(self, x: Tensor) -> Tensor:

@@ -187,7 +187,13 @@ def modulation_table(ada_lins: Sequence[nn.Module], vectors: Tensor) -> Tensor:
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`gelu(x W^T + b)` in GELU's tanh form; one call of oneDNN on CPUs, where the gelu alone costs more."""
-    if _ONEDNN and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+    # PyTorch's compiler fuses by itself, and takes this call only with constant weights.
+    if (
+        _ONEDNN
+        and not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+    ):
         fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
         return fused
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")

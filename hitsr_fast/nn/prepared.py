@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hitsr_fast.nn.versions import Version, version_of
 from hitsr_fast.ops import Metric, PreparedCodebook, prepare_codebook
 from hitsr_fast.ops.validation import has_values
 
@@ -14,7 +15,7 @@ from hitsr_fast.ops.validation import has_values
 class _Entry(NamedTuple):
     prepared: PreparedCodebook
     source: Tensor  # shares the parameter's memory, which so can't be given to another tensor
-    version: int
+    version: Version
 
 
 class CodebookCache:
@@ -51,8 +52,7 @@ class CodebookCache:
         entry = self._entry
         if entry is None or entry.prepared.metric != metric or _changed(codebook, entry):
             source = codebook.detach()
-            version = 0 if codebook.is_inference() else codebook._version
-            entry = _Entry(prepare_codebook(source, metric=metric), source, version)
+            entry = _Entry(prepare_codebook(source, metric=metric), source, version_of(codebook))
             self._entry = entry
         return entry.prepared
 
@@ -66,4 +66,4 @@ def _changed(codebook: Tensor, entry: _Entry) -> bool:
         return True
     if codebook.device.type == "cpu":
         return not torch.equal(codebook, known)
-    return codebook.data_ptr() != entry.source.data_ptr() or codebook._version != entry.version
+    return codebook.data_ptr() != entry.source.data_ptr() or version_of(codebook) != entry.version

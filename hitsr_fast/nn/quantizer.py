@@ -77,12 +77,12 @@ class MultiScaleQuantizer(nn.Module):
             Tokens `(B, T)` and the reconstruction of each target, with gradients to codebook and phi.
         """
         if not latents:
-            raise ValueError("latents: expected at least one map, got none")
+            raise ValueError("latents: expected at least one map, found none")
         for target, latent in enumerate(latents):
             size = self.config.target_sizes[target]
             if latent.shape[-2:] != (size, size):
                 raise ValueError(
-                    f"latents[{target}]: expected a map of side {size}, got {tuple(latent.shape[-2:])}"
+                    f"latents[{target}]: expected a map of side {size}, found {tuple(latent.shape[-2:])}"
                 )
         return tokenize_pyramid(
             latents,

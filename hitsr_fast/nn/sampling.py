@@ -15,11 +15,13 @@ class SamplingPlan(NamedTuple):
 
     Attributes:
         strengths: Of classifier-free guidance, one a scale that is run; 0 runs one branch only.
+        scales: All of the model, run or not.
         top_k: See `ops.sample_codes`; 1 is greedy.
         top_p: See `ops.sample_codes`.
     """
 
     strengths: tuple[float, ...]
+    scales: int
     top_k: int
     top_p: float
 
@@ -30,11 +32,16 @@ class SamplingPlan(NamedTuple):
         return guided[-1] + 1 if guided else 0
 
     def states(self, device: torch.device, generator: torch.Generator | None) -> Tensor | None:
-        """Seed and offset of each scale's draws, int64 `(steps, 2)` on `device`; None when greedy."""
+        """Seed and offset of each scale's draws, int64 `(scales, 2)` on `device`; None when greedy.
+
+        Scales that are not run take theirs too: what is drawn does not depend on how many are.
+        """
         if self.top_k == 1:
             return None
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator or None, found {generator!r}")
         source = device if generator is None else generator.device
-        drawn = torch.randint(2**63 - 1, (len(self.strengths), 2), generator=generator, device=source)
+        drawn = torch.randint(2**63 - 1, (self.scales, 2), generator=generator, device=source)
         return drawn.to(device)
 
     def draw(self, logits: Tensor, states: Tensor | None, step: int) -> Tensor:
@@ -79,16 +86,19 @@ def sampling_plan(
         top_p: Then keep the smallest set of codes whose probability reaches `top_p`; the largest stays.
 
     Raises:
+        TypeError: If `guided_scales` is no sequence.
         ValueError: If an option is out of its range.
     """
     if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance: expected a finite number of at least 0, got {guidance}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected at least 0, got {top_k}")
+        raise ValueError(f"guidance: expected a finite number of at least 0, found {guidance}")
+    if not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k: expected an integer of at least 0, found {top_k}")
     if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p: expected a value in (0, 1], got {top_p}")
+        raise ValueError(f"top_p: expected a value in (0, 1], found {top_p}")
+    if guided_scales is not None and not isinstance(guided_scales, Sequence):
+        raise TypeError(f"guided_scales: expected numbers of scales or None, found {guided_scales!r}")
     guided = set(range(scales)) if guided_scales is None else set(guided_scales)
     if not guided <= set(range(scales)):
-        raise ValueError(f"guided_scales: expected numbers from 0 to {scales - 1}, got {sorted(guided)}")
+        raise ValueError(f"guided_scales: expected numbers from 0 to {scales - 1}, found {sorted(guided)}")
     strengths = (guidance * step / max(scales - 1, 1) * (step in guided) for step in range(steps))
-    return SamplingPlan(tuple(strengths), top_k, top_p)
+    return SamplingPlan(tuple(strengths), scales, top_k, top_p)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
@@ -27,7 +26,7 @@ class Graphs:
         launch: takes what is copied and then everything else; it waits for nothing.
         capacity: kinds to remember. The one that was not called for longest is forgotten first.
 
-    A copy has captured nothing.
+    A copy or a pickle has captured nothing.
     """
 
     def __init__(self, launch: Callable[..., Results], capacity: int = 16) -> None:
@@ -35,8 +34,8 @@ class Graphs:
         self._kinds: OrderedDict[Hashable, Callable[[Given], Results] | None] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Graphs:
-        return Graphs(copy.deepcopy(self._launch, memo), self._capacity)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Graphs, (self._launch, self._capacity)
 
     def __call__(self, given: Given, *rest: Any) -> Results:
         """What `launch(*given, *rest)` returns; `given` is copied."""

@@ -292,6 +292,16 @@ def test_parameters_may_change() -> None:
         assert not torch.equal(before, after)
         expected = accelerate(other, dtype=dtype).autoregressive_infer_cfg(2, 3, top_k=1)
         assert torch.equal(after, expected)
+    for fused in (False, True):
+        model = accelerate(make(), dtype=torch.bfloat16)
+        before = model.autoregressive_infer_cfg(2, 3, top_k=1)
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused).step()
+        after = model.autoregressive_infer_cfg(2, 3, top_k=1)
+        assert not torch.equal(before, after)
+        expected = accelerate(model, dtype=torch.bfloat16).autoregressive_infer_cfg(2, 3, top_k=1)
+        assert torch.equal(after, expected)
     model, other = accelerate(make()), make()
     for parameter in model.parameters():
         parameter.data.mul_(1.1)  # counts no version
@@ -458,7 +468,7 @@ def test_other_models_are_refused() -> None:
     with pytest.raises(TypeError) as error:
         accelerate(nn.Linear(2, 2))
     for part in (
-        "blocks (a torch.nn.ModuleList)",
+        "blocks (a torch.nn.ModuleList, not empty)",
         "autoregressive_infer_cfg (a method",
         "pos_1LC (a tensor)",
     ):
@@ -502,6 +512,30 @@ def without_gates(model: VAR) -> None:
     del model.blocks[0].ada_lin
 
 
+def without_blocks(model: VAR) -> None:
+    model.blocks = nn.ModuleList()
+
+
+def without_head_bias(model: VAR) -> None:
+    model.head.bias = None
+
+
+def other_scale(model: VAR) -> None:
+    model.blocks[1].attn.scale = 3
+
+
+def other_heads(model: VAR) -> None:
+    model.blocks[1].attn.num_heads = 1
+
+
+def one_without_l2_norm(model: VAR) -> None:
+    model.blocks[1].attn.attn_l2_norm = not model.blocks[0].attn.attn_l2_norm
+
+
+def other_eps(model: VAR) -> None:
+    model.blocks[1].ln_wo_grad.eps = 0.1
+
+
 def other_phi(model: VAR) -> None:
     model.vae_proxy[0].quantize.quant_resi.qresi_ls[0].extra = nn.Parameter(torch.zeros(1))
 
@@ -510,13 +544,19 @@ def other_phi(model: VAR) -> None:
     ("change", "message"),
     [
         (without_bias, r"not found: blocks\[1\]\.attn\.q_bias \(a tensor\)$"),
-        (adapted, r"not found: blocks\[0\]\.ffn\.fc1 \(torch\.nn\.Linear, no subclass\)$"),
+        (adapted, r"not found: blocks\[0\]\.ffn\.fc1 \(torch\.nn\.Linear, no subclass, with bias\)$"),
         (other_activation, r"not found: blocks\[0\]\.ffn\.act \(torch\.nn\.GELU, tanh\)$"),
         (affine, r"not found: blocks\[0\]\.ln_wo_grad \(torch\.nn\.LayerNorm without affine part\)$"),
         (without_tokenizer, r"not found: vae_proxy \(a tuple of the tokenizer\)$"),
         (without_phi, r"not found: vae_proxy\[0\]\.quantize\.quant_resi \(a module\)$"),
         (other_arguments, r"not found: autoregressive_infer_cfg \(a method with the arguments B, label_B, "),
         (without_gates, r"not found: blocks\[0\]\.ada_lin \(a module\)$"),
+        (without_blocks, r"not found: blocks \(a torch\.nn\.ModuleList, not empty\)$"),
+        (without_head_bias, r"not found: head \(torch\.nn\.Linear, no subclass, with bias\)$"),
+        (other_scale, r"not found: blocks\[1\]\.attn\.scale \([\d.]+, as in blocks\[0\]\)$"),
+        (other_heads, r"not found: blocks\[1\]\.attn\.num_heads \(\d, as in blocks\[0\]\)$"),
+        (one_without_l2_norm, r"not found: blocks\[1\]\.attn\.attn_l2_norm \(\w+, as in blocks\[0\]\)$"),
+        (other_eps, r"not found: blocks\[1\]\.ln_wo_grad\.eps \(1e-06, as in blocks\[0\]\)$"),
         (other_phi, r"expected a quantizer with the state .*found .*extra"),
     ],
 )

@@ -67,5 +67,5 @@ def test_bad_arguments_are_named() -> None:
         wavelet_colour_fix(x, x.double())
     with pytest.raises(ValueError, match="shape"):
         wavelet_colour_fix(x, x[..., :3])
-    with pytest.raises(ValueError, match="levels: expected at least 0, got -1"):
+    with pytest.raises(ValueError, match="levels: expected at least 0, found -1"):
         wavelet_colour_fix(x, x, levels=-1)

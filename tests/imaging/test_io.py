@@ -368,7 +368,7 @@ def test_jpeg_lays_alpha_over_white(tmp_path: Path) -> None:
 
 
 def test_picture_checks_its_arrays() -> None:
-    with pytest.raises(TypeError, match="pixels: expected uint8 or uint16, got float64"):
+    with pytest.raises(TypeError, match="pixels: expected uint8 or uint16, found float64"):
         Picture(np.zeros((2, 2, 3)))
     with pytest.raises(ValueError, match=r"pixels: expected shape"):
         Picture(np.zeros((2, 2), np.uint8))

@@ -103,5 +103,5 @@ def test_wrong_bands_are_refused() -> None:
     with pytest.raises(ValueError, match=r"tiles: expected shape \(2, B, C, 8, 8\)"):
         blender.add_band(torch.zeros(2, 1, 3, 4, 4))
     blender.add_band(torch.zeros(2, 1, 3, 8, 8))
-    with pytest.raises(ValueError, match="tiles: expected 1 bands, got one more"):
+    with pytest.raises(ValueError, match="tiles: expected 1 bands, found one more"):
         blender.add_band(torch.zeros(2, 1, 3, 8, 8))

@@ -26,7 +26,7 @@ def test_presets_go_by_their_names() -> None:
         (("wings",), 2, r"config: unknown keys \['wings'\]"),
         (("tokenizer", "wings"), 2, r"config\.tokenizer: unknown keys \['wings'\]"),
         (("transformer", "Depth"), 2, r"config\.transformer: unknown keys \['Depth'\]"),
-        (("transformer",), 3, "config.transformer: expected an object, got int"),
+        (("transformer",), 3, "config.transformer: expected an object, found int"),
         (("transformer", "depth"), "six", "depth: expected int, found 'six'"),
         (("transformer", "depth"), 0, "depth: expected a positive number, found 0"),
         (("transformer", "depth"), True, "depth: expected int, found True"),
@@ -44,7 +44,7 @@ def test_presets_go_by_their_names() -> None:
         (("tokenizer", "targets"), [0.5], "targets: expected ascending fractions that end at 1"),
         (("tokenizer", "targets"), [0.3, 1.0], "targets: 0.3 of the side 32"),
         (("name",), 5, "name: expected str, found 5"),
-        (("colour_fix_levels",), [5], r"colour_fix_levels: expected 3 numbers of at least 0, got \(5,\)"),
+        (("colour_fix_levels",), [5], r"colour_fix_levels: expected 3 numbers of at least 0, found \(5,\)"),
         (("colour_fix_levels",), [3, 4, -1], "colour_fix_levels: expected 3 numbers"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -221,14 +222,68 @@ def test_sampling_repeats_with_a_seeded_generator(seed: int) -> None:
         ({"lr_features": torch.zeros(2, 6, 8, 8).int()}, TypeError, "lr_features: expected dtype float16 or"),
         ({"class_id": torch.zeros(3, dtype=torch.int64)}, ValueError, r"class_id: expected shape \(B=2\)"),
         ({"class_id": torch.zeros(2)}, TypeError, "class_id: expected dtype int64"),
-        ({"targets": 0}, ValueError, "targets: expected 1 to 3, found 0"),
-        ({"targets": 4}, ValueError, "targets: expected 1 to 3, found 4"),
+        (
+            {"class_id": torch.tensor([0, 3])},
+            ValueError,
+            "class_id: expected indices from 0 to 2, found 0 to 3",
+        ),
+        ({"class_id": torch.tensor([0, -1])}, ValueError, "class_id: expected .*, found -1 to 0"),
+        ({"targets": 0}, ValueError, "targets: expected an integer from 1 to 3, found 0"),
+        ({"targets": 4}, ValueError, "targets: expected an integer from 1 to 3, found 4"),
+        ({"targets": 1.5}, ValueError, "targets: expected an integer from 1 to 3, found 1.5"),
+        ({"top_k": 1.5}, ValueError, "top_k: expected an integer of at least 0, found 1.5"),
+        ({"guided_scales": 5}, TypeError, "guided_scales: expected numbers of scales or None, found 5"),
+        ({"top_k": 2, "generator": 5}, TypeError, "generator: expected a torch.Generator or None, found 5"),
     ],
 )
 def test_wrong_arguments_are_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
     features, classes = inputs()
     with pytest.raises(error, match=message):
         HitSampler(micro_model()).sample(**({"lr_features": features, "class_id": classes} | changes))
+
+
+def test_integers_are_no_dtype_to_compute_in() -> None:
+    with pytest.raises(TypeError, match=r"dtype: expected float16 or .*, found int8"):
+        HitSampler(micro_model(), dtype=torch.int8)
+
+
+def test_state_is_loaded_by_the_model_alone() -> None:
+    sampler = HitSampler(micro_model())
+    with pytest.raises(RuntimeError, match="load weights into a HitVar"):
+        sampler.load_state_dict(sampler.state_dict())
+
+
+@pytest.mark.parametrize("options", [{}, {"guidance": 1.0, "guided_scales": [2], "top_k": 4}], ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_an_image_that_overflows_has_latents_of_nan_and_others_do_not(
+    bad: float, options: dict[str, Any]
+) -> None:
+    sampler, (features, classes) = HitSampler(micro_model()), inputs(batch=3)
+    features[1, 2, 3, 4] = bad
+    for latent in sampler.sample(features, classes, **options)[1]:
+        assert latent[1].isnan().all() and latent[[0, 2]].isfinite().all()
+
+
+def test_what_is_drawn_does_not_depend_on_the_targets() -> None:
+    sampler, (features, classes) = HitSampler(micro_model()), inputs()
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    for _ in range(2):  # the generators agree afterwards, too
+        few, all_ = (
+            sampler.sample(features, classes, targets=targets, top_k=0, generator=generator)[0]
+            for targets, generator in zip((1, 3), generators, strict=True)
+        )
+        assert torch.equal(few, all_[:, : few.shape[1]])
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype: torch.dtype, autocast: torch.dtype) -> None:
+    sampler, (features, classes) = HitSampler(micro_model(), dtype=dtype), inputs()
+    expected = sampler.sample(features, classes)
+    with torch.autocast("cpu", autocast):
+        found = sampler.sample(features, classes)
+    assert torch.equal(found[0], expected[0])
+    assert all(torch.equal(a, b) for a, b in zip(found[1], expected[1], strict=True))
 
 
 def test_weights_are_held_once() -> None:
@@ -300,6 +355,17 @@ def test_the_whole_walk_is_one_graph_to_a_compiler(options: dict[str, Any]) -> N
         torch.testing.assert_close(found, expected, **TOLERANCES["float32_reordered"]._asdict())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_pytorchs_own_compiler_takes_it(dtype: torch.dtype) -> None:
+    sampler, (features, classes) = HitSampler(micro_model(), dtype=dtype), inputs()
+    compiled = torch.compile(sampler.sample, fullgraph=True)
+    found, expected = compiled(features, classes, targets=1), sampler.sample(features, classes, targets=1)
+    for latent, plain in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(latent, plain, **TOLERANCES["float32_reordered"]._asdict())
+
+
 def test_a_graph_for_each_batch_and_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a capture that needs no GPU: a call with everything but its tensors bound."""
     captured: list[Any] = []
@@ -325,8 +391,12 @@ def test_a_graph_for_each_batch_and_plan(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_copy_and_a_cast_forget_the_graphs() -> None:
     sampler = HitSampler(micro_model(), dtype=torch.bfloat16)
     graphs = sampler._graphs
-    other = copy.deepcopy(sampler)
-    assert other._graphs is not graphs and other._graphs._launch.__self__ is other  # type: ignore[attr-defined]
+    for other in (copy.deepcopy(sampler), pickle.loads(pickle.dumps(sampler))):
+        assert other._graphs is not graphs and other._graphs._launch.__self__ is other
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(other.sample(*inputs())[1], sampler.sample(*inputs())[1], strict=True)
+        )
     assert sampler.to(torch.float32)._graphs is not graphs
     tokens, _ = sampler.sample(*inputs())
     assert tokens.shape == (2, TOKENS)

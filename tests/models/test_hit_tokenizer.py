@@ -189,11 +189,11 @@ def test_rectangular_images_at_op_level() -> None:
 def test_wrong_shapes_are_errors() -> None:
     tokenizer = HitTokenizer(CONFIG)
     for shape in ((1, 3, 32, 16), (3, 32, 32), (1, 1, 32, 32)):
-        with pytest.raises(ValueError, match=r"image: expected \(B, 3, 32, 32\), got"):
+        with pytest.raises(ValueError, match=r"image: expected \(B, 3, 32, 32\), found"):
             tokenizer.pyramid(torch.zeros(shape))
-    with pytest.raises(ValueError, match=r"latents\[0\]: expected a map of side 2, got \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"latents\[0\]: expected a map of side 2, found \(8, 8\)"):
         tokenizer.quantize.tokenize([torch.zeros(1, 6, 8, 8)])
-    with pytest.raises(ValueError, match="latents: expected at least one map, got none"):
+    with pytest.raises(ValueError, match="latents: expected at least one map, found none"):
         tokenizer.quantize.tokenize([])
 
 

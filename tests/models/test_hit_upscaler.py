@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,74 @@ def test_the_plain_path_gives_the_same_images(config: Any) -> None:
     for factor, image in images.items():
         assert image.dtype == torch.float32
         torch.testing.assert_close(image, expected[factor], **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    upscaler, lr = HitUpscaler(micro_model(SEEING), dtype=dtype), lr_tiles()
+    expected = upscaler.super_resolve(lr)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = upscaler.super_resolve(lr)
+    assert all(torch.equal(found[factor], image) for factor, image in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("tokenizer", "encoder.conv_in.bias"),
+        ("transformer", "blocks.0.ffn.fc2.bias"),
+        ("tokenizer", "decoders.2.conv_in.bias"),
+    ],
+)
+def test_nan_anywhere_is_nan_in_the_image(part: str, name: str) -> None:
+    """So that it is seen, and done again in float32 where half precision is the cause."""
+    model = micro_model()
+    with torch.no_grad():
+        getattr(model, part).get_parameter(name)[0] = torch.nan
+    assert HitUpscaler(model).super_resolve(lr_tiles())[4].isnan().any()
+
+
+def test_an_overflow_of_half_precision_is_seen() -> None:
+    """Values of a block's keys that float16 cannot hold; float32 gives the image of the model before."""
+    model, lr = micro_model(), lr_tiles()
+    expected = HitUpscaler(model).super_resolve(lr)[4]
+    attention = model.transformer.blocks[1].attn
+    width = attention.proj.in_features
+    with torch.no_grad():
+        attention.mat_qkv.weight[2 * width :] *= 2**15
+        attention.v_bias *= 2**15
+        attention.proj.weight /= 2**15
+    torch.testing.assert_close(HitUpscaler(model).super_resolve(lr)[4], expected, **CLOSE)
+    assert HitUpscaler(model, dtype=torch.float16).super_resolve(lr)[4].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"lr": [1.0]}, TypeError, "lr: expected a float16 or .* tensor, found list"),
+        ({"lr": lr_tiles().long()}, TypeError, "lr: expected dtype float16 or .*, found int64"),
+        ({"lr": lr_tiles()[:0]}, ValueError, "lr: expected B of at least 1"),
+        ({"lr": lr_tiles()[..., 1:]}, ValueError, r"lr: expected shape \(B, C=3, h=8, w=8\)"),
+        ({"class_id": 3}, ValueError, "class_id: expected an integer from 0 to 2, found 3"),
+        ({"class_id": 0.5}, ValueError, "class_id: expected an integer from 0 to 2, found 0.5"),
+        ({"factors": [3]}, ValueError, r"factors: expected some of \(1, 2, 4\), found \(3,\)"),
+    ],
+)
+def test_wrong_arguments_are_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        HitUpscaler(micro_model()).super_resolve(**({"lr": lr_tiles()} | changes))
+
+
+def test_state_is_loaded_by_the_model_alone() -> None:
+    upscaler = HitUpscaler(micro_model())
+    with pytest.raises(RuntimeError, match="load weights into a HitVar"):
+        upscaler.load_state_dict(upscaler.state_dict())
+
+
+def test_it_can_be_pickled() -> None:
+    upscaler = HitUpscaler(micro_model(), dtype=torch.bfloat16)
+    other = pickle.loads(pickle.dumps(upscaler))
+    assert torch.equal(other.super_resolve(lr_tiles())[4], upscaler.super_resolve(lr_tiles())[4])
 
 
 @torch.no_grad()

@@ -66,13 +66,13 @@ def test_bfloat16_weights_give_float32_images(config: HitConfig) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 9), (1, 3, 32, 32), (3, 8, 8), (1, 1, 8, 8)])
 def test_wrong_tiles_are_errors(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"lr: expected \(B, 3, 8, 8\), got"):
+    with pytest.raises(ValueError, match=r"lr: expected shape \(B, C=3, h=8, w=8\), found"):
         micro_model().super_resolve(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("factors", [(3,), (), (1, 8)])
 def test_wrong_factors_are_errors(factors: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"factors: expected some of \(1, 2, 4\), got"):
+    with pytest.raises(ValueError, match=r"factors: expected some of \(1, 2, 4\), found"):
         micro_model().super_resolve(lr_tiles(), factors=factors)
 
 

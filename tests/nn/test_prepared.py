@@ -89,6 +89,15 @@ def test_off_the_cpu_address_and_version_decide(monkeypatch: pytest.MonkeyPatch)
     cache(parameter)
     cache(parameter)
     assert len(made) == 2
+    other = nn.Parameter(torch.zeros(3))
+    other.grad = torch.ones(3)
+    torch.optim.AdamW([other]).step()
+    cache(parameter)
+    assert len(made) == 2
+    torch.optim.AdamW([other], fused=True).step()  # counts no writes: it might have been this parameter
+    cache(parameter)
+    cache(parameter)
+    assert len(made) == 3
 
 
 def test_a_move_to_another_device_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
