@@ -141,7 +141,7 @@ def _ours(backend: str | None) -> Provider[AdaLNCase]:
 def _launch(case: AdaLNCase) -> None:
     x = torch.zeros(case.B, case.L, case.C, dtype=getattr(torch, case.dtype))
     row, mean = x[:, 0].contiguous(), torch.zeros(case.B, case.L)
-    modulated_layer_norm_triton.modulated_layer_norm_triton(x, row, row, 1e-6)
+    modulated_layer_norm_triton.modulated_layer_norm_triton(x, row, row, 1e-6, x.dtype)
     modulated_layer_norm_triton.modulated_layer_norm_backward_triton(x, x, row, mean, mean)
     modulated_layer_norm_triton.gated_residual_triton(x, x, row)
     modulated_layer_norm_triton.gated_residual_backward_triton(x, x, row)

@@ -142,8 +142,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> norm_backward(
           data<float>(rstd) + row, rows, C, memory, data<T>(grad_x) + row * C, to, to + C);
     });
   });
-  const at::Tensor whole = sums.sum(1).to(scale_in.scalar_type());
-  return {grad_x.to(x_in.scalar_type()), whole.select(1, 0).contiguous(), whole.select(1, 1).contiguous()};
+  const at::Tensor whole = sums.sum(1);
+  return {
+      grad_x.to(x_in.scalar_type()), whole.select(1, 0).to(scale_in.scalar_type()).contiguous(),
+      whole.select(1, 1).contiguous()};
 }
 
 at::Tensor residual(const at::Tensor& x_in, const at::Tensor& y_in, const at::Tensor& gate_in, const std::string& isa) {

@@ -19,17 +19,19 @@ void norm(
       sum += value;
     }
     const float centre = sum / count;
-    float squares = 0;
-#pragma omp simd reduction(+ : squares)
+    float rest = 0, squares = 0;
+#pragma omp simd reduction(+ : rest, squares)
     for (int64_t c = 0; c < C; ++c) {
       const float centred = memory[c] - centre;
       memory[c] = centred;
+      rest += centred;
       squares += centred * centred;
     }
-    const float inverse = 1 / std::sqrt(squares / count + eps);
+    const float missed = rest / count;  // what the rounding of the mean left
+    const float inverse = 1 / std::sqrt(squares / count - missed * missed + eps);
 #pragma omp simd
-    for (int64_t c = 0; c < C; ++c) narrow(memory[c] * inverse * (1 + scale[c]) + shift[c], out + c);
-    mean[row] = centre;
+    for (int64_t c = 0; c < C; ++c) narrow((memory[c] - missed) * inverse * (1 + scale[c]) + shift[c], out + c);
+    mean[row] = centre + missed;
     rstd[row] = inverse;
   }
 }

@@ -9,6 +9,9 @@ using Scores = typename Isa::Scores;
 constexpr int64_t kLanes = Isa::kLanes, kQueries = kFormat.queries;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+// The peak while all scores were -infinity: finite, so that their weights are next to nothing and not NaN.
+constexpr float kNoPeak = -std::numeric_limits<float>::max();
 // A new peak is taken over only where it is this much above the old one, in powers of two: the sums hold the weights
 // of 2^8 as well as those of 1, and need rescaling almost never.
 constexpr float kHeadroom = 8;
@@ -34,26 +37,28 @@ inline void begin(const Task& task) {
     const State state = state_of(task, i);
     std::memset(state.sums, 0, static_cast<size_t>(task.channels * kQueries) * sizeof(float));
     for (int64_t q = 0; q < kQueries; ++q) {
-      state.peak[q] = -kInfinity;
+      state.peak[q] = kNoPeak;
       state.total[q] = 0;
     }
   }
 }
 
-// The sums of values over the totals, and the logarithms of these.
+// The sums of values over the totals, and the logarithms of these; as of the definition NaN where all scores are -infinity.
 inline void finish(const Task& task) {
   for (int64_t i = 0; i * kQueries < task.count; ++i) {
     const State state = state_of(task, i);
     float* out = task.out + i * task.channels * kQueries;
     for (int64_t v = 0; v < kQueries; v += kLanes) {
-      const Scores share = Isa::fill(1) / Isa::load(state.total + v);
+      const Scores found = Isa::fill(1) / Isa::load(state.total + v);
+      const Scores share = Isa::load(state.peak + v) == Isa::fill(kNoPeak) ? Isa::fill(kNan) : found;
       for (int64_t d = v; d < v + task.channels * kQueries; d += kQueries) {
         Isa::store(out + d, Isa::load(state.sums + d) * share);
       }
     }
     for (int64_t q = 0; q < smaller(kQueries, task.count - i * kQueries); ++q) {
       constexpr float kLog2 = 0.693147180559945f;
-      task.lse[i * kQueries + q] = (state.peak[q] + log2f(state.total[q])) * kLog2;
+      const float log = (state.peak[q] + log2f(state.total[q])) * kLog2;
+      task.lse[i * kQueries + q] = state.peak[q] == kNoPeak ? -kInfinity : log;
     }
   }
 }
@@ -103,7 +108,6 @@ struct Softmax {
       const Scores found = Isa::maximum(most[0][v], most[1][v]) * scale;
       const auto higher = found > peak[v] + Isa::fill(kHeadroom);
       const Scores next = higher ? found : peak[v];
-      // At first the peak is -infinity, and the sums are 0.
       factor[v] = higher ? power_of_two<6>(peak[v] - next) : Isa::fill(1);
       peak[v] = next;
       moves = moves || Isa::at_most(factor[v], 0.5f) != 0;

@@ -110,8 +110,12 @@ def _norm_fake(
     return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
 
 
-def _norm_backward_fake(grad: Tensor, x: Tensor, scale: Tensor, *_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), scale.new_empty(scale.shape)
+def _norm_backward_fake(
+    grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = any(t.dtype == torch.float64 for t in (grad, x, scale))
+    grad_shift = scale.new_empty(scale.shape, dtype=torch.float64 if wide else torch.float32)
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), grad_shift
 
 
 def _residual_fake(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -99,8 +99,8 @@ def modulated_layer_norm_backward_triton(
                 ROWS=_ROWS,
                 **constants(C),
             )
-    grad_scale, grad_shift = sums.sum(1).to(scale.dtype).unbind(1)
-    return grad_x, grad_scale.contiguous(), grad_shift.contiguous()
+    grad_scale, grad_shift = sums.sum(1).unbind(1)
+    return grad_x, grad_scale.to(scale.dtype).contiguous(), grad_shift.contiguous()
 
 
 def gated_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

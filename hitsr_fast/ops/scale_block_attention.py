@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -146,7 +147,13 @@ def cached_attention(
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:
-    return float(q.shape[-1] ** -0.5) if softmax_scale is None else softmax_scale
+    if softmax_scale is None:
+        return float(max(q.shape[-1], 1) ** -0.5)
+    if not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale: expected a number or None, found {type(softmax_scale).__name__}")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale: expected a finite number, found {softmax_scale}")
+    return float(softmax_scale)
 
 
 def _attention_fake(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hitsr_fast import env, extension
 from hitsr_fast.ops.nearest_code_cpu import chosen_isa
+from hitsr_fast.reference.scale_block_attention import scale_block_attention as reference
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -41,6 +42,8 @@ def scale_block_attention_cpu(
     """As `reference.scale_block_attention`."""
     if compiled(q.dtype):
         return _attend(q, k, v, block_lengths, softmax_scale)
+    if q.numel() == 0:
+        return reference(q, k, v, block_lengths, softmax_scale)
     q, k, v = _readable(q, k, v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -68,6 +71,8 @@ def scale_block_attention_backward_cpu(
             grad, q, k, v, out, lse, block_lengths, softmax_scale, chosen_isa()
         )
         return grads
+    if q.numel() == 0:  # PyTorch's kernel divides by the number of heads
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     grad, q, k, v, out = _readable(grad, q, k, v, out)
     grad_q = torch.empty_like(q, memory_format=torch.contiguous_format)
     grad_k, grad_v = (
@@ -91,6 +96,8 @@ def cached_attention_cpu(
     keys, values = k_cache[:, :length], v_cache[:, :length]
     if compiled(q.dtype):
         return _attend(q, keys, values, [q.shape[1]], softmax_scale)[0]
+    if q.numel() == 0:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
     query, key, value = (t.transpose(1, 2) for t in _readable(q, keys, values))
     out: Tensor = _forward(query, key, value, scale=softmax_scale)[0]
     return out.transpose(1, 2).contiguous()

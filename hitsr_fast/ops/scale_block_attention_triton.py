@@ -24,6 +24,10 @@ __all__ = [
 
 MAX_HEAD_DIM = 128
 
+_INTERPRETED = (
+    torch.float16,
+    torch.float32,
+)  # what is a product there; of bfloat16 it takes the bits for integers
 _LOG2E = math.log2(math.e)
 _ROWS = 64  # of which a program of the small kernels takes care
 _COMBINED = 16  # rows that a program combines
@@ -77,6 +81,8 @@ def supports(*args: Any) -> str | None:
         return f"needs CUDA or HIP tensors, found {values.device.type}"
     if values.dtype == torch.float64:
         return "needs float16, bfloat16 or float32, found float64"
+    if env.triton_interpret() and values.dtype not in _INTERPRETED:
+        return "needs a GPU for bfloat16, found Triton's interpreter"
     B, _, NH, D = values.shape
     if D > MAX_HEAD_DIM:
         return f"needs D of at most {MAX_HEAD_DIM}, found {D}"

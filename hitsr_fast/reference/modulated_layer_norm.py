@@ -24,6 +24,7 @@ def modulated_layer_norm(
     values, factor, offset = _wide(x, scale, shift)
     mean = values.mean(-1)
     centred = values - mean[..., None]
+    centred = centred - centred.mean(-1, keepdim=True)  # what the rounding of the mean left
     rstd = (centred.square().mean(-1) + eps).rsqrt()
     out = centred * rstd[..., None] * (1 + factor[:, None]) + offset[:, None]
     return out.to(out_dtype).contiguous(), mean, rstd
@@ -32,7 +33,7 @@ def modulated_layer_norm(
 def modulated_layer_norm_backward(
     grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in x `(B, L, C)`, and in scale and shift `(B, C)`, in the dtypes of x and scale.
+    """Gradients in x `(B, L, C)` and in scale `(B, C)`, in their dtypes, and in shift `(B, C)`, not rounded.
 
     With n the normalised rows, G = grad and H = G (1 + scale): dx = rstd (H - mean(H) - n mean(H n)),
     dscale = sum over rows of G n, dshift = sum over rows of G.
@@ -42,7 +43,7 @@ def modulated_layer_norm_backward(
     inner = given * (1 + factor[:, None])
     grad_x = inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True)
     grad_x = (grad_x * rstd[..., None]).to(x.dtype).contiguous()
-    return grad_x, (given * normal).sum(1).to(scale.dtype), given.sum(1).to(scale.dtype)
+    return grad_x, (given * normal).sum(1).to(scale.dtype), given.sum(1)
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:

@@ -36,12 +36,14 @@ def _modulated_layer_norm_fwd_kernel(
     values = tl.load(at + far * stride_xc, mask=inside, other=0.0).to(tl.float32)
     centre = tl.sum(values, axis=0) / C
     centred = tl.where(inside, values - centre, 0.0)
+    missed = tl.sum(centred, axis=0) / C  # what the rounding of the mean left
+    centred = tl.where(inside, centred - missed, 0.0)
     inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
     factor = tl.load(scale + image * stride_sb + far * stride_sc, mask=inside, other=0.0).to(tl.float32)
     offset = tl.load(shift + image * stride_tb + far * stride_tc, mask=inside, other=0.0).to(tl.float32)
     row = image * L + token
     tl.store(out + row * C + channel, centred * inverse * (1 + factor) + offset, mask=inside)
-    tl.store(mean + row, centre)
+    tl.store(mean + row, centre + missed)
     tl.store(rstd + row, inverse)
 
 

@@ -103,9 +103,12 @@ def _cached_attention_combine_kernel(
     for _ in range(splits):
         log_total = tl.load(totals_at, mask=row < L, other=0.0)
         higher = tl.maximum(peak, log_total)
-        fade, weight = tl.exp2(peak - higher), tl.exp2(log_total - higher)
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        fade, weight = tl.exp2(peak - base), tl.exp2(log_total - base)
         total = total * fade + weight
-        acc = acc * fade[:, None] + weight[:, None] * tl.load(parts_at, mask=inside, other=0.0)
+        # A split without weight, all of whose scores are -infinity, is NaN.
+        part = tl.load(parts_at, mask=inside & (weight != 0)[:, None], other=0.0)
+        acc = acc * fade[:, None] + weight[:, None] * part
         peak = higher
         totals_at += images.to(tl.int64) * NH * L
         parts_at += images.to(tl.int64) * NH * L * D

@@ -53,8 +53,11 @@ def attend(
         if CUT:
             scores = tl.where((start + key)[None, :] < visible[:, None], scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-        weights = tl.exp2(tl.fma(scores, scale, -higher[:, None]))
-        fade = tl.exp2(peak - higher)
+        base = tl.where(
+            higher == -float("inf"), 0.0, higher
+        )  # while all scores are -infinity their weights are 0
+        weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
+        fade = tl.exp2(peak - base)
         total = total * fade + tl.sum(weights, axis=1)
         acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision=PRECISION)
         peak = higher

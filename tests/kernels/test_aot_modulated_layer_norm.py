@@ -26,7 +26,7 @@ def compiled(folder: Path, target: str, shape: tuple[int, int, int], dtype: torc
     x, row, mean = torch.zeros(shape, dtype=dtype), torch.zeros(B, C, dtype=dtype), torch.zeros(B, L)
 
     def launch() -> None:
-        triton.modulated_layer_norm_triton(x, row, row, 1e-6)
+        triton.modulated_layer_norm_triton(x, row, row, 1e-6, x.dtype)
         triton.modulated_layer_norm_backward_triton(x, x, row, mean, mean)
         triton.gated_residual_triton(x, x, row)
         triton.gated_residual_backward_triton(x, x, row)

@@ -23,10 +23,16 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import cached_attention, scale_block_attention
 from hitsr_fast.ops import scale_block_attention_triton as triton
-from tests.ops.test_scale_block_attention import BACKWARD, CACHED, FORWARD, dense, qkv
+from tests.ops.test_scale_block_attention import (
+    BACKWARD,
+    CACHED,
+    FORWARD,
+    NAMES,
+    check_keys_that_score_minus_infinity,
+    dense,
+    qkv,
+)
 from tests.tolerances import TOLERANCES
-
-NAMES = {torch.float32: "float32_reordered", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 # Tiles are 32 queries by 16 keys, in one pass 16 by 32: whole and cut ones, blocks within one and across two.
 BLOCKS = [[1], [5, 1, 30, 17], [70], [40, 3, 64, 9, 33], [33, 32, 31, 1, 1, 64], [16, 16, 32, 64]]
@@ -47,6 +53,7 @@ def _backend() -> Iterator[None]:
 
     with use_backend("triton"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        patch.setattr(triton, "_INTERPRETED", (*triton._INTERPRETED, torch.bfloat16))
         yield
 
 
@@ -81,6 +88,11 @@ def test_head_dimensions(head_dim: int) -> None:
 @given(blocks=st.lists(st.integers(1, 40), min_size=1, max_size=6))
 def test_any_blocks(blocks: list[int]) -> None:
     check(*qkv(1, sum(blocks), 1, 3, dtype=torch.float32, grad=True), blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_keys_that_score_minus_infinity(dtype: torch.dtype) -> None:
+    check_keys_that_score_minus_infinity(dtype, -torch.inf)
 
 
 def test_strides() -> None:

@@ -147,6 +147,30 @@ def test_a_mean_that_is_large_beside_the_deviation(B: int, L: int, C: int, eps: 
     torch.testing.assert_close(found.double(), expected, **TOLERANCES["mean_of_100"]._asdict())
 
 
+def test_long_rows_keep_the_deviation(backend: str) -> None:
+    """Whole sixteenths around 10,000, which float32 holds: the input has no rounding of its own."""
+    x = 1e4 + torch.randint(-16, 17, (1, 2, 2**16)) / 16
+    zeros = torch.zeros(1, 2**16)
+    expected = plain_norm(*(t.double() for t in (x, zeros, zeros)))
+    found = modulated_layer_norm(x, zeros, zeros)
+    torch.testing.assert_close(found.double(), expected, **TOLERANCES["mean_of_100"]._asdict())
+
+
+def test_eps_is_inside_the_root(backend: str) -> None:
+    x, scale, shift = (t.detach() for t in norm_inputs(2, 3, 16))
+    expected = plain_norm(*(t.double() for t in (x, scale, shift)), 0.5)
+    found = modulated_layer_norm(x, scale, shift, eps=0.5)
+    torch.testing.assert_close(found.double(), expected, **TOLERANCES["float32_reordered"]._asdict())
+
+
+def test_each_gradient_has_the_precision_of_its_own_argument(backend: str) -> None:
+    x, scale = torch.randn(2, 4096, 8), torch.zeros(2, 8, dtype=torch.float16, requires_grad=True)
+    shift = torch.zeros(2, 8, requires_grad=True)
+    modulated_layer_norm(x, scale, shift).backward(torch.full_like(x, 20.0))
+    assert shift.grad is not None and shift.grad.dtype == torch.float32
+    assert (shift.grad == 20 * 4096).all(), "more than float16 holds"
+
+
 def test_sums_over_rows_do_not_depend_on_threads(backend: str) -> None:
     x, scale, shift = norm_inputs(2, 300, 64)
     threads, found = torch.get_num_threads(), []

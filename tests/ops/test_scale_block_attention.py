@@ -26,6 +26,7 @@ COMPILED = [f"cpu:{isa}" for isa in KERNELS if isa in instruction_sets()] if BUI
 FORWARD = torch.ops.hitsr_fast.scale_block_attention.default
 BACKWARD = torch.ops.hitsr_fast.scale_block_attention_backward.default
 CACHED = torch.ops.hitsr_fast.cached_attention.default
+NAMES = {torch.float32: "float32_reordered", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ROUNDINGS = 4  # of the largest value, beside twice PyTorch's error
 
 
@@ -280,6 +281,59 @@ def test_nan_and_infinity_stay_where_they_are_seen(backend: str, dtype: torch.dt
         after = scale_block_attention(q, k, v, block_lengths=blocks)
     assert torch.equal(before[:, :45], after[:, :45])
     assert after[:, 45:].isnan().all()
+
+
+def check_keys_that_score_minus_infinity(dtype: torch.dtype, low: float) -> None:
+    """First tiles of keys without weight, whose scores may overflow; rows that see no others are NaN."""
+    q, k, v = (
+        torch.ones(1, 200, 1, 4, dtype=dtype),
+        torch.zeros(1, 200, 1, 4, dtype=dtype),
+        torch.randn(1, 200, 1, 4),
+    )
+    k[:, :130], v = low, v.to(dtype)
+    if low > -torch.inf:
+        q *= -low
+    out, lse = FORWARD(q, k, v, [100, 50, 50], 1.0)
+    ends = ((100, 150, 150), (150, 200, 200))
+    assert out[:, :100].isnan().all() and (lse[..., :100] == -torch.inf).all()
+    for first, last, end in ends:
+        expected = v[:, 130:end].double().mean(1, keepdim=True).expand(-1, last - first, -1, -1)
+        torch.testing.assert_close(
+            out[:, first:last].double(), expected, **TOLERANCES[NAMES[dtype]]._asdict()
+        )
+        cached = CACHED(q[:, first:last], k, v, end, 1.0)
+        torch.testing.assert_close(cached.double(), expected, **TOLERANCES[NAMES[dtype]]._asdict())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", *COMPILED])
+@pytest.mark.parametrize("dtype", NAMES)
+def test_keys_that_score_minus_infinity(backend: str, dtype: torch.dtype) -> None:
+    with forced(backend):
+        check_keys_that_score_minus_infinity(dtype, -torch.inf)
+        if dtype != torch.float16:
+            check_keys_that_score_minus_infinity(dtype, -1e20)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 3, 2, 4), (1, 3, 0, 4), (1, 3, 2, 0)], ids=str)
+def test_nothing_to_do(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    with forced(backend):
+        x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        out = scale_block_attention(x, x, x, block_lengths=[2, 1])
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        assert out.shape == grad.shape == shape
+        with torch.no_grad():
+            assert cached_attention(x, x, x, 3).shape == shape
+
+
+def test_scales_that_are_no_factor_are_refused() -> None:
+    x = torch.zeros(1, 2, 1, 4)
+    with pytest.raises(TypeError, match="softmax_scale: expected a number or None, found Parameter"):
+        scale_block_attention(x, x, x, block_lengths=[2], softmax_scale=torch.nn.Parameter(torch.ones(())))  # type: ignore[arg-type]
+    for scale in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=f"softmax_scale: expected a finite number, found {scale}"):
+            cached_attention(x, x, x, 2, softmax_scale=scale)
 
 
 @pytest.mark.parametrize("backend", COMPILED)

@@ -37,6 +37,7 @@ def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert supports(q, q, q, [2], 1.0) == "needs CUDA or HIP tensors, found cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert supports(q, q, q, [2], 1.0) is None
+    assert supports(q.bfloat16(), 1.0) == "needs a GPU for bfloat16, found Triton's interpreter"
     assert supports(q.double(), 1.0) == "needs float16, bfloat16 or float32, found float64"
     assert supports(torch.zeros(1, 1, 1, 129), 1.0) == "needs D of at most 128, found 129"
     assert supports(torch.zeros(65536, 1, 1, 1), 1.0) == "needs B of at most 65535, found 65536"
