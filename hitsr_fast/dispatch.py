@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from hitsr_fast import env
 
@@ -99,11 +100,18 @@ class Operation:
             if isinstance(arg, torch.Tensor):
                 device = arg.device.type
                 break
+        if any(map(_has_tangent, args)):
+            raise NotImplementedError(f"{self.name}: forward-mode derivatives are not implemented")
         backend = self.choose(*args)
         if not torch.is_autocast_enabled(device):
             return backend.run(*args)
         with torch.autocast(device, enabled=False):
             return backend.run(*args)
+
+
+def _has_tangent(arg: object) -> bool:
+    """Whether a forward-mode derivative goes along with a tensor: PyTorch would take it to be 0."""
+    return isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
 
 
 def register(

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from hitsr_fast import dispatch
 from hitsr_fast.dispatch import Backend, BackendUnavailableError, Operation, explain, use_backend
-from hitsr_fast.ops import nearest_code, scale_block_attention
+from hitsr_fast.ops import modulated_layer_norm, nearest_code, scale_block_attention
 
 
 def _operation(gpu_reason: str | None = "no GPU") -> Operation:
@@ -122,6 +123,15 @@ def test_autocast_does_not_reach_inside_an_op() -> None:
         inside = scale_block_attention(q, q, q, block_lengths=[1, 2])
     assert inside.dtype == torch.float32
     assert torch.equal(inside, scale_block_attention(q, q, q, block_lengths=[1, 2]))
+
+
+def test_forward_mode_derivatives_are_refused() -> None:
+    """PyTorch would take them to be 0."""
+    x, row = torch.randn(1, 3, 4), torch.randn(1, 4)
+    with forward_ad.dual_level():
+        modulated_layer_norm(x, row, row)
+        with pytest.raises(NotImplementedError, match="modulated_layer_norm: forward-mode derivatives are not"):
+            modulated_layer_norm(forward_ad.make_dual(x, x), row, row)
 
 
 def test_explain_prints_the_table(
