@@ -125,12 +125,15 @@ def test_autocast_does_not_reach_inside_an_op() -> None:
     assert torch.equal(inside, scale_block_attention(q, q, q, block_lengths=[1, 2]))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")  # PyTorch's own
 def test_forward_mode_derivatives_are_refused() -> None:
     """PyTorch would take them to be 0."""
     x, row = torch.randn(1, 3, 4), torch.randn(1, 4)
     with forward_ad.dual_level():
         modulated_layer_norm(x, row, row)
-        with pytest.raises(NotImplementedError, match="modulated_layer_norm: forward-mode derivatives are not"):
+        with pytest.raises(
+            NotImplementedError, match="modulated_layer_norm: forward-mode derivatives are not"
+        ):
             modulated_layer_norm(forward_ad.make_dual(x, x), row, row)
 
 
