@@ -90,6 +90,22 @@ def test_lower_precision_and_long_blocks(backend: str, dtype: torch.dtype, toler
         torch.testing.assert_close(actual.double(), want.double(), **TOLERANCES[tolerance]._asdict())
 
 
+@pytest.mark.parametrize("backend", BACKENDS + COMPILED)
+def test_gradients_of_many_blocks_are_summed_in_float32(backend: str) -> None:
+    # Token i adds about 1 / i to the gradients of the first key and value: a sum that is kept in bfloat16
+    # takes none of them from i = 64 on.
+    T, D = 300, 4
+    q, k, v = (torch.zeros(1, T, 1, D, dtype=torch.bfloat16) for _ in range(3))
+    q[:], v[:, 0] = 1, 1
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    with forced(backend):
+        out = scale_block_attention(q, k, v, block_lengths=[1] * T)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    expected = torch.autograd.grad(dense(q, k, v, [1] * T).sum(), inputs)
+    for actual, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, want, **TOLERANCES["bfloat16"]._asdict())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradcheck(backend: str) -> None:
     with use_backend(backend):
