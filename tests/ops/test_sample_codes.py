@@ -394,6 +394,26 @@ def test_bad_arguments() -> None:
         for value in values:
             with pytest.raises(ValueError, match=f"{name}: expected .*, found {value}"):
                 sample_codes(x, uncond_logits=x, **{name: value})  # type: ignore[arg-type]
+    expected = {
+        "guidance": "a finite number of at least 0",
+        "top_k": f"an integer from 0 to {2**63 - 1}",
+        "top_p": "a number from 0 to 1",
+        "temperature": r"a number from 1e-30 to 1e\+30",
+        "generator": "a torch.Generator or None",
+    }
+    types: dict[str, tuple[Any, ...]] = {
+        "guidance": (None, "1"),
+        "top_k": (None, "1", 2.0),
+        "top_p": (None, "1"),
+        "temperature": (None, "1"),
+        "generator": (0, "cpu"),
+    }
+    for name, bad in types.items():
+        for value in bad:
+            with pytest.raises(TypeError, match=f"{name}: expected {expected[name]}, found {value!r}"):
+                sample_codes(x, **{name: value})
+    with pytest.raises(ValueError, match=f"top_k: expected {expected['top_k']}, found {10**30}"):
+        sample_codes(x, top_k=10**30)
     with pytest.raises(ValueError, match=r"state: expected shape \(words=2\), found \(3,\)"):
         OP(x, None, torch.zeros(3, dtype=torch.int64), 0.0, 0, 0.0, 1.0)
 
