@@ -115,14 +115,18 @@ def test_backward_runs_under_the_backend_of_its_forward(monkeypatch: pytest.Monk
     ]
 
 
-def test_autocast_does_not_reach_inside_an_op() -> None:
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_autocast_does_not_reach_inside_an_op(backend: str | None) -> None:
+    """The reference is made of matrix products, which autocast would round to bfloat16."""
     x, codebook = torch.randn(64, 8), torch.randn(32, 8)
     q = torch.randn(1, 3, 1, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(nearest_code(x, codebook), nearest_code(x, codebook))
-        inside = scale_block_attention(q, q, q, block_lengths=[1, 2])
-    assert inside.dtype == torch.float32
-    assert torch.equal(inside, scale_block_attention(q, q, q, block_lengths=[1, 2]))
+    with use_backend(backend):
+        outside = nearest_code(x, codebook), scale_block_attention(q, q, q, block_lengths=[1, 2])
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = nearest_code(x, codebook), scale_block_attention(q, q, q, block_lengths=[1, 2])
+    for found, expected in zip(inside, outside, strict=True):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:FutureWarning")  # PyTorch's own

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.nn.attention import score_factor
 from hitsr_fast.ops import attention_prologue, cached_attention, gated_residual, modulated_layer_norm
+from hitsr_fast.ops.validation import check_integer, check_shape
 
 # Whether this build of PyTorch has oneDNN's linear map with an activation, which its compiler uses.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -47,7 +48,13 @@ class KVCache:
         self.v = torch.empty_like(self.k)
 
     def first(self, batch: int) -> KVCache:
-        """The first `batch` sequences, in the same memory."""
+        """The first `batch` sequences, in the same memory.
+
+        Raises:
+            TypeError: `batch` is not an integer.
+            ValueError: There are not so many.
+        """
+        check_integer("batch", batch, 0, self.k.shape[1], "B")
         part = object.__new__(KVCache)
         part.k, part.v = self.k[:, :batch], self.v[:, :batch]
         return part
@@ -166,7 +173,19 @@ class CachedBody(nn.Module):
             modulation: `(layers, 6, B, C)`: a block's six rows, in VAR's order.
             cache: From `new_cache`; rows from `start` on are written.
             start: Tokens before these.
+
+        Raises:
+            ValueError: `modulation` or `cache` is not of this stack's layers, or a shape does not fit.
         """
+        layers = len(self.blocks)
+        check_shape("x", x, "B L C")
+        check_shape(
+            "modulation",
+            modulation,
+            "layers 6 B C",
+            **{"layers": layers, "6": 6, "B": len(x), "C": x.shape[2]},
+        )
+        check_shape("cache.k", cache.k, "layers B T NH D", layers=layers)
         for block, rows, k, v in zip(self.blocks, modulation, cache.k, cache.v, strict=True):
             x = block(x, rows, k, v, start)
         return x

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hitsr_fast.ops.validation import check_integer, check_number
+
 
 def axial_rotary(
     side: int,
@@ -22,8 +24,8 @@ def axial_rotary(
     Args:
         side: of the map, at least 1; the one token of the smallest stands at position 0.
         head_dim: D, a multiple of 4.
-        theta: base of the frequencies, above 0.
-        extent: position of the last column and row.
+        theta: base of the frequencies, above 0 and finite.
+        extent: position of the last column and row, finite.
         device: of the result.
 
     Returns:
@@ -31,7 +33,8 @@ def axial_rotary(
         float64 on the CPU: the same on every device.
 
     Raises:
-        ValueError: side, head_dim or theta does not fit.
+        TypeError: side or head_dim is not an integer, theta or extent not a number.
+        ValueError: a value does not fit.
 
     Notes:
         Source: Switti (arXiv 2412.01819); the axial form of the rotary embedding (arXiv 2104.09864).
@@ -50,11 +53,13 @@ def axial_rotary(
                 [[0., 1.],
                  [0., 1.]]])
     """
-    if side < 1:
-        raise ValueError(f"side: expected at least 1, found {side}")
-    if head_dim < 4 or head_dim % 4 != 0:
+    check_integer("side", side, 1)
+    check_integer("head_dim", head_dim, 4)
+    if head_dim % 4 != 0:
         raise ValueError(f"head_dim: expected a multiple of 4, found {head_dim}")
-    if not theta > 0:
+    check_number("theta", theta)
+    check_number("extent", extent)
+    if theta <= 0:
         raise ValueError(f"theta: expected a value above 0, found {theta}")
     frequencies = theta ** -(torch.arange(0, head_dim, 4, dtype=torch.float64) / head_dim)
     position = torch.arange(side, dtype=torch.float64) * (extent / max(side - 1, 1))

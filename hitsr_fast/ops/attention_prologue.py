@@ -11,7 +11,14 @@ import hitsr_fast.reference.attention_prologue as reference
 from hitsr_fast.dispatch import Backend, register
 from hitsr_fast.ops import attention_prologue_cpu as cpu
 from hitsr_fast.ops import attention_prologue_triton as triton
-from hitsr_fast.ops.validation import FLOATING, check_apart, check_own_memory, check_shape, check_tensor
+from hitsr_fast.ops.validation import (
+    FLOATING,
+    check_apart,
+    check_integer,
+    check_own_memory,
+    check_shape,
+    check_tensor,
+)
 
 _FLOAT32 = (torch.float32,)
 
@@ -37,8 +44,8 @@ def attention_prologue(
         qkv: float16, bfloat16, float32 or float64, `(B, L, 3 * NH * D)`: q, k and v, each NH heads of D. Any
             strides.
         k_cache: of those dtypes, not necessarily that of qkv, `(B, Tmax, NH, D)`; changed in place.
-        v_cache: of the dtype and shape of k_cache; changed in place. It shares no memory with k_cache, and
-            neither does with qkv.
+        v_cache: of the dtype and shape of k_cache; changed in place. The caches share no memory with each
+            other nor with another argument.
         start: number of tokens already in the caches.
         bias: of those dtypes, `(3 * NH * D,)`.
         q_scale: float32 `(NH,)`. With it q and k are brought to length one (below 1e-12, they are multiplied
@@ -49,7 +56,7 @@ def attention_prologue(
         q: `(B, L, NH, D)` in the dtype of qkv.
 
     Raises:
-        TypeError: an argument is not a tensor of those dtypes.
+        TypeError: an argument is not a tensor of those dtypes, or `start` not an integer.
         ValueError: a shape or device does not fit, D is odd with `rotary`, the block does not fit into the
             caches, or memory is shared.
         RuntimeError: an argument asks for a gradient; the prologue has none.
@@ -79,8 +86,9 @@ def attention_prologue(
     _, L, width = qkv.shape
     if width != 3 * NH * D:
         raise ValueError(f"qkv: expected shape (B={B}, L, 3*NH*D={3 * NH * D}), found {tuple(qkv.shape)}")
-    if start < 0 or start + L > Tmax:
-        raise ValueError(f"start: expected 0 to Tmax - L = {Tmax - L}, found {start}")
+    if Tmax < L:
+        raise ValueError(f"qkv: expected L of at most Tmax = {Tmax}, found {L}")
+    check_integer("start", start, 0, Tmax - L, "Tmax - L")
     if bias is not None:
         check_tensor("bias", bias, FLOATING, like=qkv)
         check_shape("bias", bias, "3*NH*D", **{"3*NH*D": width})
@@ -101,10 +109,21 @@ def attention_prologue(
     return q
 
 
-def _check(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, *_rest: Any) -> None:
+def _check(
+    qkv: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    bias: Tensor | None,
+    q_scale: Tensor | None,
+    rotary: Tensor | None,
+) -> None:
     check_own_memory("k_cache", k_cache)
     check_own_memory("v_cache", v_cache)
-    check_apart(k_cache=k_cache, v_cache=v_cache, qkv=qkv)
+    check_apart(
+        {"k_cache": k_cache, "v_cache": v_cache},
+        {"qkv": qkv, "bias": bias, "q_scale": q_scale, "rotary": rotary},
+    )
 
 
 def _fake(qkv: Tensor, k_cache: Tensor, *_rest: Any) -> Tensor:

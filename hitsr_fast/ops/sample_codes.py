@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ import hitsr_fast.reference.sample_codes as reference
 from hitsr_fast.dispatch import Backend, register
 from hitsr_fast.ops import sample_codes_cpu as cpu
 from hitsr_fast.ops import sample_codes_triton as triton
-from hitsr_fast.ops.validation import check_shape, check_tensor
+from hitsr_fast.ops.validation import MAX_INT, check_integer, check_number, check_shape, check_tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CODES = 2**20  # so that sums of weights stay below 2^61 with room to spare
@@ -50,7 +49,7 @@ def sample_codes(
         int64 `(...)`.
 
     Raises:
-        TypeError: logits or uncond_logits are not a tensor of those dtypes.
+        TypeError: logits or uncond_logits are not a tensor of those dtypes, or an option is of another type.
         ValueError: a shape, device or option does not fit.
 
     Notes:
@@ -74,6 +73,12 @@ def sample_codes(
         raise ValueError(
             f"logits: expected shape (..., V) with V from 1 to {MAX_CODES}, found {tuple(logits.shape)}"
         )
+    check_number("guidance", guidance, 0)
+    check_integer("top_k", top_k, 0, MAX_INT)
+    check_number("top_p", top_p, 0, 1)
+    check_number("temperature", temperature, 1e-30, 1e30)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, found {generator!r}")
     if uncond_logits is not None:
         check_tensor("uncond_logits", uncond_logits, DTYPES, like=logits)
         if uncond_logits.shape != logits.shape:
@@ -82,14 +87,6 @@ def sample_codes(
             )
     elif guidance != 0:
         raise ValueError(f"uncond_logits: expected a tensor where guidance is {guidance}, found None")
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance: expected a finite value of at least 0, found {guidance}")
-    if top_k < 0:
-        raise ValueError(f"top_k: expected at least 0, found {top_k}")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p: expected a value in [0, 1], found {top_p}")
-    if not 1e-30 <= temperature <= 1e30:
-        raise ValueError(f"temperature: expected a value from 1e-30 to 1e30, found {temperature}")
     state = None if top_k == 1 else random_state(logits.device, generator)
     codes: Tensor = torch.ops.hitsr_fast.sample_codes(
         logits, uncond_logits if guidance > 0 else None, state, guidance, top_k, top_p, temperature

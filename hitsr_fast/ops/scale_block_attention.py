@@ -14,7 +14,14 @@ from hitsr_fast.dispatch import Backend, register, register_autograd, register_n
 from hitsr_fast.ops import scale_block_attention_cpu as cpu
 from hitsr_fast.ops import scale_block_attention_flash as flash
 from hitsr_fast.ops import scale_block_attention_triton as triton
-from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
+from hitsr_fast.ops.validation import (
+    FLOATING,
+    INTEGER,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+)
 
 
 @overload
@@ -64,8 +71,8 @@ def scale_block_attention(
             float64). No gradient flows through it.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
-        ValueError: a shape, device or block length does not fit.
+        TypeError: an argument is of another type or dtype.
+        ValueError: a shape, device or block length does not fit, or D is 0 and no `softmax_scale` given.
 
     Notes:
         No mask tensor exists on any backend. Softmax and sums run in float32 at least.
@@ -87,15 +94,11 @@ def scale_block_attention(
     for name, tensor in (("k", k), ("v", v)):
         check_tensor(name, tensor, (q.dtype,), like=q)
         check_shape(name, tensor, "B T NH D", B=B, T=T, NH=NH, D=D)
-    if not block_lengths or min(block_lengths) < 1 or sum(block_lengths) != T:
-        raise ValueError(
-            f"block_lengths: expected lengths of at least 1 with sum T={T}, found {list(block_lengths)}"
-        )
+    lengths = _lengths(block_lengths, T)
+    _check_scale(q, softmax_scale)
     out: Tensor
     lse: Tensor
-    out, lse = torch.ops.hitsr_fast.scale_block_attention(
-        q, k, v, list(block_lengths), _scale(q, softmax_scale)
-    )
+    out, lse = torch.ops.hitsr_fast.scale_block_attention(q, k, v, lengths, _scale(q, softmax_scale))
     return (out, lse.detach()) if return_lse else out
 
 
@@ -117,8 +120,9 @@ def cached_attention(
         `(B, L, NH, D)` in the dtype of q.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
-        ValueError: a shape or device does not fit, or `length` is out of range.
+        TypeError: an argument is of another type or dtype.
+        ValueError: a shape or device does not fit, `length` is out of range, or D is 0 and no `softmax_scale`
+            given.
         RuntimeError: an argument asks for a gradient; the op has none.
 
     Notes:
@@ -135,15 +139,38 @@ def cached_attention(
     check_tensor("q", q, FLOATING)
     check_shape("q", q, "B L NH D")
     B, _, NH, D = q.shape
-    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(name, cache, (q.dtype,), like=q)
-        check_shape(name, cache, "B Tmax NH D", B=B, Tmax=k_cache.shape[1], NH=NH, D=D)
-    if not 1 <= length <= k_cache.shape[1]:
-        raise ValueError(f"length: expected 1 to Tmax = {k_cache.shape[1]}, found {length}")
+    check_tensor("k_cache", k_cache, (q.dtype,), like=q)
+    check_shape("k_cache", k_cache, "B Tmax NH D", B=B, NH=NH, D=D)
+    Tmax = k_cache.shape[1]
+    check_tensor("v_cache", v_cache, (q.dtype,), like=q)
+    check_shape("v_cache", v_cache, "B Tmax NH D", B=B, Tmax=Tmax, NH=NH, D=D)
+    check_integer("length", length, 1, Tmax, "Tmax")
+    _check_scale(q, softmax_scale)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
         raise RuntimeError("cached_attention: has no gradient; call it under torch.no_grad()")
     out: Tensor = torch.ops.hitsr_fast.cached_attention(q, k_cache, v_cache, length, _scale(q, softmax_scale))
     return out
+
+
+def _lengths(block_lengths: Sequence[int], T: int) -> list[int]:
+    """The lengths of the blocks, which any iterable may give."""
+    expected = f"block_lengths: expected integers of at least 1 with sum T={T}"
+    try:
+        lengths = list(block_lengths)
+    except TypeError:
+        raise TypeError(f"{expected}, found {block_lengths!r}") from None
+    if not all(isinstance(length, INTEGER) for length in lengths):
+        raise TypeError(f"{expected}, found {lengths}")
+    if not lengths or min(lengths) < 1 or sum(lengths) != T:
+        raise ValueError(f"{expected}, found {lengths}")
+    return lengths
+
+
+def _check_scale(q: Tensor, softmax_scale: float | None) -> None:
+    if softmax_scale is not None:
+        check_number("softmax_scale", softmax_scale)
+    elif q.shape[-1] == 0:
+        raise ValueError("softmax_scale: expected a number where D is 0, found None")
 
 
 def _scale(q: Tensor, softmax_scale: float | None) -> float:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations, product
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,11 @@ from torch._guards import detect_fake_mode
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX = (torch.int64,)
+MAX_INT = 2**63 - 1  # of a schema's int
+
+# Of each the usual type first: the abstract ones, which those of NumPy are, take longer.
+INTEGER: tuple[type[Any], ...] = (int, torch.SymInt, Integral)
+_NUMBER: tuple[type[Any], ...] = (float, int, torch.SymFloat, torch.SymInt, Real)
 
 
 def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: Tensor | None = None) -> None:
@@ -49,6 +57,25 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, found {value!r}")
 
 
+def check_integer(name: str, value: object, low: int, high: int | None = None, limit: str = "") -> None:
+    """Raise TypeError unless `value` is an integer, ValueError unless it is from `low` to `high`.
+
+    limit: what `high` is, for the message. Symbolic integers of a trace are integers.
+    """
+    if not isinstance(value, INTEGER):
+        raise TypeError(f"{name}: expected {_integers(low, high, limit)}, found {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name}: expected {_integers(low, high, limit)}, found {value}")
+
+
+def check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is finite and from `low` to `high`."""
+    if not isinstance(value, _NUMBER):
+        raise TypeError(f"{name}: expected {_numbers(low, high)}, found {value!r}")
+    if not (low <= value <= high and -math.inf < value < math.inf):
+        raise ValueError(f"{name}: expected {_numbers(low, high)}, found {value}")
+
+
 def check_own_memory(name: str, value: Tensor) -> None:
     """Raise ValueError unless each element of `value`, which is to be written, has its own memory."""
     if value.is_contiguous():
@@ -58,14 +85,18 @@ def check_own_memory(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: expected memory for each element, found an expanded tensor")
 
 
-def check_apart(**tensors: Tensor) -> None:
-    """Raise ValueError if two of these share memory. Asks for addresses, so it has no place in a trace.
+def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor | None]) -> None:
+    """Raise ValueError if a tensor that is to be written shares memory with another, of either kind.
 
-    Two tensors of one storage whose addresses interleave count as apart only if they have the same strides.
+    Asks for addresses, so it has no place in a trace. Two tensors of one storage whose addresses interleave
+    count as apart only if they have the same strides.
     """
-    if len({tensor.untyped_storage().data_ptr() for tensor in tensors.values()}) == len(tensors):
+    given = {name: tensor for name, tensor in read.items() if tensor is not None}
+    tensors = (*written.values(), *given.values())
+    if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors):
         return
-    for (name, one), (other_name, other) in combinations(tensors.items(), 2):
+    pairs = (*combinations(written.items(), 2), *product(written.items(), given.items()))
+    for (name, one), (other_name, other) in pairs:
         if _share_memory(one, other):
             raise ValueError(f"{name}: expected memory of its own, found some that {other_name} shares")
 
@@ -123,6 +154,18 @@ def _meet(distance: int, axes: Sequence[tuple[int, int]]) -> bool:
     (stride, length), *rest = axes
     near = distance // stride
     return any(abs(i) < length and _meet(distance - i * stride, rest) for i in (near, near + 1))
+
+
+def _integers(low: int, high: int | None, limit: str) -> str:
+    if high is None:
+        return f"an integer of at least {low}"
+    return f"an integer from {low} to {limit} = {high}" if limit else f"an integer from {low} to {high}"
+
+
+def _numbers(low: float, high: float) -> str:
+    if high < math.inf:
+        return f"a number from {low} to {high}"
+    return "a finite number" if low == -math.inf else f"a finite number of at least {low}"
 
 
 def _any_of(dtypes: Sequence[torch.dtype]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -61,14 +63,25 @@ def test_scores_depend_on_the_distance() -> None:
     assert not torch.allclose(scores[:-1, :, :-1], scores[:-1, :, 1:])
 
 
-def test_bad_arguments() -> None:
-    with pytest.raises(ValueError, match="side: expected at least 1, found 0"):
-        axial_rotary(0, 64)
-    for head_dim in (0, 2, 30):
-        with pytest.raises(ValueError, match=f"head_dim: expected a multiple of 4, found {head_dim}"):
-            axial_rotary(4, head_dim)
-    with pytest.raises(ValueError, match=r"theta: expected a value above 0, found 0\.0"):
-        axial_rotary(4, 64, theta=0.0)
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"side": 0}, ValueError, "side: expected an integer of at least 1, found 0"),
+        ({"side": 2.0}, TypeError, "side: expected an integer of at least 1, found 2.0"),
+        ({"head_dim": 0}, ValueError, "head_dim: expected an integer of at least 4, found 0"),
+        ({"head_dim": 8.0}, TypeError, "head_dim: expected an integer of at least 4, found 8.0"),
+        ({"head_dim": 30}, ValueError, "head_dim: expected a multiple of 4, found 30"),
+        ({"theta": 0.0}, ValueError, "theta: expected a value above 0, found 0.0"),
+        ({"theta": math.inf}, ValueError, "theta: expected a finite number, found inf"),
+        ({"theta": None}, TypeError, "theta: expected a finite number, found None"),
+        ({"extent": math.inf}, ValueError, "extent: expected a finite number, found inf"),
+        ({"extent": math.nan}, ValueError, "extent: expected a finite number, found nan"),
+        ({"extent": "8"}, TypeError, "extent: expected a finite number, found '8'"),
+    ],
+)
+def test_bad_arguments(changed: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        axial_rotary(**({"side": 4, "head_dim": 64} | changed))
 
 
 def test_device() -> None:

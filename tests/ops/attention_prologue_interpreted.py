@@ -15,7 +15,7 @@ import torch
 
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import attention_prologue
-from tests.ops.test_attention_prologue import NAMES, OP, SIZES, STEPS, check, problem
+from tests.ops.test_attention_prologue import NAMES, OP, SIZES, STEPS, check, check_short_heads, problem
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,6 +61,23 @@ def test_strides() -> None:
     arguments["bias"] = torch.randn(3 * NH * D, 2, dtype=torch.bfloat16)[:, 0]
     arguments["q_scale"] = torch.randn(NH, 2)[:, 1]
     check(arguments)
+
+
+@pytest.mark.parametrize("turned", ["k_cache", "v_cache"])
+def test_caches_of_unequal_strides(turned: str) -> None:
+    """With room behind each, so that a wrong stride makes wrong values and no crash."""
+    arguments = problem(SIZES[1], torch.float32, torch.float32, STEPS[3])
+    for name in ("k_cache", "v_cache"):
+        strides = arguments[name].stride()
+        strides = strides[::-1] if name == turned else strides
+        arguments[name] = torch.full((2048,), torch.nan).as_strided(arguments[name].shape, strides)
+    for one, other in zip(arguments["k_cache"].stride(), arguments["v_cache"].stride(), strict=True):
+        assert one != other
+    check(arguments)
+
+
+def test_short_heads() -> None:
+    check_short_heads()
 
 
 def test_nan_stays_in_its_head() -> None:

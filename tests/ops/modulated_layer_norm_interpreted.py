@@ -14,7 +14,7 @@ import torch
 
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import gated_residual, modulated_layer_norm
-from tests.ops.test_modulated_layer_norm import CASES, NAMES, OPS, Case, check, norm_inputs
+from tests.ops.test_modulated_layer_norm import CASES, NAMES, OPS, Case, check, norm_inputs, plain_norm
 from tests.tolerances import TOLERANCES
 
 
@@ -49,6 +49,17 @@ def test_dtype_of_the_result(dtype: torch.dtype, out_dtype: torch.dtype) -> None
     torch.testing.assert_close(out.float(), expected, **TOLERANCES[NAMES[out_dtype]]._asdict())
     grads = torch.autograd.grad(out.sum(), inputs)
     assert all(grad.dtype == dtype and grad.isfinite().all() for grad in grads)
+
+
+def test_eps_is_inside_the_root() -> None:
+    inputs = norm_inputs(2, 3, 16)
+    out = modulated_layer_norm(*inputs, eps=0.5)
+    expected = plain_norm(*(t.double() for t in inputs), eps=0.5)
+    grads, expected_grads = (torch.autograd.grad(t.square().sum(), inputs) for t in (out, expected))
+    for actual, want in zip((out, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(
+            actual.double(), want.double(), **TOLERANCES["float32_reordered"]._asdict()
+        )
 
 
 def test_no_rows() -> None:

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import sample_codes
-from tests.ops.test_sample_codes import KINDS, OP, OPTIONS, generator, logits_of
+from tests.ops.test_sample_codes import (
+    KINDS,
+    OP,
+    OPTIONS,
+    check_at_most_keeps_no_more,
+    check_the_second_word_counts,
+    check_zeros_are_equal,
+    generator,
+    logits_of,
+)
 
 
 def check(logits: Tensor, seed: int = 0, **options: Any) -> None:
@@ -55,6 +64,14 @@ def test_the_shapes_of_a_model() -> None:
     check(torch.randn(4, 4096), top_k=900, top_p=0.96)
     check(torch.randn(2, 16384), top_p=0.9)
     check(torch.zeros(0, 5))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy's, of a cast that masks cut off
+def test_edges() -> None:
+    with use_backend("triton"):
+        check_zeros_are_equal()
+        check_at_most_keeps_no_more()
+        check_the_second_word_counts()
 
 
 def test_opcheck() -> None:

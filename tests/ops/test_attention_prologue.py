@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -190,7 +191,7 @@ def test_q_is_no_part_of_qkv(backend: str) -> None:
     assert qkv.all()
 
 
-def test_short_heads(backend: str) -> None:
+def check_short_heads() -> None:
     """Zeros stay zeros, and a length below 1e-12 counts as that."""
     qkv = torch.cat([torch.zeros(6), torch.tensor([3e-13, 4e-13] * 3)]).view(1, 2, 6)
     caches = torch.zeros(2, 1, 2, 1, 2)
@@ -198,6 +199,10 @@ def test_short_heads(backend: str) -> None:
     expected = torch.tensor([[0.0, 0.0], [0.3, 0.4]])
     for found, want in ((caches[0], expected), (q, 2 * expected)):
         torch.testing.assert_close(found.view(2, 2), want, **TOLERANCES["float32_reordered"]._asdict())
+
+
+def test_short_heads(backend: str) -> None:
+    check_short_heads()
 
 
 def test_a_bad_head_disturbs_no_other(backend: str) -> None:
@@ -287,8 +292,21 @@ def test_bad_arguments() -> None:
             ValueError,
             r"v_cache: expected shape \(B=2, Tmax=5, NH=2, D=4\), found \(2, 4, 2, 4\)",
         ),
-        ({"start": -1}, ValueError, "start: expected 0 to Tmax - L = 2, found -1"),
-        ({"start": 3}, ValueError, "start: expected 0 to Tmax - L = 2, found 3"),
+        ({"start": -1}, ValueError, "start: expected an integer from 0 to Tmax - L = 2, found -1"),
+        ({"start": 3}, ValueError, "start: expected an integer from 0 to Tmax - L = 2, found 3"),
+        *(
+            (
+                {"start": start},
+                TypeError,
+                f"start: expected an integer from 0 to Tmax - L = 2, found {start!r}",
+            )
+            for start in (1.0, None, "1")
+        ),
+        (
+            {"k_cache": cache[:, :2], "v_cache": cache[:, :2].clone()},
+            ValueError,
+            "qkv: expected L of at most Tmax = 2, found 3",
+        ),
         ({"bias": torch.zeros(24).int()}, TypeError, "bias: expected dtype .*, found int32"),
         ({"bias": torch.zeros(8)}, ValueError, r"bias: expected shape \(3\*NH\*D=24\), found \(8,\)"),
         ({"q_scale": torch.ones(2).half()}, TypeError, "q_scale: expected dtype float32, found float16"),
@@ -343,6 +361,22 @@ def test_shared_memory() -> None:
         ):
             attention_prologue(**bad(qkv=qkv, k_cache=caches[0], v_cache=caches[1]))
     attention_prologue(**bad(qkv=room[160:304].view(2, 3, 24), k_cache=caches[0], v_cache=caches[1]))
+    for name, shape in (("bias", (24,)), ("q_scale", (2,)), ("rotary", (3, 2, 2))):
+        size = math.prod(shape)
+        for at, cache in ((79, "k_cache"), (159, "v_cache")):
+            shared = {name: room[at + 1 - size : at + 1].view(shape)}
+            with pytest.raises(
+                ValueError, match=f"{cache}: expected memory of its own, found some that {name} shares"
+            ):
+                attention_prologue(**bad(k_cache=caches[0], v_cache=caches[1], **shared))
+        apart = {name: room[160 : 160 + size].view(shape)}
+        attention_prologue(**bad(k_cache=caches[0], v_cache=caches[1], **apart))
+
+
+def test_what_is_only_read_may_be_shared() -> None:
+    weights = torch.rand(24)
+    arguments = bad(bias=weights, q_scale=weights[:2], rotary=weights[:12].view(3, 2, 2))
+    check(arguments)
 
 
 @given(
@@ -367,9 +401,9 @@ def test_shared_memory_is_found_exactly(sizes: list[int], order: Any, gaps: list
     one.fill_(1)
     if other.any():
         with pytest.raises(ValueError, match="one: expected memory of its own, found some that other shares"):
-            check_apart(one=one, other=other)
+            check_apart({"one": one}, {"other": other})
     else:
-        check_apart(one=one, other=other)
+        check_apart({"one": one}, {"other": other})
 
 
 def test_opcheck(backend: str) -> None:

@@ -181,6 +181,28 @@ def test_greedy_takes_the_lowest_index_on_ties(seed: int, levels: int) -> None:
         assert chosen == row.index(max(row))
 
 
+def check_zeros_are_equal() -> None:
+    """-0 counts as 0."""
+    zeros = torch.tensor([[-0.0, 0.0], [0.0, -0.0]])
+    assert sample_codes(zeros, top_k=1).tolist() == [0, 0]
+    third = torch.tensor([-0.0, 0.0, -1.0, 0.0]).expand(200, 4)
+    assert set(sample_codes(third, top_k=2, generator=generator(0)).tolist()) == {0, 1, 3}
+
+
+def check_at_most_keeps_no_more() -> None:
+    """Weights 2, 1 and 1: the two small ones hold a share of exactly `1 - top_p`, so they go."""
+    logits = torch.tensor([0.0, -1.0, -1.0]).expand(200, 3)
+    drawn = sample_codes(logits, top_p=0.5, temperature=math.log2(math.e), generator=generator(0))
+    assert not drawn.any()
+
+
+@pytest.mark.parametrize("backend", ["reference", *COMPILED])
+def test_edges(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with choose(backend, monkeypatch):
+        check_zeros_are_equal()
+        check_at_most_keeps_no_more()
+
+
 def test_equal_logits_stay_or_go_together() -> None:
     logits = torch.tensor([2.0, 1.0, 1.0, 1.0, 0.0]).expand(4000, 5)
 
@@ -240,6 +262,49 @@ def test_philox_gives_the_published_words() -> None:
     ]:
         a, b, c, d, k0, k1 = map(torch.tensor, given_words)
         assert tuple(map(int, definition.philox((a, b, c, d), (k0, k1)))) == expected
+
+
+def philox_words(counter: list[int], key: list[int]) -> list[int]:
+    """Philox 4x32-10 in Python's integers, as the paper writes it."""
+    for _ in range(10):
+        first, second = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = [
+            second >> 32 ^ counter[1] ^ key[0],
+            second & 0xFFFFFFFF,
+            first >> 32 ^ counter[3] ^ key[1],
+            first & 0xFFFFFFFF,
+        ]
+        key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return counter
+
+
+def words_of_row(seed: int, offset: int, row: int) -> list[int]:
+    return philox_words([offset & 0xFFFFFFFF, offset >> 32, row, 0], [seed & 0xFFFFFFFF, seed >> 32])
+
+
+def test_a_fraction_is_the_first_two_words() -> None:
+    high, low = definition.random_fractions(torch.tensor([0, 0]), 1)
+    assert (int(high), int(low)) == (0x6627E8D5 >> 1, 0xE169C58D >> 1)
+    seed, offset = 0x123456789ABCDEF, 0x7EDCBA9876543210
+    words = [words_of_row(seed, offset, row) for row in range(5)]
+    for place, found in enumerate(definition.random_fractions(torch.tensor([seed, offset]), 5)):
+        assert found.tolist() == [block[place] >> 1 for block in words]
+
+
+def check_the_second_word_counts() -> None:
+    """Among 15000 equal codes, with an offset whose first word, taken twice, would give another code."""
+    seed, offset, codes = 0, 67195, 15_000
+    first, second, *_ = (word >> 1 for word in words_of_row(seed, offset, 0))
+    code, wrong = (((first << 31) + low) * codes * 2**30 >> 62 >> 30 for low in (second, first))
+    assert code != wrong
+    logits = torch.zeros(1, 1).expand(1, codes)
+    assert OP(logits, None, torch.tensor([seed, offset]), 0.0, 0, 0.0, 1.0).item() == code
+
+
+@pytest.mark.parametrize("backend", ["reference", *COMPILED])
+def test_the_second_word_counts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with choose(backend, monkeypatch):
+        check_the_second_word_counts()
 
 
 @given(total=st.integers(0, 2**61 - 1), share=st.integers(0, 2**62 - 1))
@@ -329,6 +394,26 @@ def test_bad_arguments() -> None:
         for value in values:
             with pytest.raises(ValueError, match=f"{name}: expected .*, found {value}"):
                 sample_codes(x, uncond_logits=x, **{name: value})  # type: ignore[arg-type]
+    expected = {
+        "guidance": "a finite number of at least 0",
+        "top_k": f"an integer from 0 to {2**63 - 1}",
+        "top_p": "a number from 0 to 1",
+        "temperature": r"a number from 1e-30 to 1e\+30",
+        "generator": "a torch.Generator or None",
+    }
+    types: dict[str, tuple[Any, ...]] = {
+        "guidance": (None, "1"),
+        "top_k": (None, "1", 2.0),
+        "top_p": (None, "1"),
+        "temperature": (None, "1"),
+        "generator": (0, "cpu"),
+    }
+    for name, bad in types.items():
+        for value in bad:
+            with pytest.raises(TypeError, match=f"{name}: expected {expected[name]}, found {value!r}"):
+                sample_codes(x, **{name: value})
+    with pytest.raises(ValueError, match=f"top_k: expected {expected['top_k']}, found {10**30}"):
+        sample_codes(x, top_k=10**30)
     with pytest.raises(ValueError, match=r"state: expected shape \(words=2\), found \(3,\)"):
         OP(x, None, torch.zeros(3, dtype=torch.int64), 0.0, 0, 0.0, 1.0)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -89,6 +92,22 @@ def test_lower_precision_and_long_blocks(backend: str, dtype: torch.dtype, toler
     assert out.dtype == dtype
     for actual, want in zip((out, *grads), (expected, *expected_grads), strict=True):
         torch.testing.assert_close(actual.double(), want.double(), **TOLERANCES[tolerance]._asdict())
+
+
+@pytest.mark.parametrize("backend", BACKENDS + COMPILED)
+def test_gradients_of_many_blocks_are_summed_in_float32(backend: str) -> None:
+    # Token i adds about 1 / i to the gradients of the first key and value: a sum that is kept in bfloat16
+    # takes none of them from i = 64 on.
+    T, D = 300, 4
+    q, k, v = (torch.zeros(1, T, 1, D, dtype=torch.bfloat16) for _ in range(3))
+    q[:], v[:, 0] = 1, 1
+    inputs = [t.requires_grad_() for t in (q, k, v)]
+    with forced(backend):
+        out = scale_block_attention(q, k, v, block_lengths=[1] * T)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    expected = torch.autograd.grad(dense(q, k, v, [1] * T).sum(), inputs)
+    for actual, want in zip(grads, expected, strict=True):
+        torch.testing.assert_close(actual, want, **TOLERANCES["bfloat16"]._asdict())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -414,16 +433,58 @@ def test_bad_arguments() -> None:
         scale_block_attention(q, k.float(), v, block_lengths=[5])
     with pytest.raises(ValueError, match=r"v: expected shape \(B=1, T=5, NH=2, D=4\), found \(1, 4, 2, 4\)"):
         scale_block_attention(q, k, v[:, 1:], block_lengths=[5])
-    for lengths in ([], [4], [5, 0], [6, -1]):
-        with pytest.raises(ValueError, match=r"block_lengths: expected .* sum T=5"):
+    expected = "block_lengths: expected integers of at least 1 with sum T=5, found "
+    for lengths in ([], [4], [5, 0], [6, -1], np.array([2, 2])):
+        with pytest.raises(ValueError, match=re.escape(f"{expected}{list(lengths)}")):
             scale_block_attention(q, k, v, block_lengths=lengths)
+    for bad, found in [
+        (3, "3"),
+        (None, "None"),
+        ("five", "['f', 'i', 'v', 'e']"),
+        ([1.0, 4.0], "[1.0, 4.0]"),
+        ([2, None], "[2, None]"),
+        (torch.tensor([2, 3]), "[tensor(2), tensor(3)]"),
+        (torch.tensor(5), "tensor(5)"),
+    ]:
+        with pytest.raises(TypeError, match=re.escape(expected + found)):
+            scale_block_attention(q, k, v, block_lengths=bad)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="softmax_scale: expected a finite number, found '1'"):
+        scale_block_attention(q, k, v, block_lengths=[5], softmax_scale="1")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="softmax_scale: expected a finite number, found nan"):
+        scale_block_attention(q, k, v, block_lengths=[5], softmax_scale=math.nan)
+
+
+def test_block_lengths_of_any_iterable() -> None:
+    q, k, v = qkv(1, 5, 2, 4)
+    expected = scale_block_attention(q, k, v, block_lengths=[2, 3])
+    for lengths in ((2, 3), range(2, 4), np.array([2, 3]), (length for length in (2, 3))):
+        found = scale_block_attention(q, k, v, block_lengths=lengths)  # type: ignore[call-overload]
+        assert torch.equal(found, expected)
+
+
+def test_no_channels() -> None:
+    """A scale must be given: `1 / sqrt(D)` is none."""
+    q, k, v = qkv(1, 5, 2, 0)
+    message = "softmax_scale: expected a number where D is 0, found None"
+    with pytest.raises(ValueError, match=message):
+        scale_block_attention(q, k, v, block_lengths=[5])
+    with pytest.raises(ValueError, match=message):
+        cached_attention(q, k, v, 5)
+    assert cached_attention(q, k, v, 5, softmax_scale=1.0).shape == (1, 5, 2, 0)
 
 
 def test_bad_arguments_of_a_cache() -> None:
     q, k, v = (t[:, :n] for t, n in zip(qkv(1, 5, 2, 4), (2, 5, 5), strict=True))
     for length in (-1, 0, 6):
-        with pytest.raises(ValueError, match=f"length: expected 1 to Tmax = 5, found {length}"):
+        with pytest.raises(
+            ValueError, match=f"length: expected an integer from 1 to Tmax = 5, found {length}"
+        ):
             cached_attention(q, k, v, length)
+    for bad in (2.0, None, "2"):
+        with pytest.raises(TypeError, match=f"length: expected an integer from 1 to Tmax = 5, found {bad!r}"):
+            cached_attention(q, k, v, bad)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"k_cache: expected shape \(B=1, Tmax, NH=2, D=4\), found \(5,\)"):
+        cached_attention(q, k[0, :, 0, 0], v, 3)
     with pytest.raises(ValueError, match=r"v_cache: expected shape \(B=1, Tmax=5, NH=2, D=4\)"):
         cached_attention(q, k, v[:, 1:], 3)
     with pytest.raises(TypeError, match="k_cache: expected dtype float64"):
