@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, Literal, overload
 
@@ -94,11 +93,10 @@ def scale_block_attention(
     for name, tensor in (("k", k), ("v", v)):
         check_tensor(name, tensor, (q.dtype,), like=q)
         check_shape(name, tensor, "B T NH D", B=B, T=T, NH=NH, D=D)
-    lengths = _lengths(block_lengths, T)
-    _check_scale(q, softmax_scale)
+    lengths, factor = _lengths(block_lengths, T), _scale(q, softmax_scale)
     out: Tensor
     lse: Tensor
-    out, lse = torch.ops.hitsr_fast.scale_block_attention(q, k, v, lengths, _scale(q, softmax_scale))
+    out, lse = torch.ops.hitsr_fast.scale_block_attention(q, k, v, lengths, factor)
     return (out, lse.detach()) if return_lse else out
 
 
@@ -145,10 +143,10 @@ def cached_attention(
     check_tensor("v_cache", v_cache, (q.dtype,), like=q)
     check_shape("v_cache", v_cache, "B Tmax NH D", B=B, Tmax=Tmax, NH=NH, D=D)
     check_integer("length", length, 1, Tmax, "Tmax")
-    _check_scale(q, softmax_scale)
+    factor = _scale(q, softmax_scale)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
         raise RuntimeError("cached_attention: has no gradient; call it under torch.no_grad()")
-    out: Tensor = torch.ops.hitsr_fast.cached_attention(q, k_cache, v_cache, length, _scale(q, softmax_scale))
+    out: Tensor = torch.ops.hitsr_fast.cached_attention(q, k_cache, v_cache, length, factor)
     return out
 
 
@@ -166,21 +164,14 @@ def _lengths(block_lengths: Sequence[int], T: int) -> list[int]:
     return lengths
 
 
-def _check_scale(q: Tensor, softmax_scale: float | None) -> None:
+def _scale(q: Tensor, softmax_scale: float | None) -> float:
+    """The factor of the scores, checked."""
     if softmax_scale is not None:
         check_number("softmax_scale", softmax_scale)
-    elif q.shape[-1] == 0:
+        return softmax_scale
+    if q.shape[-1] == 0:
         raise ValueError("softmax_scale: expected a number where D is 0, found None")
-
-
-def _scale(q: Tensor, softmax_scale: float | None) -> float:
-    if softmax_scale is None:
-        return float(max(q.shape[-1], 1) ** -0.5)
-    if not isinstance(softmax_scale, (int, float)):
-        raise TypeError(f"softmax_scale: expected a number or None, found {type(softmax_scale).__name__}")
-    if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale: expected a finite number, found {softmax_scale}")
-    return float(softmax_scale)
+    return float(q.shape[-1] ** -0.5)
 
 
 def _attention_fake(
