@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .forward import attend
+from .forward import _LOWEST, attend
 from .tiles import head_offset, load_partial_tile, store_tile, tile_offsets
 
 
@@ -103,7 +103,7 @@ def _cached_attention_combine_kernel(
     for _ in range(splits):
         log_total = tl.load(totals_at, mask=row < L, other=0.0)
         higher = tl.maximum(peak, log_total)
-        base = tl.where(higher == -float("inf"), 0.0, higher)
+        base = tl.maximum(higher, _LOWEST)
         fade, weight = tl.exp2(peak - base), tl.exp2(log_total - base)
         total = total * fade + weight
         # A split without weight, all of whose scores are -infinity, is NaN.

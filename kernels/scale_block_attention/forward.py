@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .tiles import head_offset, load_partial_tile, load_tile, store_tile, tile_offsets
 
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # of finite float32
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -53,9 +54,7 @@ def attend(
         if CUT:
             scores = tl.where((start + key)[None, :] < visible[:, None], scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1) * scale)
-        base = tl.where(
-            higher == -float("inf"), 0.0, higher
-        )  # while all scores are -infinity their weights are 0
+        base = tl.maximum(higher, _LOWEST)  # while all scores are -infinity their weights are 0
         weights = tl.exp2(tl.fma(scores, scale, -base[:, None]))
         fade = tl.exp2(peak - base)
         total = total * fade + tl.sum(weights, axis=1)
