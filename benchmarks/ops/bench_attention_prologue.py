@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -14,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
-from hitsr_fast import __version__
-from hitsr_fast.dispatch import operations, use_backend
+from benchmarks._providers import OpCall, missing_compiler, ours
+from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import attention_prologue
 from hitsr_fast.ops.attention_prologue_triton import attention_prologue_triton
 
@@ -197,35 +195,18 @@ def _op_call(case: PrologueCase, inputs: tuple[Tensor, ...]) -> Call:
     return torch.no_grad()(run)  # type: ignore[no-any-return]
 
 
-def _missing_compiler(case: PrologueCase, inputs: tuple[Tensor, ...]) -> str | None:
-    compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"needs a C++ compiler, found no {compiler}"
+def _ops(case: PrologueCase, inputs: tuple[Tensor, ...]) -> list[OpCall]:
+    given = Arguments(*inputs)
+    return [
+        (
+            "attention_prologue",
+            (given.qkv, given.k_cache, given.v_cache, case.start, given.bias, None, None),
+        )
+    ]
 
 
 def _ours(backend: str | None) -> Provider[PrologueCase]:
-    def build(case: PrologueCase, inputs: tuple[Tensor, ...]) -> Call:
-        call = _op_call(case, inputs)
-
-        def run() -> list[Tensor]:
-            with use_backend(backend):
-                return call()  # type: ignore[no-any-return]
-
-        return run
-
-    def unavailable(case: PrologueCase, inputs: tuple[Tensor, ...]) -> str | None:
-        given = Arguments(*inputs)
-        if backend == "triton" and given.qkv.device.type == "cpu":
-            return "Triton's interpreter is not worth timing"
-        arguments = (given.qkv, given.k_cache, given.v_cache, case.start, given.bias, None, None)
-        return operations()["attention_prologue"].reasons(*arguments)[backend] if backend else None
-
-    return Provider(
-        name=backend or "auto",
-        build=build,
-        unavailable=unavailable,
-        version=lambda: __version__,
-        ours=True,
-    )
+    return ours(backend, _op_call, _ops)
 
 
 def _pytorch(name: str, build: Callable[[PrologueCase, tuple[Tensor, ...]], Call]) -> Provider[PrologueCase]:
@@ -245,7 +226,7 @@ BENCHMARK = Benchmark(
     providers=(
         _pytorch("eager", _concatenating_call),
         _pytorch("eager:in-place", _copying_call),
-        Provider("torch.compile", _compiled_call, _missing_compiler, package_version("torch")),
+        Provider("torch.compile", _compiled_call, missing_compiler, package_version("torch")),
         _ours("reference"),
         _ours("cpu"),
         _ours("triton"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
-from hitsr_fast import __version__
-from hitsr_fast.dispatch import operations, use_backend
+from benchmarks._providers import missing_compiler, ours
 from hitsr_fast.ops import group_norm_silu, group_norm_silu_triton
 
 Inputs = tuple[Tensor, ...]
@@ -89,32 +86,12 @@ def _compiled_call(case: MapsCase, inputs: Inputs) -> Call:
     return torch.no_grad()(lambda: compiled(*inputs))
 
 
-def _missing_compiler(case: MapsCase, inputs: Inputs) -> str | None:
-    compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"needs a C++ compiler, found no {compiler}"
+def _our_call(case: MapsCase, inputs: Inputs) -> Call:
+    return lambda: group_norm_silu(*inputs, case.groups, eps=_EPS)
 
 
 def _ours(backend: str | None) -> Provider[MapsCase]:
-    def build(case: MapsCase, inputs: Inputs) -> Call:
-        def run() -> Tensor:
-            with use_backend(backend):
-                return group_norm_silu(*inputs, case.groups, eps=_EPS)
-
-        return run
-
-    def unavailable(case: MapsCase, inputs: Inputs) -> str | None:
-        if backend == "triton" and inputs[0].device.type == "cpu":
-            return "Triton's interpreter is not worth timing"
-        reasons = operations()["group_norm_silu"].reasons(*inputs, case.groups, _EPS)
-        return reasons[backend] if backend else None
-
-    return Provider(
-        name=backend or "auto",
-        build=build,
-        unavailable=unavailable,
-        version=lambda: __version__,
-        ours=True,
-    )
+    return ours(backend, _our_call, lambda case, inputs: [("group_norm_silu", (*inputs, case.groups, _EPS))])
 
 
 def _launch(case: MapsCase) -> None:
@@ -126,7 +103,7 @@ BENCHMARK = Benchmark(
     op="group_norm_silu",
     providers=(
         Provider("eager", _eager_call, lambda case, inputs: None, package_version("torch")),
-        Provider("torch.compile", _compiled_call, _missing_compiler, package_version("torch")),
+        Provider("torch.compile", _compiled_call, missing_compiler, package_version("torch")),
         _ours("reference"),
         _ours("cpu"),
         _ours("triton"),

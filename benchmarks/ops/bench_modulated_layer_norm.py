@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -13,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
-from hitsr_fast import __version__
-from hitsr_fast.dispatch import operations, use_backend
+from benchmarks._providers import OpCall, missing_compiler, ours
 from hitsr_fast.ops import gated_residual, modulated_layer_norm, modulated_layer_norm_triton
 
 Inputs = tuple[Tensor, ...]
@@ -107,35 +104,18 @@ def _compiled_call(case: AdaLNCase, inputs: Inputs) -> Call:
     return _call(case, inputs, torch.compile(_plain(case), fullgraph=True, dynamic=False))
 
 
-def _missing_compiler(case: AdaLNCase, inputs: Inputs) -> str | None:
-    compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"needs a C++ compiler, found no {compiler}"
+def _our_call(case: AdaLNCase, inputs: Inputs) -> Call:
+    return _call(case, inputs, modulated_layer_norm if case.task.startswith("norm") else gated_residual)
+
+
+def _ops(case: AdaLNCase, inputs: Inputs) -> list[OpCall]:
+    if case.task.startswith("norm"):
+        return [("modulated_layer_norm", (*inputs[:3], 1e-6, inputs[0].dtype))]
+    return [("gated_residual", inputs[:3])]
 
 
 def _ours(backend: str | None) -> Provider[AdaLNCase]:
-    def build(case: AdaLNCase, inputs: Inputs) -> Call:
-        function = modulated_layer_norm if case.task.startswith("norm") else gated_residual
-        call = _call(case, inputs, function)
-
-        def run() -> list[Tensor]:
-            with use_backend(backend):
-                return call()  # type: ignore[no-any-return]
-
-        return run
-
-    def unavailable(case: AdaLNCase, inputs: Inputs) -> str | None:
-        if backend == "triton" and inputs[0].device.type == "cpu":
-            return "Triton's interpreter is not worth timing"
-        name = "modulated_layer_norm" if case.task.startswith("norm") else "gated_residual"
-        return operations()[name].reasons(*inputs[:3])[backend] if backend else None
-
-    return Provider(
-        name=backend or "auto",
-        build=build,
-        unavailable=unavailable,
-        version=lambda: __version__,
-        ours=True,
-    )
+    return ours(backend, _our_call, _ops)
 
 
 def _launch(case: AdaLNCase) -> None:
@@ -156,7 +136,7 @@ BENCHMARK = Benchmark(
             lambda case, inputs: None,
             package_version("torch"),
         ),
-        Provider("torch.compile", _compiled_call, _missing_compiler, package_version("torch")),
+        Provider("torch.compile", _compiled_call, missing_compiler, package_version("torch")),
         _ours("reference"),
         _ours("cpu"),
         _ours("triton"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from benchmarks._harness import (
     missing_package,
     package_version,
 )
+from benchmarks._providers import missing_compiler
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
 from hitsr_fast.ops import nearest_code, prepare_codebook
@@ -97,11 +97,6 @@ def _only(
         return next((text for text in (reason() for reason in reasons) if text), None)
 
     return unavailable
-
-
-def _missing_compiler() -> str | None:
-    compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"needs a C++ compiler, found no {compiler}"
 
 
 def _distance_matrix_argmin(x: Tensor, codebook: Tensor) -> Tensor:
@@ -268,7 +263,7 @@ BENCHMARK = Benchmark(
         _peer(
             "torch.compile",
             _torch_compile,
-            unavailable=_only(_missing_compiler),
+            unavailable=_only(missing_compiler),
             version=package_version("torch"),
         ),
         _peer(
@@ -296,7 +291,7 @@ BENCHMARK = Benchmark(
         _peer(
             "pykeops",
             _keops,
-            unavailable=_only(lambda: missing_package("pykeops"), _missing_compiler),
+            unavailable=_only(lambda: missing_package("pykeops"), missing_compiler),
             version=package_version("pykeops"),
             # It has no setting of its own: it counts on OMP_NUM_THREADS, which the harness checks.
             set_threads=lambda threads: int(os.environ["OMP_NUM_THREADS"]),

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -14,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, ScoreLoop, package_version
+from benchmarks._providers import missing_compiler
 from benchmarks.peers.var_quantizer import EagerQuantizer
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
@@ -277,11 +276,6 @@ def graphed_call(case: QuantizerCase, inputs: Inputs) -> Call:
     return replay
 
 
-def _missing_compiler(case: QuantizerCase, inputs: Inputs) -> str | None:
-    compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"needs a C++ compiler, found no {compiler}"
-
-
 def _no_graphs(case: QuantizerCase, inputs: Inputs) -> str | None:
     if inputs[0].device.type != "cuda":
         return f"CUDA graphs need a CUDA device, found {inputs[0].device.type}"
@@ -409,7 +403,7 @@ BENCHMARK = Benchmark(
     op="residual_quantize",
     providers=(
         Provider("eager", eager_call, lambda case, inputs: None, package_version("torch")),
-        Provider("torch.compile", compiled_call, _missing_compiler, package_version("torch")),
+        Provider("torch.compile", compiled_call, missing_compiler, package_version("torch")),
         Provider("eager:cuda-graph", graphed_call, _no_graphs, package_version("torch")),
         _ours("reference"),
         _ours("cpu"),

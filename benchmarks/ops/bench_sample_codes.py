@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,8 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
-from hitsr_fast import __version__
-from hitsr_fast.dispatch import operations, use_backend
+from benchmarks._providers import OpCall, missing_compiler, ours
 from hitsr_fast.ops import sample_codes, sample_codes_triton
 
 Inputs = tuple[Tensor, ...]
@@ -113,33 +110,13 @@ def our_draw(case: SamplingCase, inputs: Inputs) -> Tensor:
     )
 
 
-def _missing_compiler(case: SamplingCase, inputs: Inputs) -> str | None:
-    compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"needs a C++ compiler, found no {compiler}"
+def _ops(case: SamplingCase, inputs: Inputs) -> list[OpCall]:
+    state = torch.zeros(2, dtype=torch.int64, device=inputs[0].device)
+    return [("sample_codes", (inputs[0], None, state, 0.0, case.top_k, case.top_p, 1.0))]
 
 
 def _ours(backend: str | None) -> Provider[SamplingCase]:
-    def build(case: SamplingCase, inputs: Inputs) -> Call:
-        def call() -> Tensor:
-            with use_backend(backend):
-                return our_draw(case, inputs)
-
-        return call
-
-    def unavailable(case: SamplingCase, inputs: Inputs) -> str | None:
-        if backend == "triton" and inputs[0].device.type == "cpu":
-            return "Triton's interpreter is not worth timing"
-        state = torch.zeros(2, dtype=torch.int64, device=inputs[0].device)
-        arguments = (inputs[0], None, state, 0.0, case.top_k, case.top_p, 1.0)
-        return operations()["sample_codes"].reasons(*arguments)[backend] if backend else None
-
-    return Provider(
-        name=backend or "auto",
-        build=build,
-        unavailable=unavailable,
-        version=lambda: __version__,
-        ours=True,
-    )
+    return ours(backend, lambda case, inputs: lambda: our_draw(case, inputs), _ops)
 
 
 def _launch(case: SamplingCase) -> None:
@@ -159,7 +136,7 @@ BENCHMARK = Benchmark(
     op="sample_codes",
     providers=(
         Provider("eager", eager_call, lambda case, inputs: None, package_version("torch")),
-        Provider("torch.compile", compiled_call, _missing_compiler, package_version("torch")),
+        Provider("torch.compile", compiled_call, missing_compiler, package_version("torch")),
         _ours("reference"),
         _ours("cpu"),
         _ours("triton"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, ScoreLoop, package_version
+from benchmarks._providers import OpCall, missing_compiler, ours
 from hitsr_fast import __version__
-from hitsr_fast.dispatch import operations, use_backend
 from hitsr_fast.ops import scale_block_attention
 from hitsr_fast.ops import scale_block_attention_triton as triton
 from hitsr_fast.ops.nearest_code_cpu import instruction_sets
@@ -183,42 +181,29 @@ def _flex(case: AttentionCase, inputs: Inputs) -> Call:
 def _no_flex(case: AttentionCase, inputs: Inputs) -> str | None:
     if inputs[0].device.type == "cpu" and case.task != "forward":
         return "FlexAttention has no backward on the CPU"
-    compiler = os.environ.get("CXX", "g++")
-    return None if shutil.which(compiler) else f"needs a C++ compiler, found no {compiler}"
+    return missing_compiler()
 
 
 # --- ours
 
 
+def _our_call(case: AttentionCase, inputs: Inputs) -> Call:
+    return _call(case, inputs, lambda q, k, v: scale_block_attention(q, k, v, block_lengths=case.lengths))
+
+
+def _ops(case: AttentionCase, inputs: Inputs) -> list[OpCall]:
+    scale, (q, k, v, grad) = case.D**-0.5, inputs
+    return [
+        ("scale_block_attention", (q, k, v, case.lengths, scale)),
+        ("scale_block_attention_backward", (grad, q, k, v, grad, grad, case.lengths, scale)),
+    ]
+
+
 def _ours(backend: str) -> Provider[AttentionCase]:
-    def build(case: AttentionCase, inputs: Inputs) -> Call:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with use_backend(backend):
-                return scale_block_attention(q, k, v, block_lengths=case.lengths)
+    def version() -> str:
+        return f"{__version__} {instruction_sets()[0] if backend == 'cpu' else ''}".strip()
 
-        return _call(case, inputs, attend)
-
-    def unavailable(case: AttentionCase, inputs: Inputs) -> str | None:
-        if backend == "triton" and inputs[0].device.type == "cpu":
-            return "Triton's interpreter is not worth timing"
-        scale, (q, k, v, grad) = case.D**-0.5, inputs
-        arguments: dict[str, tuple[object, ...]] = {
-            "scale_block_attention": (q, k, v, case.lengths, scale),
-            "scale_block_attention_backward": (grad, q, k, v, grad, grad, case.lengths, scale),
-        }
-        for op, values in arguments.items():
-            reason = operations()[op].reasons(*values)[backend]
-            if reason is not None:
-                return f"{op}: {reason}"
-        return None
-
-    return Provider(
-        name=backend,
-        build=build,
-        unavailable=unavailable,
-        version=lambda: f"{__version__} {instruction_sets()[0] if backend == 'cpu' else ''}".strip(),
-        ours=True,
-    )
+    return ours(backend, _our_call, _ops, version)
 
 
 def _compile_triton(case: AttentionCase) -> None:
