@@ -26,7 +26,7 @@ def supports(*args: Any) -> str | None:
     if not args[0].is_cpu:
         return f"needs CPU tensors, found {args[0].device.type}"
     for arg in args:
-        if torch.float64 in (arg, getattr(arg, "dtype", None)):
+        if (arg.dtype if isinstance(arg, Tensor) else arg) is torch.float64:
             return "needs float16, bfloat16 or float32, found float64"
     return None
 

@@ -29,7 +29,7 @@ def supports(*args: Any) -> str | None:
     values = tensors[0]
     if values.device.type != "cuda" and not env.triton_interpret():
         return f"needs CUDA or HIP tensors, found {values.device.type}"
-    if torch.float64 in (*args, *(tensor.dtype for tensor in tensors)):
+    if any((arg.dtype if isinstance(arg, Tensor) else arg) is torch.float64 for arg in args):
         return "needs float16, bfloat16 or float32, found float64"
     if values.shape[2] > MAX_CHANNELS:
         return f"needs C of at most {MAX_CHANNELS}, found {values.shape[2]}"
