@@ -19,6 +19,7 @@ from hitsr_fast.ops.validation import (
     INDEX,
     check_dtype,
     check_index_range,
+    check_integer,
     check_shape,
     check_tensor,
     has_values,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from hitsr_fast.models.hit_var import HitVar
 
 
-_CACHED_LOGITS = 2**21  # 8 MiB
+_CACHED_LOGITS = 2**21  # 8 MiB, which a CPU's caches hold beside the weights
 
 
 class HitSampler(nn.Module):
@@ -154,10 +155,7 @@ class HitSampler(nn.Module):
         if has_values(class_id):
             check_index_range("class_id", class_id, self.config.transformer.num_classes)
         last = len(tokenizer.targets) if targets is None else targets
-        if not isinstance(last, int) or not 1 <= last <= len(tokenizer.targets):
-            raise ValueError(
-                f"targets: expected an integer from 1 to {len(tokenizer.targets)}, found {targets}"
-            )
+        check_integer("targets", last, 1, len(tokenizer.targets))
         plan = sampling_plan(
             len(tokenizer.scales),
             tokenizer.target_steps[last - 1],

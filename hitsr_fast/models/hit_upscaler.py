@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
-from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
+from hitsr_fast.ops.validation import FLOATING, check_integer, check_shape, check_tensor
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var import HitVar
@@ -68,7 +68,7 @@ class HitUpscaler(nn.Module):
             `{factor: (B, 3, factor * t, factor * t)}` float32 in [-1, 1].
 
         Raises:
-            TypeError: If `lr` is not a floating tensor.
+            TypeError: If an argument is of another type or dtype.
             ValueError: If the tile has the wrong side, a factor is not on offer, or an option is out of its
                 range.
 
@@ -79,9 +79,7 @@ class HitUpscaler(nn.Module):
         check_shape("lr", lr, "B C h w", C=3, h=self.lr_tile, w=self.lr_tile)
         if len(lr) == 0:
             raise ValueError(f"lr: expected B of at least 1, found shape {tuple(lr.shape)}")
-        classes = self.config.transformer.num_classes
-        if not isinstance(class_id, int) or not 0 <= class_id < classes:
-            raise ValueError(f"class_id: expected an integer from 0 to {classes - 1}, found {class_id}")
+        check_integer("class_id", class_id, 0, self.config.transformer.num_classes - 1)
         wanted = self.scale_factors if factors is None else tuple(factors)
         if not wanted or any(factor not in self.scale_factors for factor in wanted):
             raise ValueError(f"factors: expected some of {self.scale_factors}, found {wanted}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hitsr_fast.ops.validation import MAX_INT, check_generator, check_integer, check_number
 
 
 class SamplingPlan(NamedTuple):
@@ -38,8 +39,7 @@ class SamplingPlan(NamedTuple):
         """
         if self.top_k == 1:
             return None
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator or None, found {generator!r}")
+        check_generator(generator)
         source = device if generator is None else generator.device
         drawn = torch.randint(2**63 - 1, (self.scales, 2), generator=generator, device=source)
         return drawn.to(device)
@@ -86,13 +86,12 @@ def sampling_plan(
         top_p: Then keep the smallest set of codes whose probability reaches `top_p`; the largest stays.
 
     Raises:
-        TypeError: If `guided_scales` is no sequence.
+        TypeError: If an option is of another type.
         ValueError: If an option is out of its range.
     """
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance: expected a finite number of at least 0, found {guidance}")
-    if not isinstance(top_k, int) or top_k < 0:
-        raise ValueError(f"top_k: expected an integer of at least 0, found {top_k}")
+    check_number("guidance", guidance, 0)
+    check_integer("top_k", top_k, 0, MAX_INT)
+    check_number("top_p", top_p)
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p: expected a value in (0, 1], found {top_p}")
     if guided_scales is not None and not isinstance(guided_scales, Sequence):

@@ -11,7 +11,14 @@ import hitsr_fast.reference.sample_codes as reference
 from hitsr_fast.dispatch import Backend, register
 from hitsr_fast.ops import sample_codes_cpu as cpu
 from hitsr_fast.ops import sample_codes_triton as triton
-from hitsr_fast.ops.validation import MAX_INT, check_integer, check_number, check_shape, check_tensor
+from hitsr_fast.ops.validation import (
+    MAX_INT,
+    check_generator,
+    check_integer,
+    check_number,
+    check_shape,
+    check_tensor,
+)
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CODES = 2**20  # so that sums of weights stay below 2^61 with room to spare
@@ -77,8 +84,7 @@ def sample_codes(
     check_integer("top_k", top_k, 0, MAX_INT)
     check_number("top_p", top_p, 0, 1)
     check_number("temperature", temperature, 1e-30, 1e30)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator: expected a torch.Generator or None, found {generator!r}")
+    check_generator(generator)
     if uncond_logits is not None:
         check_tensor("uncond_logits", uncond_logits, DTYPES, like=logits)
         if uncond_logits.shape != logits.shape:

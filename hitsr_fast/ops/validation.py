@@ -76,6 +76,12 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
         raise ValueError(f"{name}: expected {_numbers(low, high)}, found {value}")
 
 
+def check_generator(value: object) -> None:
+    """Raise TypeError unless `value` is a random generator or None."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, found {value!r}")
+
+
 def check_own_memory(name: str, value: Tensor) -> None:
     """Raise ValueError unless each element of `value`, which is to be written, has its own memory."""
     if value.is_contiguous():

@@ -83,7 +83,7 @@ def test_an_overflow_of_half_precision_is_seen() -> None:
         ({"lr": lr_tiles()[:0]}, ValueError, "lr: expected B of at least 1"),
         ({"lr": lr_tiles()[..., 1:]}, ValueError, r"lr: expected shape \(B, C=3, h=8, w=8\)"),
         ({"class_id": 3}, ValueError, "class_id: expected an integer from 0 to 2, found 3"),
-        ({"class_id": 0.5}, ValueError, "class_id: expected an integer from 0 to 2, found 0.5"),
+        ({"class_id": 0.5}, TypeError, "class_id: expected an integer from 0 to 2, found 0.5"),
         ({"factors": [3]}, ValueError, r"factors: expected some of \(1, 2, 4\), found \(3,\)"),
     ],
 )
