@@ -28,6 +28,9 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 
+# Bytes that one program may have.
+SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+
 # In upper case: NVIDIA's warp, warp-group and fifth-generation products, and AMD's.
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|V_MFMA)")
 
@@ -152,6 +155,13 @@ class _NamedChip:
 
     def get_current_stream(self, device: object) -> int:
         return 0
+
+
+def check_resources(kernel: Kernel, target: str) -> None:
+    """Nothing spills, and a program's shared memory is there on the target."""
+    resources = kernel.resources()
+    assert resources.spilled == 0, (kernel.name, resources)
+    assert resources.shared <= SHARED[target], (kernel.name, resources)
 
 
 def compile_launches(target: GPUTarget, launch: Callable[[], object], folder: Path) -> dict[str, Kernel]:

@@ -8,10 +8,7 @@ import pytest
 import torch
 
 from hitsr_fast.ops import attention_prologue_triton as triton
-from tests.kernels.aot import TARGETS, Kernel, compile_launches
-
-# Bytes that one program may have.
-SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+from tests.kernels.aot import TARGETS, Kernel, check_resources, compile_launches
 
 
 def compiled(
@@ -38,9 +35,7 @@ def compiled(
 
 def check(kernels: list[Kernel], target: str) -> None:
     assert [kernel.name for kernel in kernels] == ["_attention_prologue_kernel"]
-    resources = kernels[0].resources()
-    assert resources.spilled == 0, resources
-    assert resources.shared <= SHARED[target], resources
+    check_resources(kernels[0], target)
 
 
 @pytest.mark.parametrize("rotary", [False, True])

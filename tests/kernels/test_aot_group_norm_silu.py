@@ -8,13 +8,10 @@ import pytest
 import torch
 
 from hitsr_fast.ops import group_norm_silu_triton as triton
-from tests.kernels.aot import TARGETS, Kernel, compile_launches
+from tests.kernels.aot import TARGETS, Kernel, check_resources, compile_launches
 
 KERNELS = {"_group_norm_moments_kernel", "_group_norm_join_kernel", "_group_norm_apply_kernel"}
 FORMATS = [torch.contiguous_format, torch.channels_last]
-
-# Bytes that one program may have.
-SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
 def compiled(
@@ -37,9 +34,7 @@ def compiled(
 def check(kernels: dict[str, Kernel], target: str) -> None:
     assert set(kernels) == KERNELS
     for kernel in kernels.values():
-        resources = kernel.resources()
-        assert resources.spilled == 0, (kernel.name, resources)
-        assert resources.shared <= SHARED[target], (kernel.name, resources)
+        check_resources(kernel, target)
 
 
 @pytest.mark.parametrize("layout", FORMATS, ids=["nchw", "nhwc"])

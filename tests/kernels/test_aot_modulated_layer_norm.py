@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hitsr_fast.ops import modulated_layer_norm_triton as triton
-from tests.kernels.aot import TARGETS, Kernel, compile_launches
+from tests.kernels.aot import TARGETS, Kernel, check_resources, compile_launches
 
 KERNELS = {
     "_modulated_layer_norm_fwd_kernel",
@@ -16,9 +16,6 @@ KERNELS = {
     "_gated_residual_fwd_kernel",
     "_gated_residual_bwd_kernel",
 }
-
-# Bytes that one program may have.
-SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 
 def compiled(folder: Path, target: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Kernel]:
@@ -37,9 +34,7 @@ def compiled(folder: Path, target: str, shape: tuple[int, int, int], dtype: torc
 def check(kernels: dict[str, Kernel], target: str) -> None:
     assert set(kernels) == KERNELS
     for kernel in kernels.values():
-        resources = kernel.resources()
-        assert resources.spilled == 0, (kernel.name, resources)
-        assert resources.shared <= SHARED[target], (kernel.name, resources)
+        check_resources(kernel, target)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -12,8 +12,7 @@ import torch
 
 from hitsr_fast.ops import residual_quantize_triton as triton
 from hitsr_fast.ops.residual_quantize_triton import Scale
-from tests.kernels.aot import TARGETS, TENSOR_CORE, Kernel, compile_launches
-from tests.kernels.test_aot_nearest_code import SHARED
+from tests.kernels.aot import SHARED, TARGETS, TENSOR_CORE, Kernel, compile_launches
 
 CHANNELS = [1, 8, 16, 33, 64, 100, 128, 256]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hitsr_fast.ops import scale_block_attention_triton as triton
-from tests.kernels.aot import TARGETS, Kernel, compile_launches
+from tests.kernels.aot import TARGETS, Kernel, check_resources, compile_launches
 
 FORWARD, DKDV, DQ, DELTA = (
     f"_scale_block_attention_{name}_kernel" for name in ("fwd", "dkdv", "dq", "delta")
@@ -19,9 +19,6 @@ TRAINING = {FORWARD: "forward", DKDV: "dkdv", DQ: "dq"}
 
 # Of HIT-VAR at 512 pixels: the prefix and the first scale, then the other nine.
 BLOCKS = [1040, 36, 64, 100, 196, 256, 400, 576, 784, 1024]
-
-# Bytes that one program may have.
-SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 
 # Instructions of a thread in a turn of the loop over whole tiles, over its scores: bfloat16, D = 64.
 BUDGET = {
@@ -65,9 +62,7 @@ def compiled(
 def check(kernels: dict[str, Kernel], target: str, dtype: torch.dtype) -> None:
     """Nothing spills; both loops multiply on tensor cores, that over whole tiles without a mask."""
     for kernel in kernels.values():
-        resources = kernel.resources()
-        assert resources.spilled == 0, (kernel.name, resources)
-        assert resources.shared <= SHARED[target], (kernel.name, resources)
+        check_resources(kernel, target)
     for name in {*TRAINING, DECODE} & set(kernels):
         whole, _ = kernels[name].product_loops()
         assert sum(map(bool, map(COMPARISON.search, whole))) <= LOOP_CONTROL, name

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +10,12 @@ from torch import Tensor
 
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops.attention_prologue_triton import constants, supports
+from tests.ops.interpreter import run_cases
 from tests.ops.test_attention_prologue import NAMES, STEPS, check, problem
-
-CASES_FILE = Path(__file__).with_name("attention_prologue_interpreted.py")
 
 
 def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES_FILE)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=CASES_FILE.parents[2], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_cases("attention_prologue_interpreted.py")
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import group_norm_silu
 from hitsr_fast.ops.group_norm_silu_triton import supports, tile_of
+from tests.ops.interpreter import run_cases
 from tests.ops.test_group_norm_silu import FORMATS, NAMES, check, problem
-
-CASES_FILE = Path(__file__).with_name("group_norm_silu_interpreted.py")
 
 
 def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES_FILE)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=CASES_FILE.parents[2], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_cases("group_norm_silu_interpreted.py")
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,39 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hitsr_fast.dispatch import BackendUnavailableError, use_backend
 from hitsr_fast.ops import nearest_code, nearest_code_triton
 from hitsr_fast.reference.nearest_code import nearest_code as reference
+from tests.ops.interpreter import run_cases
 from tests.ops.test_nearest_code import KINDS, problem
-
-CASES = Path(__file__).with_name("nearest_code_interpreted.py")
-
-
-def run_cases(mark: str, cases: Path = CASES) -> None:
-    """Run the cases of a mark in a process of their own; all pass, and there are some."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", mark, str(cases)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=cases.parents[2], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_interpreted() -> None:
-    run_cases("not slow")
+    run_cases("nearest_code_interpreted.py")
 
 
 @pytest.mark.slow
 def test_interpreted_with_the_sums_of_tensor_cores() -> None:
-    run_cases("slow")
+    run_cases("nearest_code_interpreted.py", "slow")
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

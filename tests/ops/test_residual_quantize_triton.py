@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +14,9 @@ from hitsr_fast.dispatch import BackendUnavailableError, use_backend
 from hitsr_fast.kernels import residual_quantize as kernels
 from hitsr_fast.ops import nearest_code_triton, prepare_codebook, residual_decode, residual_quantize
 from hitsr_fast.ops import residual_quantize_triton as triton
+from tests.ops.interpreter import run_cases
 from tests.ops.residual_quantizer import assert_agrees, assert_as_good, bank
-from tests.ops.test_nearest_code_triton import run_cases
 
-CASES = Path(__file__).with_name("residual_quantize_interpreted.py")
 HIT: dict[str, Any] = {
     "scales": [4, 6, 8, 10, 14, 16, 20, 24, 28, 32],
     "phi_index": [0, 0, 1, 1, 1, 2, 2, 3, 3, 3],
@@ -26,7 +24,7 @@ HIT: dict[str, Any] = {
 
 
 def test_interpreted() -> None:
-    run_cases("not slow", CASES)
+    run_cases("residual_quantize_interpreted.py")
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,28 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import sample_codes, sample_codes_triton
+from tests.ops.interpreter import run_cases
 from tests.ops.test_sample_codes import KINDS, OPTIONS, generator, logits_of
-
-CASES = Path(__file__).with_name("sample_codes_interpreted.py")
 
 
 def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_cases("sample_codes_interpreted.py")
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
@@ -16,19 +11,13 @@ from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import cached_attention, scale_block_attention
 from hitsr_fast.ops import scale_block_attention_triton as triton
 from hitsr_fast.ops.scale_block_attention_triton import supports
+from tests.ops.interpreter import run_cases
 from tests.ops.test_scale_block_attention import dense
 from tests.tolerances import TOLERANCES
 
-CASES_FILE = Path(__file__).with_name("scale_block_attention_interpreted.py")
-
 
 def test_interpreted() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES_FILE)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        command, env=environment, cwd=CASES_FILE.parents[2], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_cases("scale_block_attention_interpreted.py")
 
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
