@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hitsr_fast.checks import has_values
 from hitsr_fast.compat.var import VectorQuantizer2
 from hitsr_fast.nn.cached_body import CachedBody
 from hitsr_fast.nn.versions import Version, version_of
 from hitsr_fast.ops import modulated_layer_norm, residual_step, sample_codes
-from hitsr_fast.ops.validation import has_values
 
 
 class _Weights(NamedTuple):

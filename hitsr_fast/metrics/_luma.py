@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hitsr_fast.metrics._validation import check_pair
+from hitsr_fast.checks import check_pair
 
 
 def luma(image: Tensor) -> Tensor:

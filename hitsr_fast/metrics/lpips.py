@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from hitsr_fast.metrics._validation import check_pair
+from hitsr_fast.checks import check_pair
 from hitsr_fast.metrics.lpips_weights import load_weights, weights_path
 
 LpipsNet = Literal["alex", "vgg"]

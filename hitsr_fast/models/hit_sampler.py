@@ -9,12 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.nn.cached_body import CachedBody, KVCache, modulation_table
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer, ReconstructionWalk
-from hitsr_fast.nn.sampling import SamplingPlan, sampling_plan
-from hitsr_fast.ops import modulated_layer_norm
-from hitsr_fast.ops.cuda_graphs import Graphs, capturing
-from hitsr_fast.ops.validation import (
+from hitsr_fast.checks import (
     FLOATING,
     INDEX,
     check_dtype,
@@ -24,6 +19,11 @@ from hitsr_fast.ops.validation import (
     check_tensor,
     has_values,
 )
+from hitsr_fast.nn.cached_body import CachedBody, KVCache, modulation_table
+from hitsr_fast.nn.quantizer import MultiScaleQuantizer, ReconstructionWalk
+from hitsr_fast.nn.sampling import SamplingPlan, sampling_plan
+from hitsr_fast.ops import modulated_layer_norm
+from hitsr_fast.ops.cuda_graphs import Graphs, capturing
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var import HitVar

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from hitsr_fast.checks import FLOATING, check_integer, check_shape, check_tensor
 from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
-from hitsr_fast.ops.validation import FLOATING, check_integer, check_shape, check_tensor
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var import HitVar

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hitsr_fast.checks import check_integer, check_shape
 from hitsr_fast.nn.attention import score_factor
 from hitsr_fast.ops import attention_prologue, cached_attention, gated_residual, modulated_layer_norm
-from hitsr_fast.ops.validation import check_integer, check_shape
 
 # Whether this build of PyTorch has oneDNN's linear map with an activation, which its compiler uses.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hitsr_fast.checks import has_values
 from hitsr_fast.nn.versions import Version, version_of
 from hitsr_fast.ops import Metric, PreparedCodebook, prepare_codebook
-from hitsr_fast.ops.validation import has_values
 
 
 class _Entry(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hitsr_fast.ops.validation import check_integer, check_number
+from hitsr_fast.checks import check_integer, check_number
 
 
 def axial_rotary(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hitsr_fast.ops.validation import MAX_INT, check_generator, check_integer, check_number
+from hitsr_fast.checks import MAX_INT, check_generator, check_integer, check_number
 
 
 class SamplingPlan(NamedTuple):

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.attention_prologue as reference
-from hitsr_fast.dispatch import Backend, register
-from hitsr_fast.ops import attention_prologue_cpu as cpu
-from hitsr_fast.ops import attention_prologue_triton as triton
-from hitsr_fast.ops.validation import (
+from hitsr_fast.checks import (
     FLOATING,
     check_apart,
     check_integer,
@@ -19,6 +16,9 @@ from hitsr_fast.ops.validation import (
     check_shape,
     check_tensor,
 )
+from hitsr_fast.dispatch import Backend, register
+from hitsr_fast.ops import attention_prologue_cpu as cpu
+from hitsr_fast.ops import attention_prologue_triton as triton
 
 _FLOAT32 = (torch.float32,)
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.group_norm_silu as reference
+from hitsr_fast.checks import FLOATING, check_shape, check_tensor
 from hitsr_fast.dispatch import Backend, register
 from hitsr_fast.ops import group_norm_silu_cpu as cpu
 from hitsr_fast.ops import group_norm_silu_triton as triton
-from hitsr_fast.ops.validation import FLOATING, check_shape, check_tensor
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, eps: float = 1e-6) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.modulated_layer_norm as reference
+from hitsr_fast.checks import FLOATING, check_dtype, check_shape, check_tensor
 from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
 from hitsr_fast.ops import modulated_layer_norm_cpu as cpu
 from hitsr_fast.ops import modulated_layer_norm_triton as triton
-from hitsr_fast.ops.validation import FLOATING, check_dtype, check_shape, check_tensor
 
 
 def modulated_layer_norm(

@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from hitsr_fast.checks import FLOATING, check_choice, check_finite, check_shape, check_tensor
 from hitsr_fast.dispatch import Backend, register
 from hitsr_fast.ops import nearest_code_cpu as cpu
 from hitsr_fast.ops import nearest_code_triton as triton
-from hitsr_fast.ops.validation import FLOATING, check_choice, check_finite, check_shape, check_tensor
 from hitsr_fast.reference.nearest_code import nearest_code as reference
 
 Metric = Literal["l2", "cosine"]

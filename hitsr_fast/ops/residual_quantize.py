@@ -9,9 +9,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, prepare_codebook
-from hitsr_fast.ops.residual_quantize_schema import scale_ends
-from hitsr_fast.ops.validation import (
+from hitsr_fast.checks import (
     FLOATING,
     INDEX,
     check_choice,
@@ -20,6 +18,8 @@ from hitsr_fast.ops.validation import (
     check_tensor,
     has_values,
 )
+from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, prepare_codebook
+from hitsr_fast.ops.residual_quantize_schema import scale_ends
 from hitsr_fast.reference.residual_quantize import arithmetic_dtype
 
 

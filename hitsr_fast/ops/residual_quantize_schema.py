@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.residual_quantize as reference
+from hitsr_fast.checks import check_finite, check_index_range
 from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
 from hitsr_fast.ops import nearest_code_cpu
 from hitsr_fast.ops import residual_quantize_cpu as cpu
 from hitsr_fast.ops import residual_quantize_cuda as cuda
 from hitsr_fast.ops import residual_quantize_triton as triton
-from hitsr_fast.ops.validation import check_finite, check_index_range
 
 
 def scale_ends(flat: Sequence[int]) -> list[int]:

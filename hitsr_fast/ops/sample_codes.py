@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.sample_codes as reference
-from hitsr_fast.dispatch import Backend, register
-from hitsr_fast.ops import sample_codes_cpu as cpu
-from hitsr_fast.ops import sample_codes_triton as triton
-from hitsr_fast.ops.validation import (
+from hitsr_fast.checks import (
     MAX_INT,
     check_generator,
     check_integer,
@@ -19,6 +16,9 @@ from hitsr_fast.ops.validation import (
     check_shape,
     check_tensor,
 )
+from hitsr_fast.dispatch import Backend, register
+from hitsr_fast.ops import sample_codes_cpu as cpu
+from hitsr_fast.ops import sample_codes_triton as triton
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CODES = 2**20  # so that sums of weights stay below 2^61 with room to spare

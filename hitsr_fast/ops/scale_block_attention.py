@@ -9,11 +9,7 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.scale_block_attention as reference
-from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
-from hitsr_fast.ops import scale_block_attention_cpu as cpu
-from hitsr_fast.ops import scale_block_attention_flash as flash
-from hitsr_fast.ops import scale_block_attention_triton as triton
-from hitsr_fast.ops.validation import (
+from hitsr_fast.checks import (
     FLOATING,
     INTEGER,
     check_integer,
@@ -21,6 +17,10 @@ from hitsr_fast.ops.validation import (
     check_shape,
     check_tensor,
 )
+from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
+from hitsr_fast.ops import scale_block_attention_cpu as cpu
+from hitsr_fast.ops import scale_block_attention_flash as flash
+from hitsr_fast.ops import scale_block_attention_triton as triton
 
 
 @overload

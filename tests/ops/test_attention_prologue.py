@@ -387,7 +387,7 @@ def test_what_is_only_read_may_be_shared() -> None:
 )
 def test_shared_memory_is_found_exactly(sizes: list[int], order: Any, gaps: list[int], offset: int) -> None:
     """Two tensors of the same strides share memory if and only if writing one changes the other."""
-    from hitsr_fast.ops.validation import check_apart
+    from hitsr_fast.checks import check_apart
 
     strides, reach = [], 1
     for size, gap in zip(sizes, gaps, strict=False):
