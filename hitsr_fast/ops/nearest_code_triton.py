@@ -190,53 +190,52 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
     minima = torch.empty(groups * tiles * _CLASSES * most, dtype=torch.float32, device=x.device)
     margins = torch.empty(groups * 3 * most, dtype=torch.float32, device=x.device)
     rounded = torch.empty(groups * most * codes.shape[2], dtype=torch.float16, device=x.device)
-    with torch.cuda.device_of(x):
-        for begin in range(0, count, most):
-            end = min(begin + most, count)
-            place = (begin, end, height, width)
-            _nearest_code_round_kernel[(_blocks(end - begin, rounding["ROWS"]), groups)](
-                maps,
-                mean,
-                bounds,
-                rounded,
-                margins,
-                *place,
-                *maps.stride(),
-                COSINE=cosine,
-                **rounding,
-                **ROUND_OPTIONS,
-            )
-            row_blocks = _blocks(end - begin, block)
-            share = _blocks(tiles, _blocks(_PROGRAMS, row_blocks * groups))
-            _nearest_code_screen_kernel[(row_blocks, _blocks(tiles, share), groups)](
-                rounded,
-                codes,
-                half_norms,
-                minima,
-                margins,
-                end - begin,
-                tiles,
-                share,
-                **screen,
-                **screen_options(channels),
-            )
-            _nearest_code_recheck_kernel[(_blocks(end - begin, recheck["ROWS"]), groups)](
-                maps,
-                exact,
-                bounds,
-                minima,
-                margins,
-                indices,
-                *place,
-                codebook.shape[-2],
-                channels,
-                tiles,
-                *maps.stride(),
-                count,
-                COSINE=cosine,
-                **recheck,
-                **RECHECK_OPTIONS,
-            )
+    for begin in range(0, count, most):
+        end = min(begin + most, count)
+        place = (begin, end, height, width)
+        _nearest_code_round_kernel[(_blocks(end - begin, rounding["ROWS"]), groups)](
+            maps,
+            mean,
+            bounds,
+            rounded,
+            margins,
+            *place,
+            *maps.stride(),
+            COSINE=cosine,
+            **rounding,
+            **ROUND_OPTIONS,
+        )
+        row_blocks = _blocks(end - begin, block)
+        share = _blocks(tiles, _blocks(_PROGRAMS, row_blocks * groups))
+        _nearest_code_screen_kernel[(row_blocks, _blocks(tiles, share), groups)](
+            rounded,
+            codes,
+            half_norms,
+            minima,
+            margins,
+            end - begin,
+            tiles,
+            share,
+            **screen,
+            **screen_options(channels),
+        )
+        _nearest_code_recheck_kernel[(_blocks(end - begin, recheck["ROWS"]), groups)](
+            maps,
+            exact,
+            bounds,
+            minima,
+            margins,
+            indices,
+            *place,
+            codebook.shape[-2],
+            channels,
+            tiles,
+            *maps.stride(),
+            count,
+            COSINE=cosine,
+            **recheck,
+            **RECHECK_OPTIONS,
+        )
     return indices.view(shape)
 
 

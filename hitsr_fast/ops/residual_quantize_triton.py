@@ -309,8 +309,7 @@ def residual_quantize_triton(
     places = z.shape[0] * z.shape[2] * z.shape[3]
     if layout != nearest.LAYOUT or not 0 < places <= _GRAPH_PLACES or not z.is_cuda or capturing():
         return _quantize(z, replay, *arguments, inputs, per_scale)
-    with torch.cuda.device_of(z):
-        return _graphs((z, replay), *arguments, inputs, per_scale)
+    return _graphs((z, replay), *arguments, inputs, per_scale)
 
 
 def _quantize(
@@ -336,12 +335,11 @@ def _quantize(
         indices[:, :replayed] = replay
     results = _Results.allocate(codebook, z.shape, walk, inputs, per_scale)
     if z.numel() > 0:
-        with torch.cuda.device_of(z):
-            search = None
-            if replayed < walk[-1].end:
-                search = _Searcher(codebook, parts, layout, metric)
-            update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
-            _run(walk, indices, results, update, search, z, replayed)
+        search = None
+        if replayed < walk[-1].end:
+            search = _Searcher(codebook, parts, layout, metric)
+        update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
+        _run(walk, indices, results, update, search, z, replayed)
     return results.reconstruction, indices, results.inputs, results.reconstructions
 
 
@@ -365,9 +363,8 @@ def residual_decode_triton(
     shape = (indices.shape[0], codebook.shape[1], *size)
     results = _Results.allocate(codebook, shape, walk, inputs, per_scale)
     if results.reconstruction.numel() > 0:
-        with torch.cuda.device_of(indices):
-            update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
-            _run(walk, indices, results, update)
+        update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
+        _run(walk, indices, results, update)
     return results.reconstruction, results.inputs, results.reconstructions
 
 
@@ -384,13 +381,12 @@ def residual_step_triton(
     """As `reference.residual_step`."""
     pooled = reconstruction.new_empty((*reconstruction.shape[:2], *next_scale))
     if reconstruction.numel() > 0:
-        with torch.cuda.device_of(reconstruction):
-            (this,) = _walk(scale, [0])
-            update = _Updater(codebook, phi_weight[None], phi_bias[None], phi_ratio, reconstruction)
-            update(this, indices, reconstruction, reconstruction)
-            if pooled.numel() > 0:
-                (following,) = _walk(next_scale, [0])
-                _pool(reconstruction, following, pooled.flatten(2).transpose(1, 2))
+        (this,) = _walk(scale, [0])
+        update = _Updater(codebook, phi_weight[None], phi_bias[None], phi_ratio, reconstruction)
+        update(this, indices, reconstruction, reconstruction)
+        if pooled.numel() > 0:
+            (following,) = _walk(next_scale, [0])
+            _pool(reconstruction, following, pooled.flatten(2).transpose(1, 2))
     return pooled
 
 

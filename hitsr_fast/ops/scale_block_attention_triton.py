@@ -174,22 +174,21 @@ def scale_block_attention_triton(
     lse = torch.empty(B, NH, T, dtype=torch.float32, device=q.device)
     chosen = constants("forward", q.dtype, D)
     if out.numel() > 0:
-        with torch.cuda.device_of(q):
-            _scale_block_attention_fwd_kernel[(_blocks(T, chosen["BLOCK_M"]), NH, B)](
-                q,
-                k,
-                v,
-                block_table(tuple(block_lengths), q.device),
-                out,
-                lse,
-                T,
-                NH,
-                softmax_scale * _LOG2E,
-                *q.stride(),
-                *k.stride(),
-                *v.stride(),
-                **chosen,
-            )
+        _scale_block_attention_fwd_kernel[(_blocks(T, chosen["BLOCK_M"]), NH, B)](
+            q,
+            k,
+            v,
+            block_table(tuple(block_lengths), q.device),
+            out,
+            lse,
+            T,
+            NH,
+            softmax_scale * _LOG2E,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            **chosen,
+        )
     return out, lse
 
 
@@ -219,28 +218,27 @@ def scale_block_attention_backward_triton(
         lse = lse.contiguous()
         strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride())
         given = (grad, q, k, v, block_table(tuple(block_lengths), q.device), lse, delta)
-        with torch.cuda.device_of(q):
-            _scale_block_attention_delta_kernel[(_blocks(T, _ROWS), NH, B)](
-                grad,
-                out,
-                delta,
-                T,
-                NH,
-                *grad.stride(),
-                *out.stride(),
-                D=D,
-                DP=by_keys["DP"],
-                ROWS=_ROWS,
-                num_warps=4,
-                num_stages=1,
-                enable_fp_fusion=True,
-            )
-            _scale_block_attention_dkdv_kernel[(_blocks(T, by_keys["BLOCK_N"]), NH, B)](
-                *given, grad_k, grad_v, T, NH, softmax_scale, *strides, **by_keys
-            )
-            _scale_block_attention_dq_kernel[(_blocks(T, by_queries["BLOCK_M"]), NH, B)](
-                *given, grad_q, T, NH, softmax_scale, *strides, **by_queries
-            )
+        _scale_block_attention_delta_kernel[(_blocks(T, _ROWS), NH, B)](
+            grad,
+            out,
+            delta,
+            T,
+            NH,
+            *grad.stride(),
+            *out.stride(),
+            D=D,
+            DP=by_keys["DP"],
+            ROWS=_ROWS,
+            num_warps=4,
+            num_stages=1,
+            enable_fp_fusion=True,
+        )
+        _scale_block_attention_dkdv_kernel[(_blocks(T, by_keys["BLOCK_N"]), NH, B)](
+            *given, grad_k, grad_v, T, NH, softmax_scale, *strides, **by_keys
+        )
+        _scale_block_attention_dq_kernel[(_blocks(T, by_queries["BLOCK_M"]), NH, B)](
+            *given, grad_q, T, NH, softmax_scale, *strides, **by_queries
+        )
     return grad_q, grad_k, grad_v
 
 
@@ -263,40 +261,39 @@ def cached_attention_triton(
     if splits > 1:
         parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         log_totals = torch.empty(splits, B, NH, L, dtype=torch.float32, device=q.device)
-    with torch.cuda.device_of(q):
-        _cached_attention_kernel[(row_tiles * splits, NH, B)](
-            q,
-            k_cache,
-            v_cache,
+    _cached_attention_kernel[(row_tiles * splits, NH, B)](
+        q,
+        k_cache,
+        v_cache,
+        parts,
+        log_totals,
+        L,
+        NH,
+        length,
+        share,
+        row_tiles,
+        softmax_scale * _LOG2E,
+        *q.stride(),
+        *k_cache.stride(),
+        *v_cache.stride(),
+        SPLIT=splits > 1,
+        **chosen,
+    )
+    if splits > 1:
+        _cached_attention_combine_kernel[(_blocks(L, _COMBINED), NH, B)](
             parts,
             log_totals,
+            out,
             L,
             NH,
-            length,
-            share,
-            row_tiles,
-            softmax_scale * _LOG2E,
-            *q.stride(),
-            *k_cache.stride(),
-            *v_cache.stride(),
-            SPLIT=splits > 1,
-            **chosen,
+            splits,
+            D=D,
+            DP=chosen["DP"],
+            ROWS=_COMBINED,
+            num_warps=4,
+            num_stages=2,
+            enable_fp_fusion=True,
         )
-        if splits > 1:
-            _cached_attention_combine_kernel[(_blocks(L, _COMBINED), NH, B)](
-                parts,
-                log_totals,
-                out,
-                L,
-                NH,
-                splits,
-                D=D,
-                DP=chosen["DP"],
-                ROWS=_COMBINED,
-                num_warps=4,
-                num_stages=2,
-                enable_fp_fusion=True,
-            )
     return out
 
 
