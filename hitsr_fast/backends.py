@@ -23,7 +23,7 @@ _forced_set: ContextVar[str | None] = ContextVar("hitsr_fast_forced_instruction_
 
 
 class Limit(NamedTuple):
-    """The longest side that a backend takes: its letter, which axis, how long, and of what if not the first."""
+    """The longest side that a backend takes: letter, axis, length, and of which argument if not the first."""
 
     letter: str
     axis: int

@@ -215,7 +215,7 @@ def op(
 
 
 def _remembering(gradient: Gradient) -> Gradient:
-    """The same, run under what was forced for the forward: autograd's threads do not see this one's context."""
+    """The same, run under what was forced for the forward: autograd's threads have contexts of their own."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.forced = _forced.get(), forced_instruction_set()

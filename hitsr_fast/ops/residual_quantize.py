@@ -18,8 +18,8 @@ from hitsr_fast.checks import (
     check_tensor,
     has_values,
 )
+from hitsr_fast.ops import residual_quantize_schema as schema
 from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, prepare_codebook
-from hitsr_fast.ops.residual_quantize_schema import scale_ends
 from hitsr_fast.reference.residual_quantize import arithmetic_dtype
 
 
@@ -121,11 +121,11 @@ def residual_quantize(
     if replay is not None:
         check_tensor("replay", replay, INDEX, like=z)
         check_shape("replay", replay, "B T0", B=z.shape[0])
-        ends = [0, *scale_ends(flat)]
+        ends = [0, *schema.scale_ends(flat)]
         if replay.shape[1] not in ends:
             raise ValueError(f"replay: expected T0 to be one of {ends}, found {replay.shape[1]}")
     parts, layout = _unpack(prepared, codebook, metric)
-    reconstruction, indices, pooled, reconstructions = torch.ops.hitsr_fast.residual_quantize(
+    reconstruction, indices, pooled, reconstructions = schema.quantize(
         z,
         codebook,
         phi_weight,
@@ -212,7 +212,7 @@ def tokenize_pyramid(
             raise ValueError(
                 f"latents[{target}]: expected a batch of {latents[0].shape[0]}, found {latent.shape[0]}"
             )
-        reconstruction, indices, _, _ = torch.ops.hitsr_fast.residual_quantize(
+        reconstruction, indices, _, _ = schema.quantize(
             latent,
             codebook,
             phi_weight,
@@ -290,8 +290,8 @@ def residual_decode(
     flat = _flat_scales(scales, size)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
     check_tensor("indices", indices, INDEX, like=codebook)
-    check_shape("indices", indices, "B T0", T0=scale_ends(flat)[-1])
-    reconstruction, pooled, reconstructions = torch.ops.hitsr_fast.residual_decode(
+    check_shape("indices", indices, "B T0", T0=schema.scale_ends(flat)[-1])
+    reconstruction, pooled, reconstructions = schema.decode(
         indices, codebook, phi_weight, phi_bias, flat, list(phi_index), size, phi_ratio, inputs, per_scale
     )
     return ResidualDecoded(reconstruction, pooled if inputs else None, reconstructions if per_scale else None)
@@ -360,10 +360,7 @@ def residual_step(
     flat_next = [0, 0] if next_scale is None else _flat_scales([next_scale], reconstruction.shape[2:])
     check_tensor("indices", indices, INDEX, like=codebook)
     check_shape("indices", indices, "B L", B=reconstruction.shape[0], L=flat[0] * flat[1])
-    inputs = (reconstruction, codebook, phi_weight, phi_bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        raise RuntimeError("residual_step: has no gradient; call it under torch.no_grad()")
-    pooled: Tensor = torch.ops.hitsr_fast.residual_step(
+    pooled: Tensor = schema.step(
         reconstruction, indices, codebook, phi_weight, phi_bias, flat, flat_next, phi_ratio
     )
     return pooled
