@@ -319,7 +319,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 @functools.cache
 def _known_sets() -> tuple[str, ...]:
-    return tuple(torch.ops.hitsr_fast._instruction_sets())
+    return tuple(torch.ops.hitsr_fast._nearest_code_isas())
 
 
 def forced_instruction_set() -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
@@ -41,7 +40,7 @@ def check_dtype(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None
 
 def check_shape(name: str, value: Tensor, letters: str, **known: int) -> None:
     """Raise ValueError unless `value` has the axes that `letters` names, those in `known` of that length."""
-    axes, shape = _axes(letters), value.shape
+    axes, shape = letters.split(), value.shape
     fits = len(axes) == len(shape)
     if fits:  # a plain loop: a generator takes longer than all else here
         for axis, length in zip(axes, shape, strict=True):
@@ -50,11 +49,6 @@ def check_shape(name: str, value: Tensor, letters: str, **known: int) -> None:
     if not fits:
         expected = ", ".join(f"{axis}={known[axis]}" if axis in known else axis for axis in axes)
         raise ValueError(f"{name}: expected shape ({expected}), found {tuple(value.shape)}")
-
-
-@functools.cache
-def _axes(letters: str) -> list[str]:
-    return letters.split()
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:

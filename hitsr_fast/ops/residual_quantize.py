@@ -388,7 +388,8 @@ def residual_step(
 def _renamed(inputs: bool | None, return_inputs: bool) -> bool:
     if inputs is None:
         return return_inputs
-    warnings.warn("inputs: renamed to return_inputs", DeprecationWarning, stacklevel=3)
+    if not torch.compiler.is_compiling():  # which cannot trace a warning
+        warnings.warn("inputs: renamed to return_inputs", DeprecationWarning, stacklevel=3)
     return inputs
 
 

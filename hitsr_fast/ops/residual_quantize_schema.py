@@ -13,9 +13,9 @@ import hitsr_fast.reference.residual_quantize as reference
 from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native, NativeCuda
 from hitsr_fast.checks import check_finite, check_index_range
 from hitsr_fast.dispatch import Gradient, op
-from hitsr_fast.ops import nearest_code
 from hitsr_fast.ops import residual_quantize_cuda as cuda
 from hitsr_fast.ops import residual_quantize_triton as triton
+from hitsr_fast.ops.nearest_code import pack_cpu
 from hitsr_fast.reference.residual_quantize import DecodeCall, QuantizeCall, arithmetic_dtype
 
 _OPTIONS: dict[str, Any] = {"dtypes": UP_TO_FLOAT32, "any_dtype": ("z",)}
@@ -103,7 +103,7 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = QuantizeCall(*args)
     layout, parts = call.layout, call.parts
     if not layout.startswith("cpu:"):
-        layout, parts = nearest_code.pack_cpu(call.codebook, call.metric)
+        layout, parts = pack_cpu(call.codebook, call.metric)
     out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.hitsr_fast._residual_quantize(
         call.z.float() if call.z.dtype == torch.float64 else call.z,
         *(call.codebook, call.phi_weight, call.phi_bias, parts),
