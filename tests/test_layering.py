@@ -20,7 +20,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "extension": (),
     "backends": ("checks", "extension", "env"),
     "dispatch": ("backends", "checks", "env"),
-    "ops": ("checks", "reference", "dispatch", "extension", "kernels", "env"),
+    "ops": ("checks", "reference", "backends", "dispatch", "kernels", "env"),
     "imaging": ("checks", "env"),
     "data": ("checks", "imaging", "env"),
     "metrics": ("checks", "imaging", "env"),
