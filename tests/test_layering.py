@@ -15,6 +15,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "reference": (),
     "_version": (),
     "checks": (),
+    "configs": (),
     "env": (),
     "kernels": (),
     "extension": (),
@@ -24,13 +25,16 @@ BELOW: dict[str, tuple[str, ...]] = {
     "imaging": ("checks", "env"),
     "data": ("checks", "imaging", "env"),
     "metrics": ("checks", "imaging", "env"),
-    "losses": ("checks", "ops", "metrics", "env"),
+    "losses": ("checks", "configs", "metrics"),
     "nn": ("checks", "ops"),
     "compat": ("checks", "nn", "ops"),
     "models": ("checks", "nn", "ops", "env"),
     "pipeline": ("checks", "models", "nn", "ops", "imaging", "env"),
     "evaluate": ("checks", "pipeline", "models", "metrics", "imaging", "data", "env"),
-    "train": ("checks", "models", "nn", "ops", "losses", "metrics", "data", "imaging", "env", "_version"),
+    "train": (
+        *("checks", "configs", "models", "nn", "ops", "losses", "metrics", "data", "imaging", "pipeline"),
+        *("env", "_version"),
+    ),
 }
 TOP = ("__init__", "cli")
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -9,26 +9,14 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from hitsr_fast.train.config import LoopConfig
-
-
-class Stage(Protocol):
-    """What a stage of training brings: a model, its optimisers, a loss, an evaluation."""
-
-    name: str
-    model: nn.Module
-
-    def optimizers(self) -> list[torch.optim.Optimizer]: ...
-
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]: ...
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+from hitsr_fast.train.stage import Stage
 
 
 class ResumeError(ValueError):

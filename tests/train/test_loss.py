@@ -7,8 +7,8 @@ import torch
 
 from hitsr_fast.losses.config import ReconstructionLossConfig
 from hitsr_fast.losses.reconstruction import ReconstructionLoss, shared_crop
+from hitsr_fast.losses.tokens import token_weights
 from hitsr_fast.metrics.lpips_weights import LpipsWeightsNotFoundError
-from hitsr_fast.train.transformer import token_weights
 from tests.tolerances import TOLERANCES
 
 PIXELS = ReconstructionLossConfig(alex=0.0, vgg=0.0)
