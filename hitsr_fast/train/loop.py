@@ -176,7 +176,7 @@ def _restore(
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ResumeError(f"{path}: expected a checkpoint, found a file that is none") from error
-    if made_with is not None and "made_with" in state:  # checkpoints did not always keep it
+    if made_with is not None and "made_with" in state:
         _require_same(path, json.loads(state["made_with"]), json.loads(json.dumps(made_with)))
     try:
         model.load_state_dict(state["model"])
