@@ -24,7 +24,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "dispatch": ("backends", "checks", "env"),
     "ops": ("checks", "reference", "dispatch", "extension", "kernels", "env"),
     "imaging": ("checks", "env"),
-    "data": ("_lazy", "checks", "configs", "imaging"),
+    "data": ("checks", "configs", "imaging"),
     "metrics": ("checks", "imaging", "env"),
     "losses": ("checks", "configs", "metrics"),
     "nn": ("checks", "ops"),

@@ -1,15 +1,8 @@
 """Training data: photos from folders, and low-resolution inputs made from them."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-from hitsr_fast._lazy import lazy
-
-if TYPE_CHECKING:
-    from hitsr_fast.data.degradation import clean_pair, degrade, lr_pair
-    from hitsr_fast.data.degradation_config import DegradationConfig, OrderConfig
-    from hitsr_fast.data.folder import NoPhotosError, PhotoFolder, photo_names, split
+from hitsr_fast.data.degradation import clean_pair, degrade, lr_pair
+from hitsr_fast.data.degradation_config import DegradationConfig, OrderConfig
+from hitsr_fast.data.folder import NoPhotosError, PhotoFolder, photo_names, split
 
 __all__ = [
     "DegradationConfig",
@@ -22,9 +15,3 @@ __all__ = [
     "photo_names",
     "split",
 ]
-__getattr__ = lazy(
-    __name__,
-    degradation=["clean_pair", "degrade", "lr_pair"],
-    degradation_config=["DegradationConfig", "OrderConfig"],
-    folder=["NoPhotosError", "PhotoFolder", "photo_names", "split"],
-)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.metrics import psnr_y
@@ -21,11 +21,10 @@ from hitsr_fast.train.config import AutoencoderConfig
 from hitsr_fast.train.stage import Stage
 
 
-class AutoencoderStage(Stage):
+class AutoencoderStage(Stage[HitTokenizer]):
     """Trains the encoder and the first decoder on all target sizes at once."""
 
     name = "autoencoder"
-    model: HitTokenizer
     config: AutoencoderConfig
 
     def __init__(
@@ -57,8 +56,7 @@ class AutoencoderStage(Stage):
             metrics[f"loss_{image.shape[-1]}"] = loss.item()
         return total, metrics
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        assert isinstance(model, HitTokenizer)
+    def evaluate(self, model: HitTokenizer) -> dict[str, float]:
         score = ImageScore()
         for image in evaluation_images(self.held_out):
             with self.autocast():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hitsr_fast.imaging.colour import wavelet_colour_fix
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
@@ -21,7 +21,7 @@ from hitsr_fast.train.config import DecoderTrainConfig
 from hitsr_fast.train.stage import Stage
 
 
-class DecoderStage(Stage):
+class DecoderStage(Stage[HitTokenizer]):
     """Trains the decoders only."""
 
     name = "decoder"
@@ -79,8 +79,7 @@ class DecoderStage(Stage):
         chosen = torch.rand(len(output), 1, 1, 1, generator=generator) < self.config.colour_fixed
         return torch.where(chosen.to(output.device), fixed, output)
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        assert isinstance(model, HitTokenizer)
+    def evaluate(self, model: HitTokenizer) -> dict[str, float]:
         score = PyramidScore(model)
         for i in range(2):
             images, lr, class_id = self.held_out.pairs(i, 16)

@@ -24,7 +24,7 @@ class ResumeError(ValueError):
 
 
 def train(
-    stage: Stage, config: LoopConfig, folder: Path, made_with: Mapping[str, Any] | None = None
+    stage: Stage[Any], config: LoopConfig, folder: Path, made_with: Mapping[str, Any] | None = None
 ) -> nn.Module:
     """Run `stage` to its end, resuming from `folder` if it holds a checkpoint, and return the averaged model.
 
@@ -133,7 +133,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def _evaluated(stage: Stage, model: nn.Module) -> dict[str, float]:
+def _evaluated(stage: Stage[Any], model: nn.Module) -> dict[str, float]:
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -64,7 +64,7 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
         part.to(memory_format=torch.channels_last)
     batches, held_out = pair_batches(recipe, config, photos, device)
 
-    def finish(stage: Stage, loop: LoopConfig) -> nn.Module:
+    def finish(stage: Stage[Any], loop: LoopConfig) -> nn.Module:
         return train(stage, loop, folder, made_with(recipe, stage.name))
 
     if config.tokenizer.linear_skip:

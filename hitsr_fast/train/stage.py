@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from hitsr_fast.pipeline import pick_dtype
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import StageConfig
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
-class Stage(ABC):
+
+class Stage(ABC, Generic[ModelT]):
     """What a stage of training brings: a model, its optimisers, a loss, an evaluation.
 
     Args:
@@ -25,7 +28,7 @@ class Stage(ABC):
     name: str
 
     def __init__(
-        self, model: nn.Module, batches: PairBatches, held_out: PairBatches, config: StageConfig
+        self, model: ModelT, batches: PairBatches, held_out: PairBatches, config: StageConfig
     ) -> None:
         self.model = model
         self.batches = batches
@@ -49,5 +52,5 @@ class Stage(ABC):
         """The loss of a step, a function of its number, and what the log says beside it."""
 
     @abstractmethod
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: ModelT) -> dict[str, float]:
         """What the log says of `model`, the average of the stage's, on held-out photos."""

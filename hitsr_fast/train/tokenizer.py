@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hitsr_fast.losses.latent import codebook_loss
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
@@ -14,11 +14,10 @@ from hitsr_fast.train.config import TokenizerTrainConfig
 from hitsr_fast.train.stage import Stage
 
 
-class TokenizerStage(Stage):
+class TokenizerStage(Stage[HitTokenizer]):
     """Trains codebook and phi on the latent error, the decoders on the image error."""
 
     name = "tokenizer"
-    model: HitTokenizer
     config: TokenizerTrainConfig
 
     def __init__(
@@ -68,8 +67,7 @@ class TokenizerStage(Stage):
             metrics[f"latent_{image.shape[-1]}"] = latent_loss.item() / (1 + commitment)
         return total, metrics
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        assert isinstance(model, HitTokenizer)
+    def evaluate(self, model: HitTokenizer) -> dict[str, float]:
         score = PyramidScore(model)
         for images in evaluation_images(self.held_out):
             with self.autocast():

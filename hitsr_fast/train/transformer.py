@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hitsr_fast.losses.tokens import token_loss, token_weights
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
@@ -16,11 +16,10 @@ from hitsr_fast.train.self_correction import code_neighbours, tokenize_with_mist
 from hitsr_fast.train.stage import Stage
 
 
-class TransformerStage(Stage):
+class TransformerStage(Stage[HitTransformer]):
     """Cross entropy over all tokens of the pyramid; tokenizer frozen."""
 
     name = "transformer"
-    model: HitTransformer
     config: TransformerTrainConfig
 
     def __init__(
@@ -96,7 +95,7 @@ class TransformerStage(Stage):
         loss = token_loss(logits, indices, self.token_weight, self.config.label_smoothing)
         return loss, (logits.detach().argmax(-1) == indices).float().mean()
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: HitTransformer) -> dict[str, float]:
         total, accuracy, count = 0.0, 0.0, 4
         for i in range(count):
             features, class_id, inputs, indices = self.inputs(i, self.held_out, 8, mistakes=0.0)
