@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +43,12 @@ class Stage(ABC, Generic[ModelT]):
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW on all that is trained."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return [self.adamw([{"params": [p for p in self.model.parameters() if p.requires_grad]}])]
+
+    def adamw(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """AdamW with the recipe's rate and decay, which a group may set for itself."""
         config = self.config
-        return [torch.optim.AdamW(trained, config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))]
+        return torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))
 
     @abstractmethod
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:

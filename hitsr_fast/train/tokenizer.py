@@ -30,18 +30,17 @@ class TokenizerStage(Stage[HitTokenizer]):
         model.quant_conv.requires_grad_(config.train_encoder)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        config = self.config
-        quantizer = list(self.model.quantize.parameters())
         others = [
             p
             for name, p in self.model.named_parameters()
             if p.requires_grad and not name.startswith("quantize.")
         ]
-        groups = [
-            {"params": others, "weight_decay": config.weight_decay},
-            {"params": quantizer, "lr": config.codebook_lr, "weight_decay": 0.0},
-        ]
-        return [torch.optim.AdamW(groups, config.lr, betas=(0.9, 0.95))]
+        quantizer = {
+            "params": list(self.model.quantize.parameters()),
+            "lr": self.config.codebook_lr,
+            "weight_decay": 0.0,
+        }
+        return [self.adamw([{"params": others}, quantizer])]
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         config = self.config

@@ -48,9 +48,7 @@ class TransformerStage(Stage[HitTransformer]):
             if config.muon_lr > 0 and name.startswith("blocks.") and p.ndim == 2 and "ada_lin" not in name
         }
         rest = [(name, p) for name, p in named.items() if name not in muon]
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(parameter_groups(rest, config.weight_decay), config.lr, betas=(0.9, 0.95))
-        ]
+        optimizers = [self.adamw(parameter_groups(rest, config.weight_decay))]
         if muon:
             optimizers.append(
                 torch.optim.Muon(muon.values(), lr=config.muon_lr, weight_decay=config.weight_decay)

@@ -310,6 +310,7 @@ def test_each_weight_has_its_optimiser(
     found: dict[Tensor, object] = {}
     for optimizer in stage.optimizers():
         for group in optimizer.param_groups:
+            assert group.get("betas", (0.9, 0.95)) == (0.9, 0.95)
             for parameter in group["params"]:
                 assert parameter not in found, "in two groups"
                 found[parameter] = (type(optimizer), group["lr"], group["weight_decay"])
