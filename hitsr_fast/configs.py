@@ -1,0 +1,74 @@
+"""Configurations: frozen dataclasses whose fields are checked; without torch, so quick to import."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+
+class Range(NamedTuple):
+    """Bounds of a number, as metadata of its annotation; NaN is in no range."""
+
+    low: float
+    high: float = math.inf
+    open: Literal["", "low", "high"] = ""
+    """Which of the bounds is not in it."""
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is in the range."""
+        above = self.low < value if self.open == "low" else self.low <= value
+        return above and (value < self.high if self.open == "high" else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"a value above {self.low:g}" if self.open == "low" else f"at least {self.low:g}"
+        left, right = "(" if self.open == "low" else "[", ")" if self.open == "high" else "]"
+        return f"a value in {left}{self.low:g}, {self.high:g}{right}"
+
+
+Count = Annotated[int, Range(1)]
+Share = Annotated[float, Range(0, 1)]
+
+
+def check_fields(config: object) -> None:
+    """Raise ValueError where a field of a dataclass is not of its annotated type, or out of its `Range`.
+
+    A bool is no number, a whole number may stand for a float, and None is in every range.
+    """
+    hints = get_type_hints(type(config), include_extras=True)
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        name, hint, value = field.name, hints[field.name], getattr(config, field.name)
+        hint, *metadata = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if not _fits(value, hint):
+            expected = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"{name}: expected {expected}, found {value!r}")
+        for bounds in metadata:
+            if isinstance(bounds, Range) and value is not None and not bounds.holds(value):
+                raise ValueError(f"{name}: expected {bounds}, found {value}")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind is Annotated:
+        return _fits(value, parts[0])
+    if kind is Literal:
+        return value in parts
+    if kind in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if kind is tuple:
+        if not isinstance(value, tuple):
+            return False
+        parts = parts[:1] * len(value) if parts[-1] is ... else parts
+        return len(value) == len(parts) and all(map(_fits, value, parts))
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+class Config:
+    """Base of a configuration; a frozen dataclass derives from it, whose fields all have defaults."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
