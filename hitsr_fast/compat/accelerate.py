@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,15 +19,28 @@ Model = TypeVar("Model", bound=nn.Module)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ARGUMENTS = ["B", "label_B", "g_seed", "cfg", "top_k", "top_p", "more_smooth"]
 
-# What is read of a VAR, of its blocks, of its tokenizer, and of the tokenizer's quantizer.
-_MODEL = """autoregressive_infer_cfg blocks class_emb head head_nm.ada_lin head_nm.ln_wo_grad lvl_1L
+# What is read of a VAR, of each block and of its tokenizer; what is not called must not be a subclass's own.
+_MODEL = """autoregressive_infer_cfg blocks class_emb head.bias head_nm.ada_lin head_nm.ln_wo_grad lvl_1L
     lvl_embed num_classes patch_nums pos_1LC pos_start rng shared_ada_lin uniform_prob vae_proxy
     vae_quant_proxy word_embed"""
-_BLOCK = """attn.attn_l2_norm attn.mat_qkv attn.num_heads attn.proj attn.q_bias attn.scale attn.v_bias
-    attn.zero_k_bias ffn.act ffn.fc1 ffn.fc2 ln_wo_grad shared_aln"""
-_TOKENIZER = "fhat_to_img quantize"
-_QUANTIZER = """Cvae beta ema_vocab_hit_SV embedding.weight prog_si quant_resi quant_resi_ratio record_hit
-    using_znorm v_patch_nums vocab_size"""
+_BLOCK = """attn.attn_l2_norm attn.mat_qkv attn.num_heads attn.proj.bias attn.q_bias attn.scale attn.v_bias
+    attn.zero_k_bias ffn.act ffn.fc1.bias ffn.fc2.bias ln_wo_grad shared_aln"""
+_TOKENIZER = """fhat_to_img quantize.Cvae quantize.beta quantize.ema_vocab_hit_SV quantize.embedding.weight
+    quantize.prog_si quantize.quant_resi quantize.quant_resi_ratio quantize.record_hit quantize.using_znorm
+    quantize.v_patch_nums quantize.vocab_size"""
+_MODEL_KINDS = {"head": nn.Linear, "head_nm.ln_wo_grad": nn.LayerNorm}
+_BLOCK_KINDS: dict[str, type] = {
+    **dict.fromkeys(("attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2"), nn.Linear),
+    "ffn.act": nn.GELU,
+    "ln_wo_grad": nn.LayerNorm,
+}
+_BLOCK_VALUES: dict[str, object] = {
+    "attn.mat_qkv.bias": None,
+    "ffn.act.approximate": "tanh",
+    "ln_wo_grad.elementwise_affine": False,
+}
+_MAX_SCALE = math.log(100)
+_COMMON = ("attn.num_heads", "attn.scale", "attn.attn_l2_norm", "ln_wo_grad.eps")  # one value for all blocks
 
 
 def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
@@ -197,83 +209,63 @@ def _expect_var(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected VAR's `VAR`, found {name}, which is no torch.nn.Module")
-    if problems := _problems(model):
-        raise TypeError(
-            f"model: expected VAR's `VAR`, found {name}. Looked for and not found: {'; '.join(problems)}"
-        )
+    missing = "; ".join(_missing(model))
+    if missing:
+        raise TypeError(f"model: expected VAR's `VAR`, found {name}. Looked for and not found: {missing}")
 
 
-def _problems(model: Any) -> list[str]:
-    """What makes a VAR and is not there, in words; of several layers of it the outermost."""
-    if absent := _absent(model, _MODEL, ""):
-        return absent
+def _missing(model: Any) -> list[str]:
+    """What makes a VAR and is not there, in words: of model, first block that misses something, tokenizer."""
+    values: dict[str, object] = {"head_nm.ln_wo_grad.elementwise_affine": False}
+    if missing := _unlike(model, _MODEL, _MODEL_KINDS, values, ("get_logits", "head_nm.forward")):
+        return missing
     if list(inspect.signature(model.autoregressive_infer_cfg).parameters) != _ARGUMENTS:
         return [f"autoregressive_infer_cfg (a method with the arguments {', '.join(_ARGUMENTS)})"]
     for name in ("blocks", "vae_proxy", "vae_quant_proxy"):
         if len(getattr(model, name)) == 0:
             return [f"{name} (not empty)"]
-    problems = _linear(model.head, "head", bias=True) + _norm(model.head_nm.ln_wo_grad, "head_nm.ln_wo_grad")
-    problems += _overridden(model, "", "get_logits") + _overridden(model.head_nm, "head_nm.", "forward")
     for i, block in enumerate(model.blocks):
-        problems += _block_problems(block, model.blocks[0], f"blocks[{i}].")
-        if problems:
-            return problems  # the others miss the same
-    tokenizer = model.vae_proxy[0]
-    problems += _absent(tokenizer, _TOKENIZER, "vae_proxy[0].")
-    return problems or _absent(tokenizer.quantize, _QUANTIZER, "vae_proxy[0].quantize.")
+        names = f"{_BLOCK} {'ada_gss' if _value(block, 'shared_aln') else 'ada_lin'}"
+        if _value(block, "attn.attn_l2_norm"):
+            names += " attn.scale_mul_1H11 attn.max_scale_mul"
+        values = _BLOCK_VALUES | {name: _value(model.blocks[0], name) for name in _COMMON}
+        missing = _unlike(block, names, _BLOCK_KINDS, values, ("forward", "attn.forward", "ffn.forward"))
+        if abs((_value(block, "attn.max_scale_mul") or _MAX_SCALE) - _MAX_SCALE) > 1e-6:
+            missing.append("attn.max_scale_mul (log 100)")
+        if missing:
+            return [f"blocks[{i}].{part}" for part in missing]
+    return [f"vae_proxy[0].{part}" for part in _unlike(model.vae_proxy[0], _TOKENIZER, {}, {}, ())]
 
 
-def _block_problems(block: Any, first: Any, prefix: str) -> list[str]:
-    if absent := _absent(block, _BLOCK, prefix):
-        return absent
-    attn, ffn = block.attn, block.ffn
-    conditional = "ada_gss" if block.shared_aln else "ada_lin"
-    conditional += " attn.scale_mul_1H11 attn.max_scale_mul" if attn.attn_l2_norm else ""
-    problems = _absent(block, conditional, prefix)
-    # Weights are read, not called: a subclass might compute something else.
-    problems += _linear(attn.mat_qkv, f"{prefix}attn.mat_qkv", bias=False)
-    for name in ("attn.proj", "ffn.fc1", "ffn.fc2"):
-        problems += _linear(operator.attrgetter(name)(block), prefix + name, bias=True)
-    problems += _norm(block.ln_wo_grad, f"{prefix}ln_wo_grad")
-    if type(ffn.act) is not nn.GELU or ffn.act.approximate != "tanh":
-        problems.append(f"{prefix}ffn.act (torch.nn.GELU, tanh)")
-    if attn.attn_l2_norm and abs(getattr(attn, "max_scale_mul", 0.0) - math.log(100)) > 1e-6:
-        problems.append(f"{prefix}attn.max_scale_mul (log 100)")
-    for module, name in ((block, ""), (attn, "attn."), (ffn, "ffn.")):
-        problems += _overridden(module, prefix + name, "forward")
-    # One value serves all blocks.
-    for name in ("attn.num_heads", "attn.scale", "attn.attn_l2_norm", "ln_wo_grad.eps"):
-        expected, found = map(operator.attrgetter(name), (first, block))
-        if not problems and found != expected:
-            problems.append(f"{prefix}{name} ({expected}, as in blocks[0])")
-    return problems
+def _unlike(
+    owner: Any,
+    names: str,
+    kinds: Mapping[str, type],
+    values: Mapping[str, object],
+    methods: Sequence[str],
+) -> list[str]:
+    """Attributes that are not there, or else those that are not as they are in VAR, in words."""
+    return [name for name in names.split() if _value(owner, name) is None] or [
+        *(
+            f"{name} (torch.nn.{kind.__name__}, no subclass)"
+            for name, kind in kinds.items()
+            if type(_value(owner, name)) is not kind
+        ),
+        *(f"{name} ({value})" for name, value in values.items() if _value(owner, name) != value),
+        *(f"{name} (no subclass's)" for name in methods if _overridden(owner, name)),
+    ]
 
 
-def _absent(owner: Any, names: str, prefix: str) -> list[str]:
-    """Those of some attributes, dotted ones too, that an object does not have, or that are None."""
-
-    def value(name: str) -> Any:
-        return functools.reduce(lambda found, part: getattr(found, part, None), name.split("."), owner)
-
-    return [prefix + name for name in names.split() if value(name) is None]
+def _value(owner: Any, path: str) -> Any:
+    """Of an attribute of an attribute; None where there is none."""
+    return functools.reduce(lambda found, name: getattr(found, name, None), path.split("."), owner)
 
 
-def _linear(layer: object, name: str, *, bias: bool) -> list[str]:
-    if type(layer) is nn.Linear and (layer.bias is not None) == bias:
-        return []
-    return [f"{name} (torch.nn.Linear, no subclass, {'with' if bias else 'without'} bias)"]
-
-
-def _norm(layer: object, name: str) -> list[str]:
-    if type(layer) is nn.LayerNorm and not layer.elementwise_affine:
-        return []
-    return [f"{name} (torch.nn.LayerNorm without affine part)"]
-
-
-def _overridden(module: nn.Module, prefix: str, method: str) -> list[str]:
-    """A method that is not called, where a subclass has one of its own."""
-    classes = [cls for cls in type(module).__mro__ if cls is not nn.Module and method in vars(cls)]
-    return [f"{prefix}{method} (as {classes[-1].__name__} has it)"] if len(classes) > 1 else []
+def _overridden(owner: Any, path: str) -> bool:
+    """Whether a subclass has a method, which is not called, of its own."""
+    *parts, method = path.split(".")
+    classes = type(_value(owner, ".".join(parts)) if parts else owner).__mro__
+    return sum(method in vars(cls) for cls in classes if cls is not nn.Module) > 1
 
 
 def _expect_tokenizer(scales: Sequence[int], quantizer: Any, proxy: Any) -> None:

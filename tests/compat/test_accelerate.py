@@ -564,6 +564,10 @@ def other_eps(model: VAR) -> None:
     model.blocks[1].ln_wo_grad.eps = 0.1
 
 
+def with_a_bias(model: VAR) -> None:
+    model.blocks[0].attn.mat_qkv = nn.Linear(32, 96)
+
+
 def other_block(model: VAR) -> None:
     class Block(type(model.blocks[1])):  # type: ignore[misc]
         def forward(self, *args: Any) -> Tensor:
@@ -592,21 +596,22 @@ def other_phi(model: VAR) -> None:
     ("change", "message"),
     [
         (without_bias, r"not found: blocks\[1\]\.attn\.q_bias$"),
-        (adapted, r"not found: blocks\[0\]\.ffn\.fc1 \(torch\.nn\.Linear, no subclass, with bias\)$"),
-        (other_activation, r"not found: blocks\[0\]\.ffn\.act \(torch\.nn\.GELU, tanh\)$"),
-        (affine, r"not found: blocks\[0\]\.ln_wo_grad \(torch\.nn\.LayerNorm without affine part\)$"),
+        (adapted, r"not found: blocks\[0\]\.ffn\.fc1 \(torch\.nn\.Linear, no subclass\)$"),
+        (other_activation, r"not found: blocks\[0\]\.ffn\.act\.approximate \(tanh\)$"),
+        (affine, r"not found: blocks\[0\]\.ln_wo_grad\.elementwise_affine \(False\)$"),
         (without_tokenizer, r"not found: vae_proxy \(not empty\)$"),
         (without_phi, r"not found: vae_proxy\[0\]\.quantize\.quant_resi$"),
         (other_arguments, r"not found: autoregressive_infer_cfg \(a method with the arguments B, label_B, "),
         (without_gates, r"not found: blocks\[0\]\.ada_lin$"),
         (without_blocks, r"not found: blocks \(not empty\)$"),
-        (without_head_bias, r"not found: head \(torch\.nn\.Linear, no subclass, with bias\)$"),
-        (other_scale, r"not found: blocks\[1\]\.attn\.scale \([\d.]+, as in blocks\[0\]\)$"),
-        (other_heads, r"not found: blocks\[1\]\.attn\.num_heads \(\d, as in blocks\[0\]\)$"),
-        (one_without_l2_norm, r"not found: blocks\[1\]\.attn\.attn_l2_norm \(\w+, as in blocks\[0\]\)$"),
-        (other_eps, r"not found: blocks\[1\]\.ln_wo_grad\.eps \(1e-06, as in blocks\[0\]\)$"),
-        (other_block, r"not found: blocks\[1\]\.forward \(as AdaLNSelfAttn has it\)$"),
-        (other_classifier, r"found Model\. .*not found: get_logits \(as VAR has it\)$"),
+        (without_head_bias, r"not found: head\.bias$"),
+        (other_scale, r"not found: blocks\[1\]\.attn\.scale \([\d.]+\)$"),
+        (other_heads, r"not found: blocks\[1\]\.attn\.num_heads \(\d\)$"),
+        (one_without_l2_norm, r"not found: blocks\[1\]\.attn\.attn_l2_norm \(\w+\)$"),
+        (other_eps, r"not found: blocks\[1\]\.ln_wo_grad\.eps \(1e-06\)$"),
+        (with_a_bias, r"not found: blocks\[0\]\.attn\.mat_qkv\.bias \(None\)$"),
+        (other_block, r"not found: blocks\[1\]\.forward \(no subclass's\)$"),
+        (other_classifier, r"found Model\. .*not found: get_logits \(no subclass's\)$"),
         (other_greatest_scale, r"not found: blocks\[0\]\.attn\.max_scale_mul \(log 100\)$"),
         (other_phi, r"expected a quantizer with the state .*found .*extra"),
     ],
