@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from hitsr_fast.pyramid import ScalePyramid
 
 ConfigT = TypeVar("ConfigT")
 
@@ -113,15 +116,10 @@ class TokenizerConfig:
         """Side of the latent map of each target."""
         return tuple(int(target * self.latent_size) for target in self.targets)
 
-    @property
-    def target_steps(self) -> tuple[int, ...]:
-        """Number of steps that each target is made of: 3, 6, 10 for HIT-VAR's ten scales (Algorithm 1)."""
-        return tuple(sum(scale <= size for scale in self.scales) for size in self.target_sizes)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens `T` of one image over all steps."""
-        return sum(scale * scale for scale in self.scales)
+    @cached_property
+    def pyramid(self) -> ScalePyramid:
+        """Scales and targets; these are made of 3, 6 and 10 steps for HIT-VAR's ten scales (Algorithm 1)."""
+        return ScalePyramid(self.scales, self.target_sizes)
 
 
 @dataclass(frozen=True)

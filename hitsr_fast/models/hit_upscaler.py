@@ -12,6 +12,7 @@ from hitsr_fast.checks import FLOATING, check_integer, check_shape, check_tensor
 from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
+from hitsr_fast.nn.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var import HitVar
@@ -58,10 +59,10 @@ class HitUpscaler(nn.Module):
             class_id: 0 for degraded input, 1 for clean bilinear or bicubic input.
             factors: Wanted factors, out of `scale_factors`; all by default. Steps that no wanted factor needs
                 are not run.
-            guidance: See `HitSampler.sample`.
-            guided_scales: See `HitSampler.sample`.
-            top_k: See `HitSampler.sample`.
-            top_p: See `HitSampler.sample`.
+            guidance: See `SamplingOptions`.
+            guided_scales: See `SamplingOptions`.
+            top_k: See `SamplingOptions`.
+            top_p: See `SamplingOptions`.
             generator: See `HitSampler.sample`.
 
         Returns:
@@ -87,14 +88,16 @@ class HitUpscaler(nn.Module):
         _, latents = self.sampler.sample(
             self.lr_features(lr),
             torch.full((len(lr),), class_id, dtype=torch.int64, device=lr.device),
+            SamplingOptions(guidance, guided_scales, top_k, top_p),
             targets=max(targets.values()) + 1,
-            guidance=guidance,
-            guided_scales=guided_scales,
-            top_k=top_k,
-            top_p=top_p,
             generator=generator,
         )
         return {factor: self.decode(latents[target], target, lr) for factor, target in targets.items()}
+
+    def to(self, dtype: torch.dtype) -> HitUpscaler:  # type: ignore[override]
+        """The same in another dtype."""
+        self.sampler = self.sampler.to(dtype)
+        return super().to(dtype)
 
     def load_state_dict(self, *_args: Any, **_options: Any) -> NoReturn:
         """Raises RuntimeError: weights are laid out once, from a `HitVar`."""

@@ -15,6 +15,7 @@ from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_tokenizer import HitTokenizer
 from hitsr_fast.models.hit_var import HitVar
+from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.train.autoencoder import PyramidScore
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import DecoderTrainConfig
@@ -51,7 +52,7 @@ class DecoderStage(Stage[HitTokenizer]):
                 features = self.whole.lr_features(lr[:sampled])
                 draws = torch.Generator(features.device).manual_seed(step)
                 _, sampled_latents = self.sampler.sample(
-                    features, class_id[:sampled], top_k=config.top_k, generator=draws
+                    features, class_id[:sampled], SamplingOptions(top_k=config.top_k), generator=draws
                 )
             if sampled < config.batch:
                 own = [tokenizer.encode(level[sampled:]) for level in levels]

@@ -76,7 +76,7 @@ def test_wrong_factors_are_errors(factors: tuple[int, ...]) -> None:
         micro_model().super_resolve(lr_tiles(), factors=factors)
 
 
-@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_k": 5, "top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_k": 5, "top_p": -0.1}, {"top_p": 1.5}])
 def test_wrong_sampling_options_are_errors(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"top_[kp]: expected"):
         micro_model().super_resolve(lr_tiles(), **options)  # type: ignore[arg-type]

@@ -32,8 +32,7 @@ def call(changed: dict[str, Any]) -> Tensor:
     stack = body()
     arguments = {"x": torch.randn(B, L, C), "modulation": torch.randn(LAYERS, 6, B, C), "start": 0}
     arguments |= {"cache": stack.new_cache(B, L)} | changed
-    out: Tensor = stack(**arguments)
-    return out
+    return stack(**arguments)
 
 
 def cache_of(layers: int) -> KVCache:
