@@ -15,6 +15,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "reference": (),
     "_version": (),
     "checks": (),
+    "configs": (),
     "env": (),
     "kernels": (),
     "extension": (),
@@ -27,10 +28,22 @@ BELOW: dict[str, tuple[str, ...]] = {
     "losses": ("checks", "ops", "metrics", "env"),
     "nn": ("checks", "ops"),
     "compat": ("checks", "nn", "ops"),
-    "models": ("checks", "nn", "ops", "env"),
+    "models": ("checks", "configs", "nn", "ops", "env"),
     "pipeline": ("checks", "models", "nn", "ops", "imaging", "env"),
     "evaluate": ("checks", "pipeline", "models", "metrics", "imaging", "data", "env"),
-    "train": ("checks", "models", "nn", "ops", "losses", "metrics", "data", "imaging", "env", "_version"),
+    "train": (
+        "checks",
+        "configs",
+        "models",
+        "nn",
+        "ops",
+        "losses",
+        "metrics",
+        "data",
+        "imaging",
+        "env",
+        "_version",
+    ),
 }
 TOP = ("__init__", "cli")
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.models import HitTokenizer, HitTransformer
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import TransformerTrainConfig
 from hitsr_fast.train.loop import parameter_groups

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.models import HitTransformer
 from hitsr_fast.nn.quantizer import MultiScaleQuantizer
 from hitsr_fast.ops import nearest_code, residual_decode
 from hitsr_fast.train.codebook import fill_codebook
