@@ -15,7 +15,7 @@ from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.metrics import psnr_y
 from hitsr_fast.metrics.lpips import lpips
 from hitsr_fast.metrics.lpips_weights import weights_path
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.models import HitTokenizer
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import AutoencoderConfig
 from hitsr_fast.train.stage import Stage

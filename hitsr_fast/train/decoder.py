@@ -12,9 +12,7 @@ from torch import Tensor
 
 from hitsr_fast.imaging.colour import wavelet_colour_fix
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
-from hitsr_fast.models.hit_sampler import HitSampler
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.models.hit_var import HitVar
+from hitsr_fast.models import HitSampler, HitTokenizer, HitVar
 from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.train.autoencoder import PyramidScore
 from hitsr_fast.train.batches import PairBatches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.data.folder import DEFAULT_HOLDOUT, NoPhotosError, PhotoFolder, photo_names, split
 from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
-from hitsr_fast.models.config import PRESETS, HitConfig
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.models.hit_var import HitVar, save_pretrained
+from hitsr_fast.models import PRESETS, HitConfig, HitTokenizer, HitVar
 from hitsr_fast.train.autoencoder import AutoencoderStage
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.codebook import fill_codebook
@@ -81,7 +80,7 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
     adopt(model.transformer, finish(transformer_stage, recipe.transformer_loop))
     decoder_stage = DecoderStage(model, batches, held_out, recipe.decoder)
     adopt(tokenizer, finish(decoder_stage, recipe.decoder_loop))
-    save_pretrained(model.eval(), folder / "model")
+    copy.deepcopy(model.eval()).half().save_pretrained(folder / "model")
     return model
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hitsr_fast.losses.latent import codebook_loss
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.models import HitTokenizer
 from hitsr_fast.train.autoencoder import PyramidScore, evaluation_images
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import TokenizerTrainConfig

@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hitsr_fast.losses.tokens import token_loss, token_weights
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.models import HitTokenizer, HitTransformer
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import TransformerTrainConfig
 from hitsr_fast.train.loop import parameter_groups

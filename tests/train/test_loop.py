@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.models import HitTransformer
 from hitsr_fast.train.config import LoopConfig
 from hitsr_fast.train.loop import ResumeError, learning_rate, moving_average, parameter_groups, train
 from tests.models.micro import MICRO
