@@ -1,11 +1,15 @@
-"""Configurations: frozen dataclasses whose fields are checked; without torch, so quick to import."""
+"""Configurations: frozen dataclasses, their fields checked, JSON both ways. No torch: quick to import."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Range(NamedTuple):
@@ -72,3 +76,35 @@ class Config:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def to_json(self) -> str:
+        """Return the configuration as indented JSON."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"  # type: ignore[call-overload]
+
+    @classmethod
+    def from_json(cls: type[ConfigT], text: str) -> ConfigT:
+        """Read a configuration; raises `ValueError` on unknown keys and on wrong values."""
+        return _build(cls, json.loads(text), "config")
+
+    @classmethod
+    def load(cls: type[ConfigT], path: Path) -> ConfigT:
+        """Read the configuration file at `path`; raises `ValueError` with its name where it is wrong."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _build(cls: type[ConfigT], values: Any, where: str) -> ConfigT:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected an object, found {type(values).__name__}")
+    hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(f"{where}: unknown keys {unknown}; known are {sorted(hints)}")
+    built = {}
+    for key, value in values.items():
+        if isinstance(hints[key], type) and issubclass(hints[key], Config):
+            value = _build(hints[key], value, f"{where}.{key}")
+        built[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**built)
