@@ -26,12 +26,11 @@ from benchmarks._harness import (
 )
 from hitsr_fast._version import __version__
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.models.config import PRESETS
-from hitsr_fast.models.hit_upscaler import HitUpscaler
-from hitsr_fast.models.hit_var import HitVar, load_pretrained
+from hitsr_fast.models import HitUpscaler, HitVar
+from hitsr_fast.models.hit_var import PRESETS
 from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.ops import modulated_layer_norm
-from hitsr_fast.pipeline import HitSR, find_weights
+from hitsr_fast.pipeline import HitSR
 from hitsr_fast.reference import hit_sampler as reference
 
 _PHOTO = Path(__file__).parents[1] / "examples" / "budgie-osprey.jpg"
@@ -121,7 +120,9 @@ class GenerateCase(Case):
             shape = (2, body.depth, self.B, body.heads, start, body.width // body.heads)
             k, v = torch.randn(shape, generator=generator)
             return x.to(device), F.normalize(k, dim=-1).to(device), v.to(device)
-        tiles = F.interpolate(pixels, (model.lr_tile, model.lr_tile), mode="bicubic", antialias=True)
+        tiles = F.interpolate(
+            pixels, (model.config.lr_tile, model.config.lr_tile), mode="bicubic", antialias=True
+        )
         tiles = (tiles.clamp(0, 1) * 2 - 1).expand(self.B, -1, -1, -1).to(device)
         if self.stage in ("tiles", "encode"):
             return (tiles,)
@@ -159,7 +160,7 @@ class GenerateCase(Case):
 @functools.lru_cache(maxsize=1)
 def _model(preset: str, device: torch.device) -> HitVar:
     if preset == "hit-tiny":
-        return load_pretrained(find_weights(preset), device)
+        return HitVar.from_pretrained(preset, device=device, dtype=torch.float32)
     torch.manual_seed(0)
     return HitVar(PRESETS[preset]).to(device).eval()
 
@@ -168,14 +169,17 @@ class _PlainModel:
     """The plain path as `HitSR` asks for it."""
 
     def __init__(self, model: HitVar) -> None:
-        self.model, self.lr_tile, self.scale_factors = model, model.lr_tile, model.scale_factors
+        self.model, config = model, model.config
+        self.lr_tile, self.scale_factors = config.lr_tile, config.scale_factors
+        self.num_scales = len(config.tokenizer.scales)
+        self.colour_fix_levels = dict(zip(config.scale_factors, config.colour_fix_levels, strict=True))
 
     def super_resolve(self, lr: Tensor, **_options: Any) -> dict[int, Tensor]:
         return reference.super_resolve(self.model, lr)
 
 
 def _classes(features: Tensor) -> Tensor:
-    return torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    return torch.ones(len(features), dtype=torch.int64, device=features.device)
 
 
 def _images(upscaled: Any) -> Sequence[Tensor]:

@@ -16,7 +16,7 @@ from benchmarks._providers import missing_compiler
 from benchmarks.peers.var_quantizer import EagerQuantizer
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
-from hitsr_fast.models.hit_var import load_pretrained
+from hitsr_fast.models import HitVar
 from hitsr_fast.ops import (
     phi_table,
     prepare_codebook,
@@ -27,7 +27,6 @@ from hitsr_fast.ops import (
 )
 from hitsr_fast.ops import residual_quantize_triton as triton
 from hitsr_fast.ops.nearest_code_triton import padded_channels
-from hitsr_fast.pipeline import find_weights
 
 Task = Literal["encode", "pyramid", "decode", "steps", "train"]
 Inputs = tuple[Tensor, ...]
@@ -175,7 +174,7 @@ def _random_bank(K: int, C: int, generator: torch.Generator) -> Inputs:
 
 @functools.cache
 def _hit_tiny_bank() -> Inputs:
-    quantizer = load_pretrained(find_weights("hit-tiny")).tokenizer.quantize
+    quantizer = HitVar.from_pretrained("hit-tiny", dtype=torch.float32).tokenizer.quantize
     return tuple(p.detach() for p in (quantizer.codebook, quantizer.phi_weight, quantizer.phi_bias))
 
 

@@ -169,12 +169,14 @@ def modulation_table(ada_lins: Sequence[nn.Module], vectors: Tensor) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`gelu(x W^T + b)` in GELU's tanh form; one call of oneDNN on CPUs, where the gelu alone costs more."""
     # PyTorch's compiler fuses by itself, and takes this call only with constant weights.
-    if (
-        _ONEDNN
-        and not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-    ):
+    if _ONEDNN and not torch.compiler.is_compiling() and x.device.type == "cpu" and _onednn_takes(x.dtype):
         fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
         return fused
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies `dtype` on this CPU; PyTorch's own calls ask it too and have another way."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

@@ -77,13 +77,13 @@ def sample(
 
 
 @torch.no_grad()
-def super_resolve(model: Any, lr: Tensor, class_id: int = 0) -> dict[int, Tensor]:
+def super_resolve(model: Any, lr: Tensor, class_id: int = 1) -> dict[int, Tensor]:
     """Greedy `HitVar.super_resolve` of LR tiles `(B, 3, t, t)`: `{factor: (B, 3, factor t, factor t)}`."""
     classes = torch.full((len(lr),), class_id, dtype=torch.int64, device=lr.device)
     _, latents = sample(model, model.lr_features(lr), classes)
     return {
         factor: model.decode(latents, target, lr).float().clamp(-1, 1)
-        for target, factor in enumerate(model.scale_factors)
+        for target, factor in enumerate(model.config.scale_factors)
     }
 
 

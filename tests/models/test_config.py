@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from hitsr_fast.models.config import HIT_D16, HIT_TINY, PRESETS, HitConfig, TokenizerConfig, TransformerConfig
-from hitsr_fast.models.hit_tokenizer import quantizer_of
+from hitsr_fast.models.hit_var import (
+    HIT_D16,
+    HIT_TINY,
+    PRESETS,
+    HitConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from hitsr_fast.models.hit_var.tokenizer import quantizer_of
 from tests.models.micro import MICRO
 
 
@@ -28,12 +35,12 @@ def test_presets_go_by_their_names() -> None:
         (("transformer", "Depth"), 2, r"config\.transformer: unknown keys \['Depth'\]"),
         (("transformer",), 3, "config.transformer: expected an object, found int"),
         (("transformer", "depth"), "six", "depth: expected int, found 'six'"),
-        (("transformer", "depth"), 0, "depth: expected a positive number, found 0"),
+        (("transformer", "depth"), 0, "depth: expected at least 1, found 0"),
         (("transformer", "depth"), True, "depth: expected int, found True"),
         (("transformer", "ar_grid"), "ful", "ar_grid: expected .*'full'.*found 'ful'"),
         (("transformer", "position_resample"), "bilinear", "position_resample: expected"),
         (("transformer", "prefix_injection"), 1, "prefix_injection: expected bool, found 1"),
-        (("transformer", "class_dropout"), 1.5, r"class_dropout: expected a number in \[0, 1\], found 1.5"),
+        (("transformer", "class_dropout"), 1.5, r"class_dropout: expected a value in \[0, 1\], found 1.5"),
         (("transformer", "heads"), 7, "width: expected a multiple of heads=7"),
         (("tokenizer", "phi_indexing"), "local", "phi_indexing: expected"),
         (("tokenizer", "resize_mode"), "lanczos", "resize_mode: expected"),

@@ -14,13 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from hitsr_fast.models.config import HitConfig
-from hitsr_fast.models.hit_sampler import HitSampler
-from hitsr_fast.models.hit_transformer import HitTransformer
-from hitsr_fast.models.hit_var import HitVar, load_pretrained
+from hitsr_fast.models import HitSampler, HitTransformer, HitVar
+from hitsr_fast.models.hit_var import HitConfig
 from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.ops import cuda_graphs
-from hitsr_fast.pipeline import find_weights
 from hitsr_fast.reference import hit_sampler as reference
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
@@ -314,7 +311,7 @@ def test_weights_are_held_once() -> None:
 @torch.no_grad()
 def test_bfloat16_decides_as_float32_does() -> None:
     """Given the same earlier tokens, so that one other code does not change all that follow."""
-    model = load_pretrained(find_weights("hit-tiny"))
+    model = HitVar.from_pretrained("hit-tiny", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     lr = torch.rand(2, 3, 8, 8, generator=generator)  # smooth, as photos are
     lr = torch.nn.functional.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1) * 2 - 1

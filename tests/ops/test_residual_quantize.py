@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.models.hit_var import load_pretrained
+from hitsr_fast.models import HitVar
 from hitsr_fast.ops import (
     Metric,
     ResidualDecoded,
@@ -28,7 +28,6 @@ from hitsr_fast.ops import (
     residual_quantize,
     residual_step,
 )
-from hitsr_fast.pipeline import find_weights
 from tests.ops.residual_quantizer import (
     Bank,
     assert_agrees,
@@ -133,7 +132,7 @@ def test_a_whole_pyramid_is_as_good_as_the_definition(backend: str) -> None:
 @pytest.mark.parametrize("target", [0, 1, 2])
 def test_latents_of_photos(backend: str, target: int) -> None:
     """Nearly all tokens are the definition's, and none of the quality is lost."""
-    tokenizer = load_pretrained(find_weights("hit-tiny")).tokenizer.float().eval()
+    tokenizer = HitVar.from_pretrained("hit-tiny", dtype=torch.float32).tokenizer
     with Image.open(PHOTO) as image:
         photo = torch.from_numpy(np.array(image.convert("RGB")))
     side = tokenizer.config.target_sizes[target] * tokenizer.config.stride

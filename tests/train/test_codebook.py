@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hitsr_fast.models.hit_tokenizer import quantizer_of
-from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.models import HitTransformer
+from hitsr_fast.models.hit_var.tokenizer import quantizer_of
 from hitsr_fast.nn import ResidualQuantizer
 from hitsr_fast.ops import nearest_code, residual_decode
 from hitsr_fast.train.codebook import fill_codebook

@@ -1,4 +1,4 @@
-"""Loading weights, our own and those of VAR and Switti, with errors that name what does not fit."""
+"""Loading weights of VAR and Switti, with errors that name what does not fit."""
 
 from __future__ import annotations
 
@@ -6,36 +6,17 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.models.hit_transformer import HitTransformer
-
-
-class CheckpointError(ValueError):
-    """A state dict does not fit a model; the message lists missing, unexpected and mis-shaped keys."""
-
+from hitsr_fast.models.base import CheckpointError, check_state
+from hitsr_fast.models.hit_var.tokenizer import HitTokenizer
+from hitsr_fast.models.hit_var.transformer import HitTransformer
 
 # Buffers of the public checkpoints that hold no weights.
 _VQVAE_IGNORED = ("quantize.ema_vocab_hit_SV",)
-_STACKED = ("quantize.phi_weight", "quantize.phi_bias")
 _VAR_IGNORED = ("lvl_1L", "attn_bias_for_masking")
-
-
-def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a complete state dict into `model`, or load nothing.
-
-    Args:
-        model: Changed in place.
-        state: Tensors by key.
-        source: What to call the state dict in an error.
-
-    Raises:
-        CheckpointError: If keys are missing, unexpected or mis-shaped.
-    """
-    own = model.state_dict()
-    _check({key: tuple(value.shape) for key, value in own.items()}, state, source)
-    model.load_state_dict(state)
+# One tensor here, one for each phi there.
+_STACKED = ("quantize.phi_weight", "quantize.phi_bias")
 
 
 def load_vqvae(tokenizer: HitTokenizer, state: Mapping[str, Tensor], source: str = "state dict") -> None:
@@ -55,7 +36,7 @@ def load_vqvae(tokenizer: HitTokenizer, state: Mapping[str, Tensor], source: str
     for key, value in tokenizer.state_dict().items():
         shape = tuple(value.shape[1:] if key in _STACKED else value.shape)
         expected |= dict.fromkeys(sources[key], shape)
-    _check(expected, state, source)
+    check_state(expected, state, source)
     tokenizer.load_state_dict(
         {
             key: torch.stack([state[name] for name in names]) if key in _STACKED else state[names[0]]
@@ -98,7 +79,7 @@ def init_from_var(
         "pos_1LC": (1, rows, width),
         "lvl_embed.weight": (len(transformer.scales), width),
     }
-    _check(expected, state, source)
+    check_state(expected, state, source)
 
     classes = state["class_emb.weight"]
     levels = state["lvl_embed.weight"]
@@ -117,23 +98,6 @@ def init_from_var(
         "lvl_embed.weight": torch.cat([levels[-1:], levels]),
     }
     transformer.load_state_dict(loaded)
-
-
-def _check(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], source: str) -> None:
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    misshaped = [
-        f"{key}: expected {expected[key]}, found {tuple(state[key].shape)}"
-        for key in sorted(set(expected) & set(state))
-        if tuple(state[key].shape) != expected[key]
-    ]
-    problems = [
-        f"{name} keys: {keys}"
-        for name, keys in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", misshaped))
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(f"{source} does not fit the model; " + "; ".join(problems))
 
 
 def _public_keys(key: str, state: Mapping[str, Tensor], num_phi: int) -> list[str]:

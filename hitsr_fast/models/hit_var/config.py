@@ -1,47 +1,20 @@
-"""Configurations of the models: frozen dataclasses, one JSON file a model, unknown keys are errors."""
+"""Configuration of HIT-VAR, and its presets."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Literal
 
+from hitsr_fast.configs import Config, Count, Share
+from hitsr_fast.models.base import ModelConfig
 from hitsr_fast.pyramid import ScalePyramid
 
-ConfigT = TypeVar("ConfigT")
-
-
-_SHARES = ("phi_ratio", "class_dropout", "drop_path")
-
-
-def _check_fields(config: object) -> None:
-    """Raise ValueError where a field's value is not of its type, or out of its range."""
-    for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not _fits(value, hint):
-            expected = hint.__name__ if isinstance(hint, type) else hint
-            raise ValueError(f"{name}: expected {expected}, found {value!r}")
-        if hint is int and value < 1:
-            raise ValueError(f"{name}: expected a positive number, found {value}")
-        if name in _SHARES and not 0 <= value <= 1:
-            raise ValueError(f"{name}: expected a number in [0, 1], found {value}")
-
-
-def _fits(value: object, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if hint in (int, float):  # a bool is an int to Python, and a whole number may stand for a float
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, hint)
+UPSCALE = 4  # full side over LR side; the paper trains x4 only
 
 
 @dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Config):
     """Geometry of `HitTokenizer`. The defaults are VAR's `vae_ch160v4096z32` with HIT-VAR's scales (512 px).
 
     Args:
@@ -68,23 +41,23 @@ class TokenizerConfig:
         resize_mode: Antialiased filter that makes the images of the smaller targets (unstated in HIT-VAR).
     """
 
-    code_dim: int = 32
-    codebook_size: int = 4096
-    channels: int = 160
+    code_dim: Count = 32
+    codebook_size: Count = 4096
+    channels: Count = 160
     channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    residual_blocks: int = 2
-    stem_patch: int = 1
+    residual_blocks: Count = 2
+    stem_patch: Count = 1
     linear_skip: bool = False
     decoder_lr: bool = False
     scales: tuple[int, ...] = (4, 6, 8, 10, 14, 16, 20, 24, 28, 32)
     targets: tuple[float, ...] = (0.25, 0.5, 1.0)
-    num_phi: int = 4
-    phi_ratio: float = 0.5
+    num_phi: Count = 4
+    phi_ratio: Share = 0.5
     phi_indexing: Literal["global", "per_target"] = "global"
     resize_mode: Literal["bicubic", "area"] = "bicubic"
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        super().__post_init__()
         if list(self.scales) != sorted(set(self.scales)) or not self.scales or self.scales[0] < 1:
             raise ValueError(f"scales: expected ascending sides of at least 1, found {self.scales}")
         if list(self.targets) != sorted(set(self.targets)) or not self.targets or self.targets[-1] != 1.0:
@@ -121,9 +94,14 @@ class TokenizerConfig:
         """Scales and targets; these are made of 3, 6 and 10 steps for HIT-VAR's ten scales (Algorithm 1)."""
         return ScalePyramid(self.scales, self.target_sizes)
 
+    @property
+    def scale_factors(self) -> tuple[int, ...]:
+        """Side of each target's image over that of the LR image: (1, 2, 4) for targets (1/4, 1/2, 1)."""
+        return tuple(round(UPSCALE * target) for target in self.targets)
+
 
 @dataclass(frozen=True)
-class TransformerConfig:
+class TransformerConfig(Config):
     """Geometry of `HitTransformer`. The defaults are VAR-d16 with HIT-VAR's conditioning.
 
     Args:
@@ -146,31 +124,32 @@ class TransformerConfig:
             prefix.
     """
 
-    depth: int = 16
-    width: int = 1024
-    heads: int = 16
+    depth: Count = 16
+    width: Count = 1024
+    heads: Count = 16
     mlp_ratio: float = 4.0
     attn_l2_norm: bool = True
-    position_grid: int = 64
+    position_grid: Count = 64
     position_resample: Literal["area", "bicubic"] = "area"
-    num_classes: int = 3
-    class_dropout: float = 0.1
-    drop_path: float = 0.0667
+    num_classes: Count = 3
+    class_dropout: Share = 0.1
+    drop_path: Share = 0.0667
     ar_grid: Literal["target", "full"] = "target"
     gate_init: float = 0.0
     prefix_injection: bool = False
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        super().__post_init__()
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of heads={self.heads}, found {self.width}")
 
 
 @dataclass(frozen=True)
-class HitConfig:
+class HitConfig(ModelConfig):
     """A whole HIT-VAR model: its tokenizer and its transformer.
 
     Args:
+        model_type: Name of the family.
         name: Name of the preset.
         tokenizer: Geometry of the tokenizer.
         transformer: Geometry of the transformer.
@@ -178,54 +157,29 @@ class HitConfig:
             coarsest first; what is coarser comes from the input. StableSR and VARSR take 5 at x4.
     """
 
+    model_type: Literal["hit_var"] = "hit_var"
     name: str = "hit-d16"
     tokenizer: TokenizerConfig = TokenizerConfig()
     transformer: TransformerConfig = TransformerConfig()
     colour_fix_levels: tuple[int, ...] = (3, 4, 5)
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        super().__post_init__()
         if len(self.colour_fix_levels) != len(self.tokenizer.targets) or min(self.colour_fix_levels) < 0:
             raise ValueError(
                 f"colour_fix_levels: expected {len(self.tokenizer.targets)} numbers of at least 0, "
                 f"found {self.colour_fix_levels}"
             )
 
-    def to_json(self) -> str:
-        """Return the configuration as indented JSON."""
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+    @property
+    def lr_tile(self) -> int:
+        """Side in pixels of the LR tile that the model takes."""
+        return self.tokenizer.image_size // UPSCALE
 
-    @staticmethod
-    def from_json(text: str) -> HitConfig:
-        """Read a configuration; raises `ValueError` on unknown keys and on wrong values."""
-        return _build(HitConfig, json.loads(text), "config")
-
-    @staticmethod
-    def load(path: Path) -> HitConfig:
-        """Read the configuration file at `path`; raises `ValueError` with its name where it is wrong."""
-        try:
-            return HitConfig.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-
-
-def _build(cls: type[ConfigT], values: Any, where: str) -> ConfigT:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected an object, found {type(values).__name__}")
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ValueError(f"{where}: unknown keys {unknown}; known are {sorted(fields)}")
-    nested = {"tokenizer": TokenizerConfig, "transformer": TransformerConfig}
-    built = {
-        key: _build(nested[key], value, f"{where}.{key}")
-        if key in nested
-        else tuple(value)
-        if isinstance(value, list)
-        else value
-        for key, value in values.items()
-    }
-    return cls(**built)
+    @property
+    def scale_factors(self) -> tuple[int, ...]:
+        """Output side over LR side of each target: (1, 2, 4) for targets (1/4, 1/2, 1)."""
+        return self.tokenizer.scale_factors
 
 
 HIT_D16 = HitConfig()

@@ -1,24 +1,25 @@
-"""`HitUpscaler`: a `HitVar` laid out for inference; LR tiles in, their x1, x2 and x4 out."""
+"""`HitUpscaler`: a `HitVar` laid out for inference; LR tiles in, an image of each target out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from hitsr_fast.checks import FLOATING, check_integer, check_shape, check_tensor
+from hitsr_fast.checks import FLOATING, check_choice, check_shape, check_tensor
+from hitsr_fast.models.base import INPUTS, Input
 from hitsr_fast.models.hit_sampler import HitSampler
-from hitsr_fast.models.hit_tokenizer import enlarged
+from hitsr_fast.models.hit_var.tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
 from hitsr_fast.nn.sampling import SamplingOptions
 
 if TYPE_CHECKING:
-    from hitsr_fast.models.hit_var import HitVar
+    from hitsr_fast.models.hit_var.model import HitVar
 
 
-class HitUpscaler(nn.Module):
+class HitUpscaler:
     """Encoder, sampler and decoders of HIT-VAR (arXiv 2506.04990) for inference.
 
     Encoder and decoders are copies, channels-last and with upsampling folded into its convolutions; only the
@@ -31,20 +32,21 @@ class HitUpscaler(nn.Module):
     """
 
     def __init__(self, model: HitVar, *, dtype: torch.dtype | None = None, cuda_graphs: bool = True) -> None:
-        super().__init__()
         self.config, tokenizer = model.config, model.tokenizer
-        self.lr_tile, self.scale_factors = model.lr_tile, model.scale_factors
+        self.lr_tile, self.scale_factors = self.config.lr_tile, self.config.scale_factors
+        self.num_scales = len(self.config.tokenizer.scales)
+        self.colour_fix_levels = dict(zip(self.scale_factors, self.config.colour_fix_levels, strict=True))
         dtype = tokenizer.quant_conv.weight.dtype if dtype is None else dtype
         self.sampler = HitSampler(model, dtype=dtype, cuda_graphs=cuda_graphs)
         self.encoder = for_inference(nn.Sequential(tokenizer.encoder, tokenizer.quant_conv), dtype)
-        self.decoders = nn.ModuleList(for_inference(decoder, dtype) for decoder in tokenizer.decoders)
+        self.decoders = [for_inference(decoder, dtype) for decoder in tokenizer.decoders]
 
     @torch.no_grad()
     def super_resolve(
         self,
         lr: Tensor,
         *,
-        class_id: int = 0,
+        input: Input = "clean",
         factors: Sequence[int] | None = None,
         guidance: float = 0.0,
         guided_scales: Sequence[int] | None = None,
@@ -52,56 +54,34 @@ class HitUpscaler(nn.Module):
         top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> dict[int, Tensor]:
-        """Restore and enlarge LR tiles.
+        """See `SuperResolver.super_resolve`; steps that no wanted factor needs are not run.
 
-        Args:
-            lr: `(B, 3, t, t)` floating in [-1, 1] with `t = lr_tile`.
-            class_id: 0 for degraded input, 1 for clean bilinear or bicubic input.
-            factors: Wanted factors, out of `scale_factors`; all by default. Steps that no wanted factor needs
-                are not run.
-            guidance: See `SamplingOptions`.
-            guided_scales: See `SamplingOptions`.
-            top_k: See `SamplingOptions`.
-            top_p: See `SamplingOptions`.
-            generator: See `HitSampler.sample`.
-
-        Returns:
-            `{factor: (B, 3, factor * t, factor * t)}` float32 in [-1, 1].
-
-        Raises:
-            TypeError: If an argument is of another type or dtype.
-            ValueError: If the tile has the wrong side, a factor is not on offer, or an option is out of its
-                range.
-
-        Notes:
-            In the dtype of this upscaler, under autocast too.
+        In the dtype of this upscaler, under autocast too.
         """
         check_tensor("lr", lr, FLOATING)
         check_shape("lr", lr, "B C h w", C=3, h=self.lr_tile, w=self.lr_tile)
         if len(lr) == 0:
             raise ValueError(f"lr: expected B of at least 1, found shape {tuple(lr.shape)}")
-        check_integer("class_id", class_id, 0, self.config.transformer.num_classes - 1)
+        check_choice("input", input, INPUTS)
         wanted = self.scale_factors if factors is None else tuple(factors)
         if not wanted or any(factor not in self.scale_factors for factor in wanted):
             raise ValueError(f"factors: expected some of {self.scale_factors}, found {wanted}")
         targets = {factor: self.scale_factors.index(factor) for factor in wanted}
         _, latents = self.sampler.sample(
             self.lr_features(lr),
-            torch.full((len(lr),), class_id, dtype=torch.int64, device=lr.device),
+            torch.full((len(lr),), INPUTS.index(input), dtype=torch.int64, device=lr.device),
             SamplingOptions(guidance, guided_scales, top_k, top_p),
             targets=max(targets.values()) + 1,
             generator=generator,
         )
         return {factor: self.decode(latents[target], target, lr) for factor, target in targets.items()}
 
-    def to(self, dtype: torch.dtype) -> HitUpscaler:  # type: ignore[override]
-        """The same in another dtype."""
+    def to(self, dtype: torch.dtype) -> HitUpscaler:
+        """Convert its weights in place; returns itself."""
         self.sampler = self.sampler.to(dtype)
-        return super().to(dtype)
-
-    def load_state_dict(self, *_args: Any, **_options: Any) -> NoReturn:
-        """Raises RuntimeError: weights are laid out once, from a `HitVar`."""
-        raise RuntimeError("HitUpscaler: load weights into a HitVar and make a new HitUpscaler of it")
+        for part in (self.encoder, *self.decoders):
+            part.to(dtype)
+        return self
 
     @torch.no_grad()
     def lr_features(self, lr: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hitsr_fast.models.config import TokenizerConfig
+from hitsr_fast.models.hit_var.config import TokenizerConfig
 from hitsr_fast.nn.autoencoder import Decoder, Encoder, resize
 from hitsr_fast.nn.quantizer import ResidualQuantizer
 from hitsr_fast.ops import TokenizedPyramid
@@ -58,6 +58,11 @@ class HitTokenizer(nn.Module):
         self.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
         self.quantize = quantizer_of(config)
         self.decoders = nn.ModuleList(Decoder(*geometry, config.decoder_lr) for _ in config.targets)
+
+    def forward(self, image: Tensor) -> dict[int, Tensor]:
+        """Images `(B, 3, S, S)` to tokens and back: `{factor: (B, 3, s S, s S)}`, not clamped."""
+        decoded = self.decode_indices(self.tokenize(image).indices)
+        return dict(zip(self.config.scale_factors, decoded, strict=True))
 
     def pyramid(self, image: Tensor) -> list[Tensor]:
         """The image at each target size, coarsest first: `(B, 3, s S, s S)` for `s` in `config.targets`."""

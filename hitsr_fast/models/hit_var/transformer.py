@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.models.config import HitConfig
+from hitsr_fast.models.hit_var.config import HitConfig
 from hitsr_fast.nn.attention import SelfAttention
 from hitsr_fast.ops import gated_residual, modulated_layer_norm
 
