@@ -107,8 +107,8 @@ class ResidualQuantizer(nn.Module):
             scales: Their number, where they are other ones than the pyramid's.
         """
         steps = self.pyramid.steps[target] if scales is None else scales
-        every = steps if self.phi_indexing == "per_target" or scales else len(self.pyramid.scales)
-        phi_index = tuple(phi_table(every, self.num_phi)[:steps])
+        own = scales is None and self.phi_indexing == "global"
+        phi_index = tuple(phi_table(len(self.pyramid.scales) if own else steps, self.num_phi)[:steps])
         return QuantizerBank(*self._parameters_as_tensors(), phi_index, self.phi_ratio, self.metric)
 
     def banks(self) -> list[QuantizerBank]:
