@@ -26,6 +26,7 @@ _MODULES = {
 OPS = tuple(sorted(_MODULES))
 
 _IDLE_LOAD = 0.5
+_QUIET_CONTENTION = 1.25
 
 
 @dataclass(frozen=True)
@@ -197,14 +198,21 @@ def _benchmark(op: str) -> Benchmark[Any]:
 def _print(records: Sequence[Record]) -> None:
     case = " ".join(f"{name}={value}" for name, value in records[0].case.items())
     found = records[0].conditions
+    disturbed = [record.provider for record in records if (record.contention or 1) > _QUIET_CONTENTION]
     print(f"\n{records[0].op} {case}")
-    busy = " (others were busy: do not trust the times)" if found.load > _IDLE_LOAD else ""
     print(
-        f"{found.device}, {found.threads} threads, load {found.load} at the start{busy}, "
+        f"{found.device}, {found.cpu_model}, {found.instruction_sets}\n"
+        f"{found.threads} threads, load {found.load} at the start, "
         f"matrix products at {records[0].gemm_gflops:.0f} GFLOP/s"
     )
-    widths = (18, 24, 10, 10, 11, 9, 11, 10)
-    titles = ("provider", "version", "median ms", "min ms", "per second", "speed-up", "x floor", "extra MiB")
+    if found.load > _IDLE_LOAD or disturbed:
+        beside = f", beside {', '.join(disturbed)}" if disturbed else ""
+        print(f"others were busy{beside}: do not trust the times")
+    widths = (24, 24, 10, 10, 11, 9, 11, 10, 11)
+    titles = (
+        *("provider", "version", "median ms", "min ms", "per second", "speed-up", "x floor", "extra MiB"),
+        "contention",
+    )
     print(_line(titles, widths, texts=2))
     for record in records:
         times = record.times
@@ -215,6 +223,7 @@ def _print(records: Sequence[Record]) -> None:
             record.speedup,
             record.times_floor,
             record.peak_extra_mib,
+            record.contention,
         )
         cells = ["" if number is None else f"{number:.4g}" for number in numbers]
         print(

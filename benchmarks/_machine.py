@@ -20,7 +20,11 @@ Call = Callable[[], Any]
 Timer = Callable[[Call], float]
 
 _ROOT = Path(__file__).resolve().parents[1]
-_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
+_INSTRUCTION_SETS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16"),
+    *("asimd", "sve"),
+)
+_CANARY_SIZE = 256
 _L2_FLUSH_BYTES = 256 * 2**20  # more than the L2 of any GPU
 
 
@@ -120,6 +124,12 @@ def gemm_rate(device: torch.device, size: int) -> float:
         times = [clock(multiply) for _ in range(10)]
         best = max(best, 2 * size**3 / min(times) * 1e3)
     return best
+
+
+def canary(device: torch.device) -> Call:
+    """A small fixed product: timed beside a provider, it takes longer where others use the machine."""
+    a, b = (torch.ones(_CANARY_SIZE, _CANARY_SIZE, device=device) for _ in range(2))
+    return functools.partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
