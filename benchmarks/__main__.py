@@ -51,8 +51,8 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto is cuda where there is a device."""
 
-    repeats: int = 15
-    """Timed calls of each provider."""
+    repeats: int | None = None
+    """Timed calls of each provider; by default 15, and 1001 of dispatch."""
 
     results: Path | None = None
     """File to save to; by default benchmarks/results/OP.csv."""
@@ -69,7 +69,7 @@ class Run:
         if self.device == "cuda" and not has_gpu:
             return _refuse("--device: expected cpu, as there is no GPU, found cuda")
         for name, value in (("threads", self.threads), ("repeats", self.repeats)):
-            if value < 1:
+            if value is not None and value < 1:
                 return _refuse(f"--{name}: expected at least 1, found {value}")
         device = torch.device("cuda" if has_gpu and self.device != "cpu" else "cpu")
         path = self.results or (None if self.quick else _records.RESULTS / f"{self.op}.csv")
@@ -209,16 +209,18 @@ def _print(records: Sequence[Record]) -> None:
         beside = f", beside {', '.join(disturbed)}" if disturbed else ""
         print(f"others were busy{beside}: do not trust the times")
     widths = (24, 24, 10, 10, 11, 9, 11, 10, 11)
+    slowest = max((record.times.median_ms for record in records if record.times), default=1.0)
+    unit, units = ("ms", 1) if slowest >= 1 else ("us", 1000)
     titles = (
-        *("provider", "version", "median ms", "min ms", "per second", "speed-up", "x floor", "extra MiB"),
-        "contention",
+        *("provider", "version", f"median {unit}", f"min {unit}"),
+        *("per second", "speed-up", "x floor", "extra MiB", "contention"),
     )
     print(_line(titles, widths, texts=2))
     for record in records:
         times = record.times
         numbers = (
-            times.median_ms if times else None,
-            times.min_ms if times else None,
+            times.median_ms * units if times else None,
+            times.min_ms * units if times else None,
             record.per_second,
             record.speedup,
             record.times_floor,

@@ -30,7 +30,7 @@ class Case(ABC):
     @property
     @abstractmethod
     def flops(self) -> int:
-        """Floating-point operations that the call cannot do without."""
+        """Floating-point operations that the call cannot do without; 0 where they say nothing of its time."""
 
     @property
     @abstractmethod
@@ -147,6 +147,7 @@ class Benchmark(Generic[C]):
         cases: for the record.
         quick: tiny ones, which show that everything runs.
         audit: of its Triton kernels, if it has any.
+        repeats: timed calls of each provider, unless another number is asked for.
     """
 
     op: str
@@ -154,6 +155,7 @@ class Benchmark(Generic[C]):
     cases: Sequence[C]
     quick: Sequence[C]
     audit: AuditPlan[C] | None = None
+    repeats: int = 15
 
     def select(self, names: Sequence[str]) -> list[Provider[C]]:
         """Providers of those names; all if none is given.
@@ -172,7 +174,7 @@ class Benchmark(Generic[C]):
         *,
         threads: int,
         device: torch.device,
-        repeats: int = 15,
+        repeats: int | None = None,
         quick: bool = False,
         providers: Sequence[str] = (),
     ) -> Iterator[list[Record]]:
@@ -181,7 +183,7 @@ class Benchmark(Generic[C]):
         Args:
             threads: of every library.
             device: to run on.
-            repeats: timed calls of each provider.
+            repeats: timed calls of each provider; the benchmark's own number if None.
             quick: take the tiny cases.
             providers: names; all if empty.
 
@@ -195,7 +197,7 @@ class Benchmark(Generic[C]):
         found = _machine.conditions(device, threads)
         rate = _machine.gemm_rate(device, _QUICK_GEMM_SIZE if quick else _GEMM_SIZE[device.type])
         for case in self.quick if quick else self.cases:
-            yield _measure(self.op, case, chosen, device, repeats, rate, found)
+            yield _measure(self.op, case, chosen, device, repeats or self.repeats, rate, found)
 
 
 def missing_package(name: str) -> str | None:
@@ -318,9 +320,9 @@ def _measure(
                 speedup=times[best].median_ms / own.median_ms if own and best else None,
                 per_second=case.items / own.median_ms * 1e3 if own else None,
                 gemm_gflops=gemm_rate / 1e9,
-                times_floor=own.median_ms / floor_ms if own else None,
+                times_floor=own.median_ms / floor_ms if own and floor_ms else None,
                 peak_extra_mib=extra / 2**20 if extra is not None else None,
-                contention=statistics.median(canaries[provider.name]) / undisturbed if own else None,
+                contention=statistics.fmean(canaries[provider.name]) / undisturbed if own else None,
                 reason=reasons[provider.name] or (f"wrong on {wrong_rows} rows" if wrong_rows else ""),
                 conditions=found,
             )

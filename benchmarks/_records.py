@@ -44,8 +44,8 @@ class Record:
         gemm_gflops: measured rate of matrix products in this run.
         times_floor: median over the time in which such products do the flop of the case.
         peak_extra_mib: memory that a call holds at its peak.
-        contention: median of a small fixed work timed beside the calls, over its least time in the case; well
-            above 1, others were busy.
+        contention: mean time of a small fixed work beside the calls, over its least in the case; it belongs
+            at 1.
         reason: why nothing was measured, or what is wrong.
         conditions: of the run.
     """

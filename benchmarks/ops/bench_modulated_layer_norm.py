@@ -68,16 +68,16 @@ class AdaLNCase(Case):
         return rows_off(result, expected, getattr(torch, self.dtype))
 
 
-def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + gate * y
 
 
 def _plain(case: AdaLNCase) -> Function:
-    return _norm if case.task.startswith("norm") else _residual
+    return norm if case.task.startswith("norm") else residual
 
 
 def _call(case: AdaLNCase, inputs: Inputs, function: Function) -> Call:

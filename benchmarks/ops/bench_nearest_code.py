@@ -99,7 +99,7 @@ def _only(
     return unavailable
 
 
-def _distance_matrix_argmin(x: Tensor, codebook: Tensor) -> Tensor:
+def distance_matrix_argmin(x: Tensor, codebook: Tensor) -> Tensor:
     """As VAR's quantizer writes it."""
     distance = x.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
     distance.addmm_(x, codebook.T, alpha=-2, beta=1)
@@ -107,11 +107,11 @@ def _distance_matrix_argmin(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _torch(codebook: Tensor) -> Search:
-    return lambda x: _distance_matrix_argmin(x, codebook)
+    return lambda x: distance_matrix_argmin(x, codebook)
 
 
 def _torch_compile(codebook: Tensor) -> Search:
-    function = compiled(_distance_matrix_argmin)
+    function = compiled(distance_matrix_argmin)
     return lambda x: function(x, codebook)
 
 
