@@ -60,24 +60,16 @@ class Run:
     def run(self) -> int:
         """Measure; 0, 1 if one of our results is wrong, or 2 if the run cannot be made."""
         os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))  # read as libraries are loaded, below
-        import torch
+        from benchmarks import _machine, _records
 
-        from benchmarks import _records
-        from benchmarks._machine import MachineError
-
-        has_gpu = torch.cuda.is_available()
-        if self.device == "cuda" and not has_gpu:
-            return _refuse("--device: expected cpu, as there is no GPU, found cuda")
-        for name, value in (("threads", self.threads), ("repeats", self.repeats)):
-            if value is not None and value < 1:
-                return _refuse(f"--{name}: expected at least 1, found {value}")
-        device = torch.device("cuda" if has_gpu and self.device != "cpu" else "cpu")
+        if self.repeats is not None and self.repeats < 1:
+            return _refuse(f"--repeats: expected at least 1, found {self.repeats}")
         path = self.results or (None if self.quick else _records.RESULTS / f"{self.op}.csv")
         wrong = 0
         try:
-            for records in _benchmark(self.op).run(
+            for records in load(self.op).run(
                 threads=self.threads,
-                device=device,
+                device=_machine.device(self.device),
                 repeats=self.repeats,
                 quick=self.quick,
                 providers=self.providers,
@@ -86,7 +78,7 @@ class Run:
                 if path:
                     _records.save(path, records)
                 wrong += sum(record.wrong_rows or 0 for record in records if record.role == "ours")
-        except (MachineError, ValueError) as error:
+        except (_machine.MachineError, ValueError) as error:
             return _refuse(str(error))
         return 1 if wrong else 0
 
@@ -142,7 +134,7 @@ class Audit:
         """Print the tables; 0, or 2 if there is nothing to compile or no compiler."""
         from benchmarks._harness import missing_package
 
-        plan = _benchmark(self.op).audit
+        plan = load(self.op).audit
         reason = next((text for name in ("triton", "pytest") if (text := missing_package(name))), None)
         if plan is None or reason:
             return _refuse(f"{self.op}: {reason or 'it has no Triton kernels'}")
@@ -190,7 +182,8 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _benchmark(op: str) -> Benchmark[Any]:
+def load(op: str) -> Benchmark[Any]:
+    """The benchmark of that name."""
     found: Benchmark[Any] = importlib.import_module(_MODULES[op]).BENCHMARK
     return found
 

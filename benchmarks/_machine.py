@@ -77,13 +77,40 @@ def require_threads(threads: int) -> None:
     """Make sure that the libraries of this process were loaded for that many threads.
 
     Raises:
-        MachineError: `OMP_NUM_THREADS`, which some read only as they are loaded, is another number.
+        MachineError: `OMP_NUM_THREADS`, which some read only as they are loaded, is another number, or it is
+            below 1.
     """
+    if threads < 1:
+        raise MachineError(f"--threads: expected at least 1, found {threads}")
     found = os.environ.get("OMP_NUM_THREADS")
     if found != str(threads):
         raise MachineError(
             f"OMP_NUM_THREADS: expected {threads}, as many threads as asked for, found {found or 'nothing'}"
         )
+
+
+def device(name: str) -> torch.device:
+    """The CPU, the GPU, or for "auto" a GPU where there is one.
+
+    Raises:
+        MachineError: there is no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise MachineError("--device: expected cpu, as there is no GPU, found cuda")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def synchronized(call: Call, device: torch.device) -> Call:
+    """The call, and the wait for what it leaves to a GPU."""
+    if device.type == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return run
 
 
 def timer(device: torch.device) -> Timer:
