@@ -1,6 +1,6 @@
-// Vectors of 16 floats, for files that are compiled for AVX-512; included inside such a file's own namespace.
-struct Avx512 {
-  static constexpr int kLanes = 16;
+// Vectors of 16 floats, for AVX-512; included inside a namespace that is compiled for them.
+struct Vectors {
+  static constexpr int kLanes = 16, kRegisters = 32;
   using Scores = __m512;
   using Doubles = __m512d;
 
@@ -10,6 +10,14 @@ struct Avx512 {
   static Scores minimum(Scores a, Scores b) { return _mm512_min_ps(a, b); }
   static Scores maximum(Scores a, Scores b) { return _mm512_max_ps(a, b); }
   static Scores fused(Scores a, Scores b, Scores c) { return _mm512_fmadd_ps(a, b, c); }
+  static float fused(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  // Relative error below 2^-13, or below 2^-22: a division takes several times as long.
+  template <bool kPrecise>
+  static Scores quotient(Scores a, Scores b) {
+    Scores inverse = _mm512_rcp14_ps(b);
+    if constexpr (kPrecise) inverse = inverse * _mm512_fnmadd_ps(b, inverse, _mm512_set1_ps(2));
+    return a * inverse;
+  }
   static Scores root(Scores values) { return _mm512_sqrt_ps(values); }
   static Scores fraction(Scores values) { return _mm512_reduce_ps(values, _MM_FROUND_TO_NEG_INF); }
   static Scores times_power_of_two(Scores a, Scores power) { return _mm512_scalef_ps(a, power); }

@@ -1,54 +1,103 @@
-// What the forward and the backward of the CPU backend of scale_block_attention share: memory, and the layouts of
-// scale_block_attention.h.
+// How the operands of the CPU backend of scale_block_attention lie, and what brings them so.
+//
+// Queries lie in the lanes of vectors and keys one after the other, so that the softmax needs no sum across lanes, and
+// its weights are the second operand of the product with the values as they stand.
 #pragma once
-
-#include <ATen/ATen.h>
 
 #include <algorithm>
 #include <type_traits>
 #include <vector>
 
-#include "cpu/scale_block_attention.h"
+#include "tensor.h"
 
-namespace hitsr_fast::attention {
+namespace hitsr_fast {
+namespace {
 
-inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+// Keys whose scores are made together. A block of keys, its values, the scores and the sums of a tile of queries share
+// the first-level cache.
+constexpr int64_t kBlockKeys = 64;
 
-// Memory for `count` elements, on a cache line.
-template <typename E>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : memory_(at::empty({count * static_cast<int64_t>(sizeof(E)) + 64}, at::kByte)),
-        data_(reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) / 64 * 64)) {}
-  E* at(int64_t i) const { return data_ + i; }
-
- private:
-  at::Tensor memory_;
-  E* data_;
+// How the operands lie for one instruction set.
+struct Format {
+  int64_t queries;   // of a tile
+  int64_t rows;      // keys or channels that a register tile takes
+  int64_t channels;  // are padded to a multiple of this
+  bool tiles;        // the layouts of AMX
 };
+
+// Tiles of queries that go through the keys together, so that each block of keys is fetched once for all of them.
+constexpr int64_t kMostTiles = 4;
+
+// Some tiles of queries of one head, all of which see the same keys, and those keys. Layouts, with D the padded channels:
+//
+//            floats                              bfloat16, for AMX
+//   queries  [tiles][D][queries]                 [tiles][D / 2][queries][2]
+//   keys     [keys / rows][D][rows]              [keys][D]
+//   values   [keys / N][D / rows][N][rows]       [keys / rows][D][rows]
+//   out      [tiles][D][queries]                 the same, floats
+//
+// with `queries` and `rows` of the Format and N = kBlockKeys. Keys are padded to a multiple of N, with zeros as the
+// channels are.
+struct Task {
+  const void* queries;  // with their sign turned where the factor of the scores is negative
+  const void* keys;
+  const void* values;
+  int64_t count;     // of queries
+  int64_t visible;   // keys; all of them, or some that follow those of the call before
+  bool begins, ends;  // whether these are the first keys, and the last: what is known of the queries stays in the scratch
+  int64_t channels;  // padded
+  float scale;       // of the scores, in powers of two; not negative
+  float* scratch;    // scratch_floats() of them
+  float* out;        // written when the keys end, as is lse
+  float* lse;        // [count], natural logarithms
+};
+
+// The same for the gradients, all in float. Layouts, of tokens or of keys:
+//
+//   queries, grads, grad_queries     [tiles][D][queries]
+//   query_rows, grad_rows            [tiles][queries][D]
+//   keys, values                     [keys / rows][D][rows]
+//   key_rows                         [keys / N][D / rows][N][rows]
+//   grad_keys, grad_values           [keys][D]
+struct BackwardTask {
+  const float *queries, *grads, *query_rows, *grad_rows;
+  const float *keys, *values, *key_rows;
+  const float* lse;    // of each query, in powers of two; whole tiles
+  const float* delta;  // sum over channels of gradient times output; whole tiles
+  int64_t count, visible, channels;  // channels: padded to whole pairs of vectors
+  float scale;
+  float* scratch;       // scratch_floats() of them
+  float* grad_queries;  // all three are added to
+  float *grad_keys, *grad_values;
+};
+
+constexpr int64_t scratch_floats(int64_t queries, int64_t channels) {
+  return (2 * kBlockKeys + kMostTiles * (channels + 2) + channels) * queries;
+}
+
+int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // The tokens of one head.
 template <typename T>
 struct Tokens {
-  const T* data;
+  const T* first;
   int64_t count, channels, stride, channel_stride;
 
-  Tokens(const at::Tensor& tensor, int64_t batch, int64_t head)
-      : data(tensor.const_data_ptr<T>() + batch * tensor.stride(0) + head * tensor.stride(2)),
+  Tokens(const Tensor& tensor, int64_t batch, int64_t head)
+      : first(data<const T>(tensor) + batch * tensor.stride(0) + head * tensor.stride(2)),
         count(tensor.size(1)),
         channels(tensor.size(3)),
         stride(tensor.stride(1)),
         channel_stride(tensor.stride(3)) {}
 
-  // `count` of them, from `first` on.
-  Tokens part(int64_t first, int64_t count) const {
+  // `count` of them, from `from` on.
+  Tokens part(int64_t from, int64_t count) const {
     Tokens found = *this;
-    found.data = row(first);
+    found.first = row(from);
     found.count = count;
     return found;
   }
-  const T* row(int64_t token) const { return data + token * stride; }
+  const T* row(int64_t token) const { return first + token * stride; }
   // The same, and asks for a row that is read soon: rows often lie a page apart, where no processor looks by itself.
   const T* next_row(int64_t token) const {
     constexpr int64_t kAhead = 6, kLine = 64 / sizeof(T);
@@ -59,16 +108,16 @@ struct Tokens {
 
 // A number as a kernel reads it: a float, or the bits of a bfloat16.
 template <typename E, typename T>
-E packed(T value) {
+E packed(T value, bool negate = false) {
   if constexpr (std::is_same_v<E, float>) {
-    return static_cast<float>(value);
+    return negate ? -wide(value) : wide(value);
   } else {
-    static_assert(std::is_same_v<T, at::BFloat16>);
-    return value.x;
+    static_assert(std::is_same_v<T, Bfloat16>);
+    return negate ? value.bits ^ 0x8000 : value.bits;
   }
 }
 
-// The layouts of scale_block_attention.h for one type of tokens, each from its first token on and, beyond the last one,
+// The layouts above for one type of tokens, each from its first token on and, beyond the last one,
 // filled with zeros. E: float, or uint16_t as AMX takes it.
 template <typename T, typename E>
 class Packer {
@@ -93,7 +142,7 @@ class Packer {
   }
   void queries(const Tokens<T>& from, int64_t whole, bool negate, E* to) const {
     columns<kTiles ? 2 : 1>(
-        from, whole, format_.queries, [=](T value) { return packed<E>(negate ? -value : value); }, to);
+        from, whole, format_.queries, [=](T value) { return packed<E>(value, negate); }, to);
   }
 
   // [whole][D]
@@ -156,7 +205,7 @@ template <typename T>
 void unpack(const float* from, int64_t count, int64_t group, int64_t padded, int64_t channels, int64_t stride, T* to) {
   for (int64_t n = 0; n < count; ++n, to += stride) {
     const float* place = from + n / group * group * padded + n % group;
-    for (int64_t d = 0; d < channels; ++d) to[d] = static_cast<T>(place[d * group]);
+    for (int64_t d = 0; d < channels; ++d) narrow(place[d * group], to + d);
   }
 }
 
@@ -165,7 +214,7 @@ struct Span {
   int64_t first, count, visible;
 };
 
-inline std::vector<Span> spans_of(at::IntArrayRef block_lengths, int64_t cached, int64_t most) {
+std::vector<Span> spans_of(Shape block_lengths, int64_t cached, int64_t most) {
   std::vector<Span> spans;
   int64_t first = 0;
   for (const int64_t length : block_lengths) {
@@ -176,4 +225,5 @@ inline std::vector<Span> spans_of(at::IntArrayRef block_lengths, int64_t cached,
   return spans;
 }
 
-}  // namespace hitsr_fast::attention
+}  // namespace
+}  // namespace hitsr_fast

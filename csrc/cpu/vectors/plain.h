@@ -1,7 +1,7 @@
 // What needs no special instruction, on the compiler's own vectors of kPlainLanes floats; included inside the namespace
 // of its user.
 struct PlainLanes {
-  static constexpr int kLanes = kPlainLanes;
+  static constexpr int kLanes = kPlainLanes, kRegisters = 16;
   typedef float Scores __attribute__((vector_size(4 * kPlainLanes)));
   typedef double Doubles __attribute__((vector_size(4 * kPlainLanes)));
   typedef uint32_t Words __attribute__((vector_size(4 * kPlainLanes)));
@@ -16,6 +16,11 @@ struct PlainLanes {
   static Scores minimum(Scores a, Scores b) { return a < b ? a : b; }
   static Scores maximum(Scores a, Scores b) { return a > b ? a : b; }
   static Scores fused(Scores a, Scores b, Scores c) { return a * b + c; }  // may round once or twice
+  static float fused(float a, float b, float c) { return a * b + c; }  // fmaf could be a call
+  template <bool kPrecise, typename T>
+  static T quotient(T a, T b) {
+    return a / b;
+  }
 
   static Scores root(Scores values) {
     for (int l = 0; l < kLanes; ++l) values[l] = std::sqrt(values[l]);
@@ -62,6 +67,10 @@ struct PlainLanes {
       for (; kept != 0; kept &= kept - 1) *to++ = static_cast<int>(i) + __builtin_ctzll(kept);
     }
     return to - first;
+  }
+
+  static int64_t list_at_most(const float* values, int64_t count, float limit, int* to) {
+    return list<PlainLanes>(values, count, limit, to);
   }
 
   static Doubles widen(const float* from) {
