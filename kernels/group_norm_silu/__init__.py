@@ -18,7 +18,7 @@ def _tile(P, C, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):
 @triton.jit
 def _group_norm_moments_kernel(
     x, moments, P, stride_x, C: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr
-):  # fmt: skip
+):
     """Of a tile of x (B, C, P), each channel's mean and the sum of the squares of its deviations from that.
 
     moments: (B, blocks of pixels, 2, C) float32, contiguous.

@@ -78,7 +78,7 @@ def _modulated_layer_norm_bwd_kernel(
 @triton.jit
 def _gated_residual_fwd_kernel(
     x, y, gate, out, L, stride_x, stride_y, stride_gate, C: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """Row (image, token) of out (B, L, C), contiguous: `x + gate * y`. gate: (B, C)."""
     token, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, BLOCK)
