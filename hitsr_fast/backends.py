@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +18,6 @@ from hitsr_fast.checks import FLOATING, check_choice
 
 NAMES = ("cuda", "triton", "flash_attn", "cpu", "reference")  # in order of priority
 UP_TO_FLOAT32 = (torch.float16, torch.bfloat16, torch.float32)
-FLASH_MODULES = ("flash_attn_interface", "flash_attn")  # version 3, version 2 of PyPI
 MAX_GRID = 65535  # of the second and third axis of a grid
 
 _forced_set: ContextVar[str | None] = ContextVar("hitsr_fast_forced_instruction_set", default=None)
@@ -120,7 +121,8 @@ class Native(Backend):
 
     Args:
         kernel: name of the private op, which takes the op's arguments and then the instruction set.
-        otherwise: what runs in its place where it has no code, for lack of the extension or for a dtype.
+        otherwise: what runs in its place where it has no code, for lack of the extension or for the dtype of
+            the first tensor.
         run: what to call instead of the private op, if its arguments are others.
         options: see `Backend`.
     """
@@ -133,30 +135,30 @@ class Native(Backend):
         *,
         otherwise: Callable[..., Any] | None = None,
         run: Callable[..., Any] | None = None,
+        dtypes: Sequence[torch.dtype] = FLOATING,
         **options: Any,
     ) -> None:
-        self.kernel, self._otherwise = kernel, otherwise
-        super().__init__(run or functools.partial(native, kernel), **options)
+        self.kernel, self._otherwise, self._compiled_dtypes = kernel, otherwise, dtypes
+        run = run or functools.partial(native, kernel)
         if otherwise is not None:
-            self._compiled, self.run = self.run, self._either
+            self._compiled, run, dtypes = run, self._either, FLOATING
+        super().__init__(run, dtypes=dtypes, **options)
 
     def available(self) -> str | None:
         return None if self._otherwise is not None else extension.unavailable()
-
-    def refusal(self, args: Sequence[Any]) -> str | None:
-        if self._otherwise is not None:
-            wanted = self._misplaced(args[self._first])
-            return wanted and f"needs {wanted} tensors, found {args[self._first].device.type}"
-        return super().refusal(args)
 
     def _misplaced(self, tensor: torch.Tensor) -> str | None:
         return None if tensor.is_cpu else "CPU"
 
     def _either(self, *args: Any) -> Any:
+        assert self._otherwise is not None
+        if args[self._first].dtype not in self._compiled_dtypes:
+            return self._otherwise(*args)
         # A forced instruction set that the extension does not bring must raise.
-        has_code = extension.unavailable() is None or forced_instruction_set() is not None
-        compiled = has_code and super().refusal(args) is None
-        return self._compiled(*args) if compiled else self._otherwise(*args)  # type: ignore[misc]
+        if extension.unavailable() is not None and forced_instruction_set() is None:
+            extension.warn_once()
+            return self._otherwise(*args)
+        return self._compiled(*args)
 
 
 class NativeCuda(Backend):
@@ -192,25 +194,85 @@ class Launch(Backend):
             return self._launch(*args)
 
 
+class FlashVersion(NamedTuple):
+    """A version of FlashAttention.
+
+    Attributes:
+        number: 2, 3 or 4.
+        module: where its functions are.
+        capabilities: first digits of the compute capabilities that it has code for.
+        head_dim: the longest head that it takes.
+    """
+
+    number: int
+    module: str
+    capabilities: range
+    head_dim: int
+
+    def load(self) -> ModuleType:
+        """Its module; the first time this may take seconds."""
+        return importlib.import_module(self.module)
+
+    def unable(self, capability: int, head_dim: int) -> str | None:
+        """Why it cannot run on such a device with such heads, or None."""
+        if capability not in self.capabilities:
+            first, last = self.capabilities[0], self.capabilities[-1]
+            wanted = f"{first}" if first == last else f"{first} to {last}"
+            return f"needs compute capability {wanted}, found {capability}"
+        if head_dim > self.head_dim:
+            return f"needs D of at most {self.head_dim}, found {head_dim}"
+        try:
+            self.load()
+        except ImportError as error:
+            return str(error)
+        return None
+
+
+FLASH_VERSIONS = (
+    FlashVersion(4, "flash_attn.cute.interface", range(9, 12), 128),
+    FlashVersion(3, "flash_attn_interface", range(9, 10), 256),
+    FlashVersion(2, "flash_attn.flash_attn_interface", range(8, 13), 256),
+)
+
+
 class Flash(Backend):
-    """FlashAttention, where one of its versions is installed; see `Backend`."""
+    """FlashAttention: of its versions the newest that can run, which `run` takes first; see `Backend`."""
 
     name = "flash_attn"
 
+    def __init__(self, run: Callable[..., Any], **options: Any) -> None:
+        self._call = run
+        super().__init__(self._newest, dtypes=(torch.float16, torch.bfloat16), **options)
+
     def available(self) -> str | None:
-        if flash_attention() is None:
-            return f"FlashAttention is not installed ({', '.join(FLASH_MODULES)})"
-        if torch.version.hip is not None or not torch.cuda.is_available():
-            return "no CUDA device"
-        return None
+        return self._unable(None, 0)
+
+    def reason(self, *args: Any) -> str | None:
+        # FlashAttention is imported last, and only for calls that it may run.
+        values = args[self._first]
+        return self.refusal(args) or self._unable(values.device, values.shape[-1])
 
     def _misplaced(self, tensor: torch.Tensor) -> str | None:
         return None if tensor.is_cuda else "CUDA"
 
+    def _unable(self, device: torch.device | None, head_dim: int) -> str | None:
+        if torch.version.hip is not None or not torch.cuda.is_available():
+            return "no CUDA device"
+        reasons = _flash_reasons(torch.cuda.get_device_capability(device)[0], head_dim)
+        if None in reasons.values():
+            return None
+        return "; ".join(f"FlashAttention {version.number}: {why}" for version, why in reasons.items())
 
-def flash_attention() -> str | None:
-    """The module of the newest FlashAttention that is installed, or None."""
-    return next((name for name in FLASH_MODULES if importlib.util.find_spec(name) is not None), None)
+    def _newest(self, *args: Any) -> Any:
+        values = args[self._first]
+        reasons = _flash_reasons(torch.cuda.get_device_capability(values.device)[0], values.shape[-1])
+        return self._call(next(version for version, why in reasons.items() if why is None), *args)
+
+
+@functools.cache
+def _flash_reasons(capability: int, head_dim: int) -> dict[FlashVersion, str | None]:
+    """Of each version, newest first, why it cannot run, or None."""
+    return {version: version.unable(capability, head_dim) for version in FLASH_VERSIONS}
 
 
 def native(kernel: str, *args: Any) -> Any:

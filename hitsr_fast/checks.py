@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations, product
@@ -40,7 +41,7 @@ def check_dtype(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None
 
 def check_shape(name: str, value: Tensor, letters: str, **known: int) -> None:
     """Raise ValueError unless `value` has the axes that `letters` names, those in `known` of that length."""
-    axes, shape = letters.split(), value.shape
+    axes, shape = _axes(letters), value.shape
     fits = len(axes) == len(shape)
     if fits:  # a plain loop: a generator takes longer than all else here
         for axis, length in zip(axes, shape, strict=True):
@@ -49,6 +50,11 @@ def check_shape(name: str, value: Tensor, letters: str, **known: int) -> None:
     if not fits:
         expected = ", ".join(f"{axis}={known[axis]}" if axis in known else axis for axis in axes)
         raise ValueError(f"{name}: expected shape ({expected}), found {tuple(value.shape)}")
+
+
+@functools.cache
+def _axes(letters: str) -> list[str]:
+    return letters.split()
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -74,6 +80,13 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
         raise TypeError(f"{name}: expected {_numbers(low, high)}, found {value!r}")
     if not (low <= value <= high and -math.inf < value < math.inf):
         raise ValueError(f"{name}: expected {_numbers(low, high)}, found {value}")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is finite and above 0."""
+    check_number(name, value)
+    if not value > 0:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a finite number above 0, found {value}")
 
 
 def check_generator(value: object) -> None:

@@ -52,7 +52,7 @@ class Op:
         arguments = parsed.arguments
         self.name = parsed.name
         self.backends = {name: backend for name in NAMES if (backend := backends[name]) is not None}
-        self._check, self._gradient = check, gradient
+        self._check, self._gradient, self._integer = check, gradient, integer
         # A backward op is met in a graph of its own only where second derivatives are asked for.
         self._refuses = gradient is None and not integer and not self.name.endswith("_backward")
         self._tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
@@ -104,7 +104,7 @@ class Op:
             or forward_ad._current_level >= 0
         ):
             return False
-        differentiates = self._gradient is not None and torch.is_grad_enabled()
+        differentiates = not self._integer and torch.is_grad_enabled()
         for place in self._tensors:
             tensor = args[place]
             if tensor is not None and (

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import hitsr_fast.reference.group_norm_silu as reference
 from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native
-from hitsr_fast.checks import FLOATING, check_shape, check_tensor
+from hitsr_fast.checks import FLOATING, check_positive, check_shape, check_tensor
 from hitsr_fast.dispatch import op
 from hitsr_fast.ops import group_norm_silu_triton as triton
 
@@ -55,8 +55,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, eps
         check_shape(name, value, "C", C=C)
     if groups < 1 or C % groups != 0:
         raise ValueError(f"groups: expected a divisor of C = {C}, found {groups}")
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps: expected a finite value above 0, found {eps}")
+    check_positive("eps", eps)
     out: Tensor = _group_norm_silu(x, weight, bias, groups, eps)
     return out
 

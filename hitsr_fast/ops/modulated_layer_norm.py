@@ -9,7 +9,7 @@ from torch import Tensor
 
 import hitsr_fast.reference.modulated_layer_norm as reference
 from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native
-from hitsr_fast.checks import FLOATING, check_dtype, check_shape, check_tensor
+from hitsr_fast.checks import FLOATING, check_dtype, check_positive, check_shape, check_tensor
 from hitsr_fast.dispatch import Gradient, op
 from hitsr_fast.ops import modulated_layer_norm_triton as triton
 
@@ -47,8 +47,7 @@ def modulated_layer_norm(
     check_shape("x", x, "B L C")
     if x.shape[2] == 0:
         raise ValueError(f"x: expected C of at least 1, found shape {tuple(x.shape)}")
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps: expected a finite value above 0, found {eps}")
+    check_positive("eps", eps)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     check_dtype("out_dtype", out_dtype, FLOATING)
     scale, shift = _rows("scale", scale, x), _rows("shift", shift, x)

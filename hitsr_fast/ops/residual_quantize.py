@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any, NamedTuple, get_args
@@ -13,6 +14,7 @@ from hitsr_fast.checks import (
     FLOATING,
     INDEX,
     check_choice,
+    check_number,
     check_own_memory,
     check_shape,
     check_tensor,
@@ -59,8 +61,9 @@ def residual_quantize(
     replay: Tensor | None = None,
     metric: Metric = "l2",
     prepared: PreparedCodebook | None = None,
-    inputs: bool = False,
+    return_inputs: bool = False,
     per_scale: bool = False,
+    inputs: bool | None = None,
 ) -> ResidualQuantized:
     """Quantize a latent from coarse to fine, each scale coding what the earlier ones left over.
 
@@ -80,8 +83,9 @@ def residual_quantize(
             must end where a scale ends.
         metric: of `nearest_code`.
         prepared: what `prepare_codebook` made of this codebook for this metric; spares packing it anew.
-        inputs: also return the inputs of the next scales.
+        return_inputs: also return the inputs of the next scales.
         per_scale: also return the reconstruction after each scale.
+        inputs: the former name of `return_inputs`, deprecated.
 
     Returns:
         indices: int64 `(B, T)`, scale after scale, each row-major; T is the sum of h * w.
@@ -114,6 +118,7 @@ def residual_quantize(
         tensor([[[[1., 1.],
                   [1., 2.]]]])
     """
+    return_inputs = _renamed(inputs, return_inputs)
     _check_bank(codebook, phi_weight, phi_bias)
     flat = _check_latent("z", z, codebook, scales)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
@@ -137,11 +142,11 @@ def residual_quantize(
         phi_ratio,
         replay,
         metric,
-        inputs,
+        return_inputs,
         per_scale,
     )
     return ResidualQuantized(
-        indices, reconstruction, pooled if inputs else None, reconstructions if per_scale else None
+        indices, reconstruction, pooled if return_inputs else None, reconstructions if per_scale else None
     )
 
 
@@ -242,8 +247,9 @@ def residual_decode(
     phi_index: Sequence[int],
     size: int | Sequence[int],
     phi_ratio: float = 0.5,
-    inputs: bool = False,
+    return_inputs: bool = False,
     per_scale: bool = False,
+    inputs: bool | None = None,
 ) -> ResidualDecoded:
     """Reconstruction from the codes of some first scales: `sum_s phi_s(bicubic(codebook[i_s]))`.
 
@@ -256,8 +262,9 @@ def residual_decode(
         phi_index: which phi each of them uses.
         size: side or (H, W) of the result.
         phi_ratio: r of phi, from 0 to 1.
-        inputs: also return the inputs of the next scales.
+        return_inputs: also return the inputs of the next scales.
         per_scale: also return the reconstruction after each scale.
+        inputs: the former name of `return_inputs`, deprecated.
 
     Returns:
         As of `residual_quantize`: reconstruction `(B, C, H, W)`, inputs `(B, T0 - h0 * w0, C)` and
@@ -285,6 +292,7 @@ def residual_decode(
         tensor([[[[1., 1.],
                   [1., 2.]]]])
     """
+    return_inputs = _renamed(inputs, return_inputs)
     _check_bank(codebook, phi_weight, phi_bias)
     size = _pair("size", size)
     flat = _flat_scales(scales, size)
@@ -292,9 +300,20 @@ def residual_decode(
     check_tensor("indices", indices, INDEX, like=codebook)
     check_shape("indices", indices, "B T0", T0=schema.scale_ends(flat)[-1])
     reconstruction, pooled, reconstructions = schema.decode(
-        indices, codebook, phi_weight, phi_bias, flat, list(phi_index), size, phi_ratio, inputs, per_scale
+        indices,
+        codebook,
+        phi_weight,
+        phi_bias,
+        flat,
+        list(phi_index),
+        size,
+        phi_ratio,
+        return_inputs,
+        per_scale,
     )
-    return ResidualDecoded(reconstruction, pooled if inputs else None, reconstructions if per_scale else None)
+    return ResidualDecoded(
+        reconstruction, pooled if return_inputs else None, reconstructions if per_scale else None
+    )
 
 
 def residual_step(
@@ -355,7 +374,7 @@ def residual_step(
         raise ValueError(f"phi_weight: expected shape {(C, C, 3, 3)}, found {tuple(phi_weight.shape)}")
     check_tensor("phi_bias", phi_bias, (codebook.dtype,), like=codebook)
     check_shape("phi_bias", phi_bias, "C", C=C)
-    _check_ratio(phi_ratio)
+    check_number("phi_ratio", phi_ratio, 0, 1)
     flat = _flat_scales([scale], reconstruction.shape[2:])
     flat_next = [0, 0] if next_scale is None else _flat_scales([next_scale], reconstruction.shape[2:])
     check_tensor("indices", indices, INDEX, like=codebook)
@@ -364,6 +383,13 @@ def residual_step(
         reconstruction, indices, codebook, phi_weight, phi_bias, flat, flat_next, phi_ratio
     )
     return pooled
+
+
+def _renamed(inputs: bool | None, return_inputs: bool) -> bool:
+    if inputs is None:
+        return return_inputs
+    warnings.warn("inputs: renamed to return_inputs", DeprecationWarning, stacklevel=3)
+    return inputs
 
 
 def _unpack(prepared: PreparedCodebook | None, codebook: Tensor, metric: Metric) -> tuple[list[Tensor], str]:
@@ -451,9 +477,4 @@ def _check_phi(phi_index: Sequence[int], phi_ratio: float, num_scales: int, num_
         )
     if min(phi_index) < 0 or max(phi_index) >= num_phi:
         raise ValueError(f"phi_index: expected entries from 0 to {num_phi - 1}, found {list(phi_index)}")
-    _check_ratio(phi_ratio)
-
-
-def _check_ratio(phi_ratio: float) -> None:
-    if not 0 <= phi_ratio <= 1:
-        raise ValueError(f"phi_ratio: expected 0 to 1, found {phi_ratio}")
+    check_number("phi_ratio", phi_ratio, 0, 1)

@@ -30,7 +30,7 @@ def sample_codes(
     uncond_logits: Tensor | None = None,
     guidance: float = 0.0,
     top_k: int = 0,
-    top_p: float = 0.0,
+    top_p: float = 1.0,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -47,7 +47,8 @@ def sample_codes(
         top_k: keep the k largest logits and all that equal the least of them; 0 keeps all, and 1 is greedy:
             the lowest index of the largest.
         top_p: of what top-k left, keep the largest logits, with a share of `top_p` and no more than it takes;
-            equal logits stay or go together, and the largest always stays. 0 and 1 keep all.
+            equal logits stay or go together, and the largest always stays. 1 keeps all, and so does 0, VAR's
+            way of saying it.
         temperature: divides the logits, from 1e-30 to 1e30.
         generator: source of seed and offset, two draws from [0, 2^63); the default one of the logits' device.
             A generator of the CPU gives the same codes on every device. Not used when greedy.
