@@ -7,7 +7,7 @@ dV = P^T G, dS = P (G V^T - delta), dK = dS^T Q, dQ = dS K, delta = rowsum(G out
 import triton
 import triton.language as tl
 
-from .forward import head_offset, load_rows, query_range, store_rows
+from .forward import head_offset, load_rows, load_tile, query_range, store_rows, tile_offsets
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -19,8 +19,8 @@ def _scale_block_attention_delta_kernel(
     """ROWS rows of delta (B, NH, T): rowsum(grad * out)."""
     first = tl.program_id(0) * ROWS
     row = first + tl.arange(0, ROWS)
-    given = load_rows(grad + head_offset(stride_grad), first, T, stride_grad, D, DP, ROWS, True)
-    result = load_rows(out + head_offset(stride_out), first, T, stride_out, D, DP, ROWS, True)
+    given = load_rows(grad, first, T, stride_grad, D, DP, ROWS)
+    result = load_rows(out, first, T, stride_out, D, DP, ROWS)
     head = tl.program_id(2).to(tl.int64) * NH + tl.program_id(1)
     sums = tl.sum(given.to(tl.float32) * result.to(tl.float32), axis=1)
     tl.store(delta + head * T + row, sums, mask=row < T)
@@ -28,13 +28,14 @@ def _scale_block_attention_delta_kernel(
 
 @triton.jit
 def _dkdv_step(
-    keys, values, grad_k, grad_v, key, start, q, grad, ends, lse, delta, T, scale, stride_q, stride_grad,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
+    keys, values, grad_k, grad_v, key, start, q, grad, ends, lse, delta, T, scale,
+    q_offsets, g_offsets, stride_q, stride_grad,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Add what BLOCK_M queries from `start` give to the gradients (BLOCK_N, DP) of keys and values."""
     row = start + tl.arange(0, BLOCK_M)
-    query = load_rows(q, start, T, stride_q, D, DP, BLOCK_M, CUT)
-    given = load_rows(grad, start, T, stride_grad, D, DP, BLOCK_M, CUT)
+    query = load_tile(q, q_offsets, start, T, stride_q, D, CUT)
+    given = load_tile(grad, g_offsets, start, T, stride_grad, D, CUT)
     if CUT:
         log_total = tl.load(lse + row, mask=row < T, other=0.0) * _LOG2E
         inner = tl.load(delta + row, mask=row < T, other=0.0)
@@ -79,21 +80,23 @@ def _scale_block_attention_dkdv_kernel(
     delta += head
     q += head_offset(stride_q)
     grad += head_offset(stride_grad)
-    keys = load_rows(k + head_offset(stride_k), first, T, stride_k, D, DP, BLOCK_N, True)
-    values = load_rows(v + head_offset(stride_v), first, T, stride_v, D, DP, BLOCK_N, True)
+    keys = load_rows(k, first, T, stride_k, D, DP, BLOCK_N)
+    values = load_rows(v, first, T, stride_v, D, DP, BLOCK_N)
+    q_offsets = tile_offsets(stride_q, BLOCK_M, DP)
+    g_offsets = tile_offsets(stride_grad, BLOCK_M, DP)
     scale = softmax_scale * _LOG2E
     sum_k = tl.zeros((BLOCK_N, DP), tl.float32)
     sum_v = tl.zeros((BLOCK_N, DP), tl.float32)
     for start in range(whole, whole_end, BLOCK_M):
         sum_k, sum_v = _dkdv_step(
             keys, values, sum_k, sum_v, key, start, q, grad, blocks + T, lse, delta, T, scale,
-            stride_q, stride_grad, D, DP, BLOCK_M, PRECISION, False,
+            q_offsets, g_offsets, stride_q, stride_grad, D, BLOCK_M, PRECISION, False,
         )  # fmt: skip
     for cut in range(cuts):
         start = tl.where(cut < heads, begin + cut * BLOCK_M, whole_end)
         sum_k, sum_v = _dkdv_step(
             keys, values, sum_k, sum_v, key, start, q, grad, blocks + T, lse, delta, T, scale,
-            stride_q, stride_grad, D, DP, BLOCK_M, PRECISION, True,
+            q_offsets, g_offsets, stride_q, stride_grad, D, BLOCK_M, PRECISION, True,
         )  # fmt: skip
     store_rows(grad_k, sum_k * softmax_scale, first, T, NH, D)
     store_rows(grad_v, sum_v, first, T, NH, D)
@@ -101,13 +104,14 @@ def _scale_block_attention_dkdv_kernel(
 
 @triton.jit
 def _dq_step(
-    query, given, grad_q, log_total, inner, visible, start, last, k, v, scale, stride_k, stride_v,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
+    query, given, grad_q, log_total, inner, visible, start, last, k, v, scale,
+    k_offsets, v_offsets, stride_k, stride_v,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Add what BLOCK_N keys from `start` give to the gradient (BLOCK_M, DP) of the queries."""
     key = start + tl.arange(0, BLOCK_N)
-    keys = load_rows(k, start, last, stride_k, D, DP, BLOCK_N, CUT)
-    values = load_rows(v, start, last, stride_v, D, DP, BLOCK_N, CUT)
+    keys = load_tile(k, k_offsets, start, last, stride_k, D, CUT)
+    values = load_tile(v, v_offsets, start, last, stride_v, D, CUT)
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
     weights = tl.exp2(tl.fma(scores, scale, -log_total[:, None]))
     if CUT:
@@ -128,20 +132,22 @@ def _scale_block_attention_dq_kernel(
     head = (tl.program_id(2).to(tl.int64) * NH + tl.program_id(1)) * T
     log_total = tl.load(lse + head + row) * _LOG2E
     inner = tl.load(delta + head + row)
-    query = load_rows(q + head_offset(stride_q), first, T, stride_q, D, DP, BLOCK_M, True)
-    given = load_rows(grad + head_offset(stride_grad), first, T, stride_grad, D, DP, BLOCK_M, True)
+    query = load_rows(q, first, T, stride_q, D, DP, BLOCK_M)
+    given = load_rows(grad, first, T, stride_grad, D, DP, BLOCK_M)
     k += head_offset(stride_k)
     v += head_offset(stride_v)
+    k_offsets = tile_offsets(stride_k, BLOCK_N, DP)
+    v_offsets = tile_offsets(stride_v, BLOCK_N, DP)
     scale = softmax_scale * _LOG2E
     sums = tl.zeros((BLOCK_M, DP), tl.float32)
     for start in range(0, whole, BLOCK_N):
         sums = _dq_step(
             query, given, sums, log_total, inner, visible, start, last, k, v, scale,
-            stride_k, stride_v, D, DP, BLOCK_N, PRECISION, False,
+            k_offsets, v_offsets, stride_k, stride_v, D, BLOCK_N, PRECISION, False,
         )  # fmt: skip
     for start in range(whole, last, BLOCK_N):
         sums = _dq_step(
             query, given, sums, log_total, inner, visible, start, last, k, v, scale,
-            stride_k, stride_v, D, DP, BLOCK_N, PRECISION, True,
+            k_offsets, v_offsets, stride_k, stride_v, D, BLOCK_N, PRECISION, True,
         )  # fmt: skip
     store_rows(grad_q, sums * softmax_scale, first, T, NH, D)

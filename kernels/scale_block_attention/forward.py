@@ -17,21 +17,29 @@ def head_offset(stride):
 
 
 @triton.jit
-def load_rows(
-    head, first, last, stride, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, CUT: tl.constexpr
-):
-    """Rows (ROWS, DP) from `first` on of a head; zeros in the columns from D on. CUT: and in the rows from
-    `last` on, which else there are none of."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, DP)
-    at = head + tl.cast(first, tl.int64) * stride[1]
-    at += row.to(tl.int64)[:, None] * stride[1] + column.to(tl.int64)[None, :] * stride[3]
+def tile_offsets(stride, ROWS: tl.constexpr, DP: tl.constexpr):
+    """Of the values of a tile (ROWS, DP) from its first."""
+    row, column = tl.arange(0, ROWS).to(tl.int64), tl.arange(0, DP).to(tl.int64)
+    return row[:, None] * stride[1] + column[None, :] * stride[3]
+
+
+@triton.jit
+def load_tile(head, offsets, first, last, stride, D: tl.constexpr, CUT: tl.constexpr):
+    """Rows from `first` on of a head, zeros in the columns from D on; CUT: and in the rows from `last` on."""
+    at = head + tl.cast(first, tl.int64) * stride[1] + offsets
     mask = None
     if CUT:
-        mask = (first + row < last)[:, None]
-    if D < DP:
-        known = (column < D)[None, :]
+        mask = (first + tl.arange(0, at.shape[0]) < last)[:, None]
+    if at.shape[1] != D:
+        known = (tl.arange(0, at.shape[1]) < D)[None, :]
         mask = mask & known if CUT else known
     return tl.load(at) if mask is None else tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_rows(x, first, T, stride, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr):
+    """Rows (ROWS, DP) from `first` on of the program's head of x (B, T, NH, D)."""
+    return load_tile(x + head_offset(stride), tile_offsets(stride, ROWS, DP), first, T, stride, D, True)
 
 
 @triton.jit
@@ -63,13 +71,15 @@ def query_range(blocks, T, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 @triton.jit
 def _attend_tiles(
     query, k, v, acc, peak, total, first, last, visible, scale, stride_k, stride_v,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """Take the keys [first, last) into the softmax; CUT: the tiles are not whole."""
     key = tl.arange(0, BLOCK_N)
+    k_offsets = tile_offsets(stride_k, BLOCK_N, query.shape[1])
+    v_offsets = tile_offsets(stride_v, BLOCK_N, query.shape[1])
     for start in range(first, last, BLOCK_N):
-        keys = load_rows(k, start, last, stride_k, D, DP, BLOCK_N, CUT)
-        values = load_rows(v, start, last, stride_v, D, DP, BLOCK_N, CUT)
+        keys = load_tile(k, k_offsets, start, last, stride_k, D, CUT)
+        values = load_tile(v, v_offsets, start, last, stride_v, D, CUT)
         scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
         if CUT:
             scores = tl.where((start + key)[None, :] < visible[:, None], scores, -float("inf"))
@@ -86,7 +96,7 @@ def _attend_tiles(
 @triton.jit
 def _attend(
     query, k, v, begin, whole, last, visible, scale, stride_k, stride_v,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The softmax of queries (BLOCK_M, DP) over the keys [begin, last), in whole tiles up to `whole`.
 
@@ -100,11 +110,11 @@ def _attend(
     total = tl.zeros((query.shape[0],), tl.float32)
     acc, peak, total = _attend_tiles(
         query, k, v, acc, peak, total, begin, whole, visible, scale, stride_k, stride_v,
-        D, DP, BLOCK_N, PRECISION, False,
+        D, BLOCK_N, PRECISION, False,
     )  # fmt: skip
     return _attend_tiles(
         query, k, v, acc, peak, total, whole, last, visible, scale, stride_k, stride_v,
-        D, DP, BLOCK_N, PRECISION, True,
+        D, BLOCK_N, PRECISION, True,
     )  # fmt: skip
 
 
@@ -118,9 +128,9 @@ def _scale_block_attention_fwd_kernel(
     blocks: of `query_range`. scale: of the scores, times log2(e).
     """
     first, _, visible, whole, last = query_range(blocks, T, BLOCK_M, BLOCK_N)
-    query = load_rows(q + head_offset(stride_q), first, T, stride_q, D, DP, BLOCK_M, True)
+    query = load_rows(q, first, T, stride_q, D, DP, BLOCK_M)
     acc, peak, total = _attend(
-        query, k, v, 0, whole, last, visible, scale, stride_k, stride_v, D, DP, BLOCK_N, PRECISION
+        query, k, v, 0, whole, last, visible, scale, stride_k, stride_v, D, BLOCK_N, PRECISION
     )
     store_rows(out, acc / total[:, None], first, T, NH, D)
     row = first + tl.arange(0, BLOCK_M)
@@ -145,9 +155,9 @@ def _cached_attention_kernel(
     end = tl.minimum(begin + share, length)
     whole = begin + (end - begin) // BLOCK_N * BLOCK_N
     visible = tl.zeros((BLOCK_M,), tl.int32) + end
-    query = load_rows(q + head_offset(stride_q), first, L, stride_q, D, DP, BLOCK_M, True)
+    query = load_rows(q, first, L, stride_q, D, DP, BLOCK_M)
     acc, peak, total = _attend(
-        query, k, v, begin, whole, end, visible, scale, stride_k, stride_v, D, DP, BLOCK_N, PRECISION
+        query, k, v, begin, whole, end, visible, scale, stride_k, stride_v, D, BLOCK_N, PRECISION
     )
     images = tl.num_programs(2)
     store_rows(out + split.to(tl.int64) * images * L * NH * D, acc / total[:, None], first, L, NH, D)
