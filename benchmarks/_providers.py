@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from hitsr_fast.ops.nearest_code_cpu import chosen_isa, instruction_sets
 from torch import Tensor
 
 from benchmarks._harness import C, Call, Inputs, Provider, Unavailable, always
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
+from hitsr_fast.ops import active_instruction_set, instruction_sets
 
 OpCall = tuple[str, tuple[Any, ...]]  # an op's name and its low-level arguments
 
@@ -99,7 +99,7 @@ def ours(
 
     def version() -> str:
         with _held_to(isa):
-            return f"{__version__} {chosen_isa()}" if backend == "cpu" else __version__
+            return f"{__version__} {active_instruction_set()}" if backend == "cpu" else __version__
 
     name = ":".join(part for part in (backend or "auto", isa, variant) if part)
     return Provider(name, forced, reason, version, ours=True, limit=isa if isa == "avx2" else "")

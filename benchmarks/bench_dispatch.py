@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from hitsr_fast.ops.nearest_code_cpu import chosen_isa
 from torch import Tensor
 
 from benchmarks._harness import Benchmark, Call, Case, Inputs, Provider
@@ -18,6 +17,7 @@ from benchmarks.ops.bench_nearest_code import distance_matrix_argmin
 from benchmarks.peers.var_quantizer import EagerQuantizer
 from benchmarks.shapes import MODELS
 from hitsr_fast import __version__, extension, ops
+from hitsr_fast.ops import active_instruction_set
 
 _attend = F.scaled_dot_product_attention
 
@@ -64,7 +64,7 @@ def _private(op: str, *args: Any) -> Call:
     """A call of the extension's op, on the instruction set that the dispatch takes."""
     if extension.unavailable() is not None:
         return lambda: None
-    function, isa = getattr(torch.ops.hitsr_fast, f"_{op}"), chosen_isa()
+    function, isa = getattr(torch.ops.hitsr_fast, f"_{op}"), active_instruction_set()
     return lambda: function(*args, isa)
 
 
@@ -247,7 +247,13 @@ BENCHMARK = Benchmark(
     op="dispatch",
     providers=(
         Provider("eager", _build("eager")),
-        Provider("kernel", _build("kernel"), _no_kernel, lambda: f"{__version__} {chosen_isa()}", ours=True),
+        Provider(
+            "kernel",
+            _build("kernel"),
+            _no_kernel,
+            lambda: f"{__version__} {active_instruction_set()}",
+            ours=True,
+        ),
         Provider("public", _build("public"), version=lambda: __version__, ours=True),
     ),
     cases=_CASES,
