@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from benchmarks._harness import C, Call, Inputs, Provider, Unavailable, always
 from hitsr_fast import __version__
 from hitsr_fast.dispatch import operations, use_backend
-from hitsr_fast.ops import active_instruction_set, instruction_sets
+from hitsr_fast.ops import active_instruction_set, instruction_sets, use_instruction_set
 
 OpCall = tuple[str, tuple[Any, ...]]  # an op's name and its low-level arguments
 
@@ -74,11 +73,11 @@ def ours(
     """
 
     def forced(case: C, inputs: Inputs) -> Call:
-        with _held_to(isa):
+        with use_instruction_set(isa or None):
             call = build(case, inputs)
 
         def run() -> Any:
-            with _held_to(isa), use_backend(backend):
+            with use_instruction_set(isa or None), use_backend(backend):
                 return call()
 
         return run
@@ -98,7 +97,7 @@ def ours(
         return None
 
     def version() -> str:
-        with _held_to(isa):
+        with use_instruction_set(isa or None):
             return f"{__version__} {active_instruction_set()}" if backend == "cpu" else __version__
 
     name = ":".join(part for part in (backend or "auto", isa, variant) if part)
@@ -112,20 +111,3 @@ def our_backends(
 ) -> tuple[Provider[C], ...]:
     """`ours` on each of the backends."""
     return tuple(ours(backend, build, ops) for backend in backends)
-
-
-@contextmanager
-def _held_to(isa: str) -> Iterator[None]:
-    """HITSR_FAST_CPU_ISA in this context; as it was, if the name is empty."""
-    if not isa:
-        yield
-        return
-    before = os.environ.get("HITSR_FAST_CPU_ISA")
-    os.environ["HITSR_FAST_CPU_ISA"] = isa
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HITSR_FAST_CPU_ISA"]
-        else:
-            os.environ["HITSR_FAST_CPU_ISA"] = before
