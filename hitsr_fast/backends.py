@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from hitsr_fast import env, extension
-from hitsr_fast.checks import FLOATING, check_choice
+from hitsr_fast.checks import FLOATING, check_choice, short_name
 
 NAMES = ("cuda", "triton", "flash_attn", "cpu", "reference")  # in order of priority
 UP_TO_FLOAT32 = (torch.float16, torch.bfloat16, torch.float32)
@@ -105,9 +105,9 @@ class Backend:
         return None
 
     def _refuses(self, place: int, dtype: torch.dtype) -> str:
-        *most, last = (str(known).removeprefix("torch.") for known in self.dtypes)
+        *most, last = map(short_name, self.dtypes)
         known = f"{', '.join(most)} or {last}" if most else last
-        return f"needs {known}, found {self._names[place]} of {str(dtype).removeprefix('torch.')}"
+        return f"needs {known}, found {self._names[place]} of {short_name(dtype)}"
 
 
 class Reference(Backend):
@@ -320,6 +320,19 @@ def instruction_sets() -> tuple[str, ...]:
 @functools.cache
 def _known_sets() -> tuple[str, ...]:
     return tuple(torch.ops.hitsr_fast._instruction_sets())
+
+
+def kernel_sets() -> dict[str, tuple[str, ...]]:
+    """The instruction sets that each file of C++ kernels has code for, by its name, the highest first.
+
+    Another set than these takes the next lower one.
+
+    Raises:
+        RuntimeError: the extension is unavailable; the message says why.
+    """
+    instruction_sets()
+    rows = (row.split(": ") for row in torch.ops.hitsr_fast._kernel_sets())
+    return {name: tuple(sets.split(", ")) for name, sets in sorted(rows)}
 
 
 def forced_instruction_set() -> str | None:

@@ -26,7 +26,7 @@ def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: 
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a {_any_of(dtypes)} tensor, found {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {_any_of(dtypes)}, found {_short(value.dtype)}")
+        raise TypeError(f"{name}: expected dtype {_any_of(dtypes)}, found {short_name(value.dtype)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, found {value.device}")
 
@@ -34,7 +34,7 @@ def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: 
 def check_dtype(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
     """Raise TypeError unless `value` is one of `dtypes`."""
     if value not in dtypes:
-        found = _short(value) if isinstance(value, torch.dtype) else repr(value)
+        found = short_name(value) if isinstance(value, torch.dtype) else repr(value)
         raise TypeError(f"{name}: expected {_any_of(dtypes)}, found {found}")
 
 
@@ -223,8 +223,9 @@ def _numbers(low: float, high: float) -> str:
 
 
 def _any_of(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(_short(dtype) for dtype in dtypes)
+    return " or ".join(short_name(dtype) for dtype in dtypes)
 
 
-def _short(dtype: torch.dtype) -> str:
+def short_name(dtype: torch.dtype) -> str:
+    """Name of a dtype as messages have it."""
     return str(dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from hitsr_fast import env, extension
 from hitsr_fast.backends import NAMES, Backend, Reference, forced_instruction_set, use_instruction_set
-from hitsr_fast.checks import check_choice
+from hitsr_fast.checks import check_choice, short_name
 
 _LIBRARY = torch.library.Library("hitsr_fast", "DEF")
 _OPS: dict[str, Op] = {}  # filled once, as hitsr_fast.ops is imported
@@ -301,6 +301,19 @@ def explain(op: str, *args: Any) -> None:
     forced = forced_backend()
     able = [name for name, reason in reasons.items() if reason is None and forced in (None, name)]
     print(_table(reasons, chosen=able[0] if able else None))
+
+
+def support_table() -> str:
+    """Markdown table of the ops and the dtypes that each backend takes, as the backends say themselves."""
+    short = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+
+    def taken(backend: Backend | None) -> str:
+        return "" if backend is None else " ".join(short[short_name(dtype)] for dtype in backend.dtypes)
+
+    rows = [["op", *NAMES], ["---"] * (len(NAMES) + 1)]
+    for name, found in sorted(operations().items()):
+        rows.append([f"`{name}`", *(taken(found.backends.get(backend)) for backend in NAMES)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _table(reasons: dict[str, str | None], chosen: str | None = None) -> str:
