@@ -71,10 +71,14 @@ class ScalePyramid:
 
 def size_of(name: str, scale: Any) -> Size:
     """(h, w) of a side or (h, w), both at least 1; ValueError with `name` where it is neither."""
-    sides = (scale, scale) if isinstance(scale, INTEGER) else tuple(scale) if _is_sequence(scale) else ()
-    if len(sides) != 2 or not all(isinstance(side, INTEGER) for side in sides) or min(sides) < 1:
-        raise ValueError(f"{name}: expected a side or (height, width) of at least 1, found {scale}")
-    return sides
+    sides: Any = scale
+    if not isinstance(scale, tuple):
+        sides = (scale, scale) if isinstance(scale, INTEGER) else tuple(scale) if _is_sequence(scale) else ()
+    if len(sides) == 2:
+        h, w = sides
+        if isinstance(h, INTEGER) and isinstance(w, INTEGER) and h >= 1 and w >= 1:
+            return h, w
+    raise ValueError(f"{name}: expected a side or (height, width) of at least 1, found {scale}")
 
 
 def _is_sequence(value: object) -> bool:

@@ -23,7 +23,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "extension": (),
     "backends": ("checks", "extension", "env"),
     "dispatch": ("backends", "checks", "extension", "env"),
-    "ops": ("checks", "reference", "backends", "dispatch", "kernels", "env"),
+    "ops": ("checks", "pyramid", "reference", "backends", "dispatch", "kernels", "env"),
     "imaging": ("checks", "env"),
     "data": ("checks", "configs", "imaging"),
     "metrics": ("checks", "imaging", "env"),

@@ -16,6 +16,7 @@ from hitsr_fast.ops import nearest_code_triton as triton
 from hitsr_fast.reference.nearest_code import nearest_code as reference
 
 Metric = Literal["l2", "cosine"]
+METRICS = get_args(Metric)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def prepare_codebook(codebook: Tensor, *, metric: Metric = "l2") -> PreparedCode
         raise ValueError(f"codebook: expected shape (K, C) or (G, K, C), found {tuple(codebook.shape)}")
     if codebook.shape[-2] == 0 or codebook.shape[-1] == 0:
         raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codebook.shape)}")
-    check_choice("metric", metric, get_args(Metric))
+    check_choice("metric", metric, METRICS)
     check_finite("codebook", codebook)
     codes = codebook.detach().clone()
     for name, pack in (("triton", triton.prepare), ("cpu", pack_cpu)):
@@ -114,7 +115,7 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, metric: Metr
         check_shape("codebook", codes, "K C", C=x.shape[1])
     if codes.shape[-2] == 0 or codes.shape[-1] == 0:
         raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codes.shape)}")
-    check_choice("metric", metric, get_args(Metric))
+    check_choice("metric", metric, METRICS)
     if prepared and prepared.metric != metric:
         raise ValueError(
             f"metric: expected {prepared.metric}, for which the codebook was prepared, found {metric}"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from numbers import Integral
-from typing import Any, NamedTuple, get_args
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,8 @@ from hitsr_fast.checks import (
     has_values,
 )
 from hitsr_fast.ops import residual_quantize_schema as schema
-from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, prepare_codebook
+from hitsr_fast.ops.nearest_code import METRICS, Metric, PreparedCodebook, prepare_codebook
+from hitsr_fast.pyramid import size_of
 from hitsr_fast.reference.residual_quantize import arithmetic_dtype
 
 
@@ -122,7 +122,7 @@ def residual_quantize(
     _check_bank(codebook, phi_weight, phi_bias)
     flat = _check_latent("z", z, codebook, scales)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
-    check_choice("metric", metric, get_args(Metric))
+    check_choice("metric", metric, METRICS)
     if replay is not None:
         check_tensor("replay", replay, INDEX, like=z)
         check_shape("replay", replay, "B T0", B=z.shape[0])
@@ -203,7 +203,7 @@ def tokenize_pyramid(
     """
     _check_bank(codebook, phi_weight, phi_bias)
     _check_targets(latents, scales, target_steps, phi_index)
-    check_choice("metric", metric, get_args(Metric))
+    check_choice("metric", metric, METRICS)
     if prepared is None and has_values(codebook):
         prepared = prepare_codebook(codebook, metric=metric)
     parts, layout = _unpack(prepared, codebook, metric)
@@ -294,7 +294,7 @@ def residual_decode(
     """
     return_inputs = _renamed(inputs, return_inputs)
     _check_bank(codebook, phi_weight, phi_bias)
-    size = _pair("size", size)
+    size = list(size_of("size", size))
     flat = _flat_scales(scales, size)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
     check_tensor("indices", indices, INDEX, like=codebook)
@@ -410,22 +410,13 @@ def _unpack(prepared: PreparedCodebook | None, codebook: Tensor, metric: Metric)
     return list(prepared.parts), prepared.layout
 
 
-def _pair(name: str, size: int | Sequence[int]) -> list[int]:
-    sides: Any = (size, size) if isinstance(size, Integral) else size
-    pair: list[int] = list(sides) if isinstance(sides, Iterable) else []
-    whole = all(isinstance(side, (Integral, torch.SymInt)) for side in pair)
-    if len(pair) != 2 or not whole or min(pair) < 1:
-        raise ValueError(f"{name}: expected a side or (height, width) of at least 1, found {size}")
-    return pair
-
-
 def _flat_scales(scales: Sequence[int | tuple[int, int]], size: Sequence[int]) -> list[int]:
     """`[h0, w0, h1, w1, ...]`, checked against the map's (H, W)."""
     if not scales:
         raise ValueError("scales: expected at least one, found none")
     flat: list[int] = []
     for scale in scales:
-        h, w = _pair("scales", scale)
+        h, w = size_of("scales", scale)
         if h > size[0] or w > size[1]:
             raise ValueError(f"scales: expected at most the map's {tuple(size)}, found {(h, w)}")
         flat += [h, w]
