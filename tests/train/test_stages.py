@@ -157,7 +157,7 @@ def test_tokenizer_loss(batches: Batches, train_encoder: bool) -> None:
     terms = []
     for target, image in enumerate(exact.pyramid(images.double())):
         z = exact.encode(image)
-        q = exact.quantize.reconstruct(tokens, target)
+        q = exact.quantize.decode(tokens, target).reconstruction
         latent_loss = squares(q, z.detach())
         if train_encoder:
             latent_loss = latent_loss + 0.4 * squares(z, q.detach())
@@ -230,7 +230,7 @@ def test_decoder_loss(batches: Batches) -> None:
     generator = torch.Generator().manual_seed(STEP)
     terms = []
     for target, image in enumerate(tokenizer.pyramid(images)):
-        seen = [tokenizer.quantize.reconstruct(tokens, target) for tokens in (sampled, own)]
+        seen = [tokenizer.quantize.decode(tokens, target).reconstruction for tokens in (sampled, own)]
         outputs = torch.cat(
             [
                 tokenizer.decode(seen[0], target, exact.lr_image(lr[:2], target)),
