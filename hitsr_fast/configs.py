@@ -17,6 +17,19 @@ class Range(NamedTuple):
 
     low: float
     high: float = math.inf
+    open: Literal["", "low", "high"] = ""
+    """Which of the bounds is not in it."""
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is in the range."""
+        above = self.low < value if self.open == "low" else self.low <= value
+        return above and (value < self.high if self.open == "high" else value <= self.high)
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"a value above {self.low:g}" if self.open == "low" else f"at least {self.low:g}"
+        left, right = "(" if self.open == "low" else "[", ")" if self.open == "high" else "]"
+        return f"a value in {left}{self.low:g}, {self.high:g}{right}"
 
 
 Count = Annotated[int, Range(1)]
@@ -36,10 +49,8 @@ def check_fields(config: object) -> None:
             expected = hint.__name__ if isinstance(hint, type) else hint
             raise ValueError(f"{name}: expected {expected}, found {value!r}")
         for bounds in metadata:
-            if isinstance(bounds, Range) and value is not None and not bounds.low <= value <= bounds.high:
-                low, high = bounds
-                expected = f"a value in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
-                raise ValueError(f"{name}: expected {expected}, found {value}")
+            if isinstance(bounds, Range) and value is not None and not bounds.holds(value):
+                raise ValueError(f"{name}: expected {bounds}, found {value}")
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -87,7 +98,7 @@ class Config:
 def _build(cls: type[ConfigT], values: Any, where: str) -> ConfigT:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected an object, found {type(values).__name__}")
-    hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where}: unknown keys {unknown}; known are {sorted(hints)}")

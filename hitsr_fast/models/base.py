@@ -79,8 +79,8 @@ class SuperResolver(Protocol):
                 range.
         """
 
-    def to(self, dtype: torch.dtype) -> Any:
-        """Convert its weights in place; returns itself."""
+    def to(self, dtype: torch.dtype) -> SuperResolver:
+        """The same with weights in `dtype`; itself it stays as it is."""
 
 
 class ModelConfig(Config):

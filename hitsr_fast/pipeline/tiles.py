@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -100,8 +99,7 @@ class TileRunner:
 
     def _in_float32(self) -> SuperResolver:
         if self._float32_model is None:
-            model: SuperResolver = copy.deepcopy(self.model).to(torch.float32)
-            self._float32_model = model
+            self._float32_model = self.model.to(torch.float32)
         return self._float32_model
 
 

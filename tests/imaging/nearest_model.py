@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +23,9 @@ class NearestModel(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
         self.batches: list[int] = []
         self.told: list[str] = []
+
+    def to(self, dtype: torch.dtype) -> NearestModel:  # a copy, as `SuperResolver` has it
+        return super(NearestModel, copy.deepcopy(self)).to(dtype)
 
     def super_resolve(
         self,

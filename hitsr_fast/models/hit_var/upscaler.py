@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -78,11 +79,13 @@ class HitUpscaler:
         )
         return {factor: self.decode(latents[target], target, lr) for factor, target in targets.items()}
 
-    def to(self, target: torch.dtype | torch.device) -> HitUpscaler:
-        """Convert or move its weights in place; returns itself."""
-        for part in (self.sampler, self.encoder, *self.decoders):
-            part.to(target)
-        return self
+    def to(self, dtype: torch.dtype) -> HitUpscaler:
+        """The same with weights in `dtype`; itself it stays as it is."""
+        other = copy.copy(self)
+        other.sampler = copy.deepcopy(self.sampler).to(dtype)
+        other.encoder = copy.deepcopy(self.encoder).to(dtype)
+        other.decoders = [copy.deepcopy(decoder).to(dtype) for decoder in self.decoders]
+        return other
 
     @torch.no_grad()
     def lr_features(self, lr: Tensor) -> Tensor:
