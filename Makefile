@@ -10,7 +10,7 @@ BUILD_INPUTS := pyproject.toml setup.py hitsr_fast/_version.py \
 # ninja, which builds the extension, is looked up on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint slow clean
+.PHONY: demo test test-avx2 lint slow clean
 
 demo: $(VENV)/.installed
 	$(BIN)/hitsr-fast upscale examples/budgie-osprey.jpg -o out --overwrite
@@ -19,6 +19,12 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+# As on a CPU without AVX-512: a better one would hide what only that one meets.
+test-avx2: $(VENV)/.installed-dev
+	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 HITSR_FAST_CPU_ISA=avx2 \
+		$(BIN)/python -m pytest -m "not slow and not gpu" --ignore-glob="*_triton.py" \
+		tests/ops tests/nn tests/models tests/compat tests/train tests/benchmarks/test_commands.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +28,7 @@ from hitsr_fast._version import __version__
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.models import HitUpscaler, HitVar
 from hitsr_fast.models.hit_var import PRESETS
-from hitsr_fast.nn.sampling import sampling_plan
+from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.pipeline import HitSR
 from hitsr_fast.reference import hit_sampler as reference
 
@@ -81,7 +80,7 @@ class GenerateCase(Case):
                     seen = torch.empty(self.B, 3, side * stride, side * stride)
                     model.decode(torch.empty(self.B, tokenizer.code_dim, side, side), target, seen)
         if self.stage in ("tiles", "sample", "photo"):
-            steps = tokenizer.target_steps[self.target]
+            steps = tokenizer.pyramid.steps[self.target]
             total += self.B * sum(self._transformer_flops(step) for step in range(steps))
         elif self.stage == "scale":
             total += self.B * self._transformer_flops(self.step)
@@ -93,15 +92,14 @@ class GenerateCase(Case):
         config = PRESETS[self.preset]
         width, depth = config.transformer.width, config.transformer.depth
         start, length = self.tokens(step)
-        classifier = 2 * width * config.tokenizer.codebook_size * config.tokenizer.scales[step] ** 2
+        classifier = 2 * width * config.tokenizer.codebook_size * config.tokenizer.pyramid.lengths[step]
         return depth * (24 * width**2 * length + 4 * width * length * (start + length)) + classifier
 
     def tokens(self, step: int) -> tuple[int, int]:
         """How many are before a scale, prefix included, and how many it adds."""
         tokenizer = PRESETS[self.preset].tokenizer
-        ends = list(accumulate((side * side for side in tokenizer.scales), initial=tokenizer.latent_size**2))
-        start = ends[step] if step > 0 else 0
-        return start, ends[step + 1] - start
+        lengths = tokenizer.pyramid.block_lengths(tokenizer.latent_size**2)
+        return sum(lengths[:step]), lengths[step]
 
     def inputs(self, device: torch.device) -> Inputs:
         """LR tiles; for "sample" their features; for "decode" a latent and the tiles; or a photo.
@@ -213,7 +211,7 @@ def _plain_scale(model: HitVar, case: GenerateCase, inputs: Inputs) -> Sequence[
     caches: Any = before or [None] * len(keys)
     condition = model.transformer.class_emb(_classes(x))
     logits = reference.step_logits(model.transformer, x, condition, caches)
-    logits = logits[:, -(PRESETS[case.preset].tokenizer.scales[case.step] ** 2) :]
+    logits = logits[:, -PRESETS[case.preset].tokenizer.pyramid.lengths[case.step] :]
     logits.argmax(dim=-1)
     return (logits,)
 
@@ -224,7 +222,7 @@ def _our_scale(upscaler: HitUpscaler, case: GenerateCase, inputs: Inputs) -> Cal
     start, length = case.tokens(case.step)
     cache = sampler.body.new_cache(len(x), start + length)
     cache.k[:, :, :start], cache.v[:, :, :start] = keys.transpose(2, 3), values.transpose(2, 3)
-    plan = sampling_plan(1, 1)
+    plan = SamplingOptions().plan(1, 1)
 
     def call() -> Sequence[Tensor]:
         with torch.no_grad():

@@ -76,6 +76,13 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
         raise ValueError(f"{name}: expected {_numbers(low, high)}, found {value}")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is finite and above 0."""
+    check_number(name, value)
+    if not value > 0:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a finite number above 0, found {value}")
+
+
 def check_generator(value: object) -> None:
     """Raise TypeError unless `value` is a random generator or None."""
     if value is not None and not isinstance(value, torch.Generator):

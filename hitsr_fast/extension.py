@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 
 MODULES = {
     "_C": "install with --no-build-isolation where torch and a C++ compiler are",
@@ -43,3 +44,9 @@ def build_info(module: str = "_C") -> dict[str, str | int]:
         raise RuntimeError(f"hitsr_fast.{module}: {reason}")
     info: dict[str, str | int] = importlib.import_module(f"hitsr_fast.{module}").build_info()
     return info
+
+
+@functools.cache
+def warn_once() -> None:
+    """Say that ops run in plain PyTorch for lack of `_C`, and what to do about it; the first time only."""
+    warnings.warn(f"hitsr_fast._C: {unavailable()}; ops run in plain PyTorch", RuntimeWarning, stacklevel=2)

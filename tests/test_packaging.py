@@ -93,14 +93,14 @@ def test_wheel_works_from_another_folder(python: Path) -> None:
         python,
         """
 import json
-import hitsr_fast, hitsr_fast.kernels, hitsr_fast.kernels.common, kernels
+import hitsr_fast, hitsr_fast.kernels, hitsr_fast.kernels.nearest_code, kernels
 from hitsr_fast import extension
 from hitsr_fast.ops import nearest_code
 import torch
 print(json.dumps({
     "version": hitsr_fast.__version__,
     "file": hitsr_fast.__file__,
-    "common": hitsr_fast.kernels.common.__file__,
+    "kernels": hitsr_fast.kernels.nearest_code.__file__,
     "path": len(hitsr_fast.kernels.__path__),
     "foreign": kernels.OWNER,
     "code": nearest_code(torch.ones(1, 2), torch.eye(2)).item(),
@@ -111,7 +111,7 @@ print(json.dumps({
     site = str(python.parents[1])
     assert answer["version"] == __version__
     assert str(answer["file"]).startswith(site)
-    assert str(answer["common"]).startswith(site)
+    assert str(answer["kernels"]).startswith(site)
     assert answer["path"] == 1
     assert answer["foreign"] == "another project"
     assert answer["code"] == 0
@@ -119,9 +119,9 @@ print(json.dumps({
 
 
 def test_checkout_serves_its_own_kernels() -> None:
-    import hitsr_fast.kernels.common
+    import hitsr_fast.kernels.nearest_code
 
-    assert Path(str(hitsr_fast.kernels.common.__file__)).parent == ROOT / "kernels" / "common"
+    assert Path(str(hitsr_fast.kernels.nearest_code.__file__)).parent == ROOT / "kernels" / "nearest_code"
 
 
 def test_import_is_light() -> None:

@@ -7,7 +7,7 @@ dV = P^T G, dS = P (G V^T - delta), dK = dS^T Q, dQ = dS K, delta = rowsum(G out
 import triton
 import triton.language as tl
 
-from .tiles import head_offset, load_partial_tile, load_tile, store_tile, tile_offsets
+from .forward import head_offset, load_partial_tile, load_tile, store_tile, tile_offsets
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 

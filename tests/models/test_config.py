@@ -14,7 +14,7 @@ from hitsr_fast.models.hit_var import (
     TokenizerConfig,
     TransformerConfig,
 )
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.models.hit_var.tokenizer import quantizer_of
 from tests.models.micro import MICRO
 
 
@@ -81,16 +81,16 @@ def test_geometry_of_the_paper() -> None:
     tokenizer = HIT_D16.tokenizer
     assert (tokenizer.stride, tokenizer.latent_size, tokenizer.image_size) == (16, 32, 512)
     assert tokenizer.target_sizes == (8, 16, 32)
-    assert tokenizer.target_steps == (3, 6, 10)
-    assert tokenizer.num_tokens == 3452
+    assert tokenizer.pyramid.steps == (3, 6, 10)
+    assert tokenizer.pyramid.num_tokens == 3452
 
 
 def test_geometry_of_hit_tiny() -> None:
     tokenizer = HIT_TINY.tokenizer
     assert (tokenizer.stride, tokenizer.latent_size, tokenizer.image_size) == (8, 16, 128)
     assert tokenizer.target_sizes == (4, 8, 16)
-    assert tokenizer.target_steps == (3, 6, 10)
-    assert tokenizer.num_tokens == 863
+    assert tokenizer.pyramid.steps == (3, 6, 10)
+    assert tokenizer.pyramid.num_tokens == 863
 
 
 # A bank of the default size, over little else.
@@ -98,18 +98,18 @@ SMALL = TokenizerConfig(code_dim=2, codebook_size=4, num_phi=4)
 
 
 def test_global_phi_index_is_the_same_at_each_target() -> None:
-    quantizer = MultiScaleQuantizer(SMALL)
+    quantizer = quantizer_of(SMALL)
     table = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
-    assert quantizer.phi_index(2) == table
-    assert [quantizer.phi_index(target) for target in (0, 1)] == [table[:3], table[:6]]
+    assert list(quantizer.bank(2).phi_index) == table
+    assert [list(quantizer.bank(target).phi_index) for target in (0, 1)] == [table[:3], table[:6]]
 
 
 def test_phi_index_per_target_starts_anew() -> None:
-    quantizer = MultiScaleQuantizer(replace(SMALL, phi_indexing="per_target"))
-    assert quantizer.phi_index(0) == [0, 2, 3]
-    assert quantizer.phi_index(1) == [0, 0, 1, 2, 3, 3]
-    assert quantizer.phi_index(2) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    quantizer = quantizer_of(replace(SMALL, phi_indexing="per_target"))
+    assert list(quantizer.bank(0).phi_index) == [0, 2, 3]
+    assert list(quantizer.bank(1).phi_index) == [0, 0, 1, 2, 3, 3]
+    assert list(quantizer.bank(2).phi_index) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
 
 
 def test_one_phi_a_step() -> None:
-    assert MultiScaleQuantizer(replace(SMALL, num_phi=10)).phi_index(2) == list(range(10))
+    assert list(quantizer_of(replace(SMALL, num_phi=10)).bank(2).phi_index) == list(range(10))

@@ -15,7 +15,7 @@ from tests.tolerances import TOLERANCES
 
 SCALES = MICRO.tokenizer.scales
 LENGTHS = [scale * scale for scale in SCALES]
-TOKENS = MICRO.tokenizer.num_tokens
+TOKENS = MICRO.tokenizer.pyramid.num_tokens
 CLASS_FREE = MICRO.transformer.num_classes - 1
 
 

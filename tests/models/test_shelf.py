@@ -67,7 +67,7 @@ def test_forward_is_teacher_forcing_on_the_features_of_the_tiles() -> None:
     lr, classes = torch.rand(2, 3, 8, 8) * 2 - 1, torch.tensor([0, 1])
     drawn, _ = model.sample(model.lr_features(lr), classes)
     logits = model(lr, classes, drawn)
-    assert logits.shape == (2, MICRO.tokenizer.num_tokens, MICRO.tokenizer.codebook_size)
+    assert logits.shape == (2, MICRO.tokenizer.pyramid.num_tokens, MICRO.tokenizer.codebook_size)
     assert torch.equal(logits.argmax(-1), drawn)  # greedy tokens, fed back, are the likeliest again
 
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hitsr_fast import extension
+from hitsr_fast.backends import instruction_sets
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import cached_attention, scale_block_attention
-from hitsr_fast.ops.nearest_code_cpu import instruction_sets
 from tests.tolerances import TOLERANCES
 
 BUILT = extension.unavailable() is None

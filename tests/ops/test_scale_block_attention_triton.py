@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from hitsr_fast.dispatch import use_backend
+from hitsr_fast.dispatch import operations, use_backend
 from hitsr_fast.ops import cached_attention, scale_block_attention
 from hitsr_fast.ops import scale_block_attention_triton as triton
-from hitsr_fast.ops.scale_block_attention_triton import supports
 from tests.ops.interpreter import run_cases
 from tests.ops.test_scale_block_attention import dense
 from tests.tolerances import TOLERANCES
@@ -22,17 +22,22 @@ def test_interpreted() -> None:
 
 def test_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    backend = operations()["cached_attention"].backends["triton"]
+
+    def refusal(q: Tensor, scale: float = 1.0) -> str | None:
+        return backend.refusal((q, q, q, 2, scale))
+
     q = torch.zeros(1, 2, 3, 4)
-    assert supports(q, q, q, [2], 1.0) == "needs CUDA or HIP tensors, found cpu"
+    assert refusal(q) == "needs CUDA or HIP tensors, found q on cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert supports(q, q, q, [2], 1.0) is None
-    assert supports(q.bfloat16(), 1.0) == "needs a GPU for bfloat16, found Triton's interpreter"
-    assert supports(q.double(), 1.0) == "needs float16, bfloat16 or float32, found float64"
-    assert supports(torch.zeros(1, 1, 1, 129), 1.0) == "needs D of at most 128, found 129"
-    assert supports(torch.zeros(65536, 1, 1, 1), 1.0) == "needs B of at most 65535, found 65536"
-    assert supports(torch.zeros(1, 1, 65536, 1), 1.0) == "needs NH of at most 65535, found 65536"
+    assert refusal(q) is None
+    assert refusal(q.bfloat16()) == "needs a GPU for bfloat16, found Triton's interpreter"
+    assert refusal(q.double()) == "needs float16, bfloat16 or float32, found q of float64"
+    assert refusal(torch.zeros(1, 1, 1, 129)) == "needs D of at most 128, found 129"
+    assert refusal(torch.zeros(65536, 1, 1, 1)) == "needs B of at most 65535, found 65536"
+    assert refusal(torch.zeros(1, 1, 65536, 1)) == "needs NH of at most 65535, found 65536"
     for scale in (0.0, -1.0):
-        assert supports(q, q, q, [2], scale) == f"needs a softmax_scale above 0, found {scale}"
+        assert refusal(q, scale) == f"needs a softmax_scale above 0, found {scale}"
 
 
 def test_the_table_of_blocks() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from hitsr_fast.configs import Config, Count, Share
 from hitsr_fast.models.base import ModelConfig
+from hitsr_fast.pyramid import ScalePyramid
 
 UPSCALE = 4  # full side over LR side; the paper trains x4 only
 
@@ -87,20 +89,15 @@ class TokenizerConfig(Config):
         """Side of the latent map of each target."""
         return tuple(int(target * self.latent_size) for target in self.targets)
 
+    @cached_property
+    def pyramid(self) -> ScalePyramid:
+        """Scales and targets; these are made of 3, 6 and 10 steps for HIT-VAR's ten scales (Algorithm 1)."""
+        return ScalePyramid(self.scales, self.target_sizes)
+
     @property
     def scale_factors(self) -> tuple[int, ...]:
         """Side of each target's image over that of the LR image: (1, 2, 4) for targets (1/4, 1/2, 1)."""
         return tuple(round(UPSCALE * target) for target in self.targets)
-
-    @property
-    def target_steps(self) -> tuple[int, ...]:
-        """Number of steps that each target is made of: 3, 6, 10 for HIT-VAR's ten scales (Algorithm 1)."""
-        return tuple(sum(scale <= size for scale in self.scales) for size in self.target_sizes)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens `T` of one image over all steps."""
-        return sum(scale * scale for scale in self.scales)
 
 
 @dataclass(frozen=True)

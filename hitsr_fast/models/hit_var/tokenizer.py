@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.models.hit_var.config import TokenizerConfig
 from hitsr_fast.nn.autoencoder import Decoder, Encoder, resize
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.nn.quantizer import ResidualQuantizer
 from hitsr_fast.ops import TokenizedPyramid
 
 
@@ -20,6 +20,19 @@ def enlarged(lr: Tensor, config: TokenizerConfig, target: int) -> Tensor:
     """
     side = config.target_sizes[target] * config.stride
     return resize(lr, (side, side), "bilinear")
+
+
+def quantizer_of(config: TokenizerConfig) -> ResidualQuantizer:
+    """The quantizer of a tokenizer."""
+    return ResidualQuantizer(
+        config.codebook_size,
+        config.code_dim,
+        config.pyramid,
+        phi_ratio=config.phi_ratio,
+        num_phi=config.num_phi,
+        phi_indexing=config.phi_indexing,
+        track_usage=False,
+    )
 
 
 class HitTokenizer(nn.Module):
@@ -43,7 +56,7 @@ class HitTokenizer(nn.Module):
         )
         self.encoder = Encoder(*geometry)
         self.quant_conv = nn.Conv2d(config.code_dim, config.code_dim, 3, padding=1)
-        self.quantize = MultiScaleQuantizer(config)
+        self.quantize = quantizer_of(config)
         self.decoders = nn.ModuleList(Decoder(*geometry, config.decoder_lr) for _ in config.targets)
 
     def forward(self, image: Tensor) -> dict[int, Tensor]:
@@ -92,4 +105,5 @@ class HitTokenizer(nn.Module):
     def decode_indices(self, indices: Tensor, targets: Sequence[int] | None = None) -> list[Tensor]:
         """Images that tokens `(B, T)` stand for, one a target number in `targets` (all by default)."""
         chosen = range(len(self.config.targets)) if targets is None else targets
-        return [self.decode(self.quantize.reconstruct(indices, target), target) for target in chosen]
+        latents = ((self.quantize.decode(indices, target).reconstruction, target) for target in chosen)
+        return [self.decode(latent, target) for latent, target in latents]

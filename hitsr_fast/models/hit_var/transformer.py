@@ -84,8 +84,7 @@ class HitTransformer(nn.Module):
         width = body.width
         self.scales = tokenizer.scales
         self.prefix_length = tokenizer.latent_size**2
-        self.block_lengths = [scale * scale for scale in self.scales]
-        self.block_lengths[0] += self.prefix_length
+        self.block_lengths = tokenizer.pyramid.block_lengths(self.prefix_length)
 
         self.word_embed = nn.Linear(tokenizer.code_dim, width)
         self.prefix_embed = nn.Linear(tokenizer.code_dim, width)
@@ -170,7 +169,7 @@ class HitTransformer(nn.Module):
                 side.
             class_id: `(B,)` int64; the last class is the class-free one. In training a share `class_dropout`
                 of the rows is replaced by it.
-            inputs: `(B, T - tokens of the first scale, C)`, see `MultiScaleQuantizer.teacher_inputs`.
+            inputs: `(B, T - tokens of the first scale, C)`, see `ResidualQuantizer.teacher_inputs`.
 
         Returns:
             `(B, T, K)` float32 logits.

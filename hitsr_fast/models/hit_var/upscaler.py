@@ -14,6 +14,7 @@ from hitsr_fast.models.base import INPUTS, Input
 from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_var.tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
+from hitsr_fast.nn.sampling import SamplingOptions
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var.model import HitVar
@@ -45,13 +46,10 @@ class HitUpscaler:
     def super_resolve(
         self,
         lr: Tensor,
+        sampling: SamplingOptions = SamplingOptions(),  # noqa: B008  # frozen
         *,
         input: Input = "clean",
         factors: Sequence[int] | None = None,
-        guidance: float = 0.0,
-        guided_scales: Sequence[int] | None = None,
-        top_k: int = 1,
-        top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> dict[int, Tensor]:
         """See `SuperResolver.super_resolve`; steps that no wanted factor needs are not run.
@@ -70,11 +68,8 @@ class HitUpscaler:
         _, latents = self.sampler.sample(
             self.lr_features(lr),
             torch.full((len(lr),), INPUTS.index(input), dtype=torch.int64, device=lr.device),
+            sampling,
             targets=max(targets.values()) + 1,
-            guidance=guidance,
-            guided_scales=guided_scales,
-            top_k=top_k,
-            top_p=top_p,
             generator=generator,
         )
         return {factor: self.decode(latents[target], target, lr) for factor, target in targets.items()}
@@ -82,7 +77,7 @@ class HitUpscaler:
     def to(self, dtype: torch.dtype) -> HitUpscaler:
         """The same with weights in `dtype`; itself it stays as it is."""
         other = copy.copy(self)
-        other.sampler = copy.deepcopy(self.sampler).to(dtype)
+        other.sampler = self.sampler.to(dtype)
         other.encoder = copy.deepcopy(self.encoder).to(dtype)
         other.decoders = [copy.deepcopy(decoder).to(dtype) for decoder in self.decoders]
         return other
