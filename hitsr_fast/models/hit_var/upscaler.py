@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.checks import FLOATING, check_choice, check_shape, check_tensor
 from hitsr_fast.models.base import INPUTS, Input
-from hitsr_fast.models.hit_sampler import HitSampler
+from hitsr_fast.models.hit_var.sampler import HitSampler
 from hitsr_fast.models.hit_var.tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
 from hitsr_fast.nn.sampling import SamplingOptions

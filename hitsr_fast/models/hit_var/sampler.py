@@ -26,7 +26,7 @@ from hitsr_fast.ops import modulated_layer_norm
 from hitsr_fast.ops.cuda_graphs import Graphs, capturing
 
 if TYPE_CHECKING:
-    from hitsr_fast.models.hit_var import HitVar
+    from hitsr_fast.models.hit_var.model import HitVar
 
 
 class HitSampler:
