@@ -319,7 +319,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 @functools.cache
 def _known_sets() -> tuple[str, ...]:
-    return tuple(torch.ops.hitsr_fast._nearest_code_isas())
+    return tuple(torch.ops.hitsr_fast._instruction_sets())
 
 
 def forced_instruction_set() -> str | None:

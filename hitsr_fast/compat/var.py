@@ -248,7 +248,7 @@ class VectorQuantizer2(ResidualQuantizer):
         bank = self.bank(scales=len(sizes))
         differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bank[:3])
         out = bank.decode(
-            codes, sizes[: fed + 1], sizes[-1], inputs=not differentiable, per_scale=differentiable
+            codes, sizes[: fed + 1], sizes[-1], return_inputs=not differentiable, per_scale=differentiable
         )
         if out.reconstructions is None:
             return out.inputs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from hitsr_fast.compat.var import VectorQuantizer2
 from hitsr_fast.nn.bank import ReconstructionWalk
 from hitsr_fast.nn.cached_body import CachedBody
 from hitsr_fast.nn.sampling import Classifier, SamplingOptions, guided_logits, sample_scales
-from hitsr_fast.nn.versions import Version, version_of
+from hitsr_fast.nn.versions import Snapshot
 
 
 class _Weights(NamedTuple):
@@ -66,7 +65,7 @@ class VarSampler:
         self.model = model
         self.dtype = dtype
         self._kept: _Weights | None = None
-        self._sources: list[tuple[Tensor, Version]] = []
+        self._sources: list[Snapshot] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": None, "_sources": []}
@@ -200,25 +199,16 @@ class VarSampler:
         sources = [*blocks.parameters(), *head.parameters()]
         if all(tensor.dtype == dtype for tensor in sources) or not has_values(head.weight):
             return self._made(dtype)
-        kept = self._kept
-        if kept is None or kept.head.weight.dtype != dtype or not _unchanged(sources, self._sources):
-            kept = self._kept = self._made(dtype)
-            self._sources = [(tensor.detach(), version_of(tensor)) for tensor in sources]
-        return kept
+        same = len(self._sources) == len(sources) and all(
+            known.is_of(tensor) for known, tensor in zip(self._sources, sources, strict=True)
+        )
+        if self._kept is None or self._kept.body.dtype != dtype or not same:
+            self._kept = self._made(dtype)
+            self._sources = [Snapshot(tensor) for tensor in sources]
+        return self._kept
 
     def _made(self, dtype: torch.dtype) -> _Weights:
         blocks, head = self.model.blocks, self.model.head
         attention, norm = blocks[0].attn, blocks[0].ln_wo_grad
         body = CachedBody(blocks, attention.num_heads, float(attention.scale), dtype, norm.eps)
         return _Weights(body, Classifier(head.weight.to(dtype), head.bias.to(dtype)))
-
-
-def _unchanged(tensors: Sequence[Tensor], known: Sequence[tuple[Tensor, Version]]) -> bool:
-    """Whether they are in the memory that those known hold, and unwritten by PyTorch's count."""
-    return len(tensors) == len(known) and all(
-        (tensor.dtype, tensor.device) == (alias.dtype, alias.device)
-        and tensor.data_ptr() == alias.data_ptr()
-        and not tensor.is_inference()
-        and version_of(tensor) == version
-        for tensor, (alias, version) in zip(tensors, known, strict=True)
-    )

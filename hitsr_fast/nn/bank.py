@@ -46,11 +46,6 @@ class QuantizerBank(NamedTuple):
         codebook, weight, bias = (tensor.to(dtype) for tensor in self[:3])
         return self._replace(codebook=codebook, phi_weight=weight, phi_bias=bias)
 
-    def detach(self) -> QuantizerBank:
-        """The same without gradients."""
-        codebook, weight, bias = (tensor.detach() for tensor in self[:3])
-        return self._replace(codebook=codebook, phi_weight=weight, phi_bias=bias)
-
     def quantize(self, z: Tensor, scales: Sequence[Scale], **options: Any) -> ResidualQuantized:
         """`residual_quantize` of `(B, C, H, W)` over some first scales, with its other options."""
         options |= self._options(scales)

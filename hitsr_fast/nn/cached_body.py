@@ -18,35 +18,11 @@ from hitsr_fast.ops import attention_prologue, cached_attention, gated_residual,
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class KVCache:
-    """Keys and values of all layers, preallocated and written in place by `attention_prologue`.
+class KVCache(NamedTuple):
+    """Keys and values of all layers, `(layers, B, T, NH, D)`, which `attention_prologue` writes in place."""
 
-    Args:
-        layers: Number of blocks.
-        batch: Sequences.
-        tokens: Room for this many tokens a sequence.
-        heads: Attention heads.
-        head_dim: Width of a head.
-        dtype: Of keys and values.
-        device: Where they are.
-
-    Attributes:
-        k, v: `(layers, B, T, NH, D)`; what has not been written yet is not initialised.
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        batch: int,
-        tokens: int,
-        heads: int,
-        head_dim: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.k = torch.empty(layers, batch, tokens, heads, head_dim, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
+    k: Tensor
+    v: Tensor
 
     def first(self, batch: int) -> KVCache:
         """The first `batch` sequences, in the same memory.
@@ -56,9 +32,7 @@ class KVCache:
             ValueError: There are not so many.
         """
         check_integer("batch", batch, 0, self.k.shape[1], "B")
-        part = object.__new__(KVCache)
-        part.k, part.v = self.k[:, :batch], self.v[:, :batch]
-        return part
+        return KVCache(self.k[:, :batch], self.v[:, :batch])
 
 
 class CachedBlock(NamedTuple):
@@ -148,12 +122,10 @@ class CachedBody:
         return other
 
     def new_cache(self, batch: int, tokens: int) -> KVCache:
-        """A cache for `batch` sequences of up to `tokens` tokens."""
+        """A cache for `batch` sequences of up to `tokens` tokens; what is not written is not initialised."""
         weight = self.blocks[0].qkv_weight
-        head_dim = weight.shape[1] // self.heads
-        return KVCache(
-            len(self.blocks), batch, tokens, self.heads, head_dim, dtype=self.dtype, device=weight.device
-        )
+        shape = len(self.blocks), batch, tokens, self.heads, weight.shape[1] // self.heads
+        return KVCache(weight.new_empty(shape), weight.new_empty(shape))
 
     def __call__(self, x: Tensor, modulation: Tensor, cache: KVCache, start: int) -> Tensor:
         """Output `(B, L, C)` for new tokens `x` `(B, L, C)`, which see the first `start` ones and themselves.

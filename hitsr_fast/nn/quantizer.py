@@ -107,8 +107,8 @@ class ResidualQuantizer(nn.Module):
             scales: Their number, where they are other ones than the pyramid's.
         """
         steps = self.pyramid.steps[target] if scales is None else scales
-        every = steps if self.phi_indexing == "per_target" or scales else len(self.pyramid.scales)
-        phi_index = tuple(phi_table(every, self.num_phi)[:steps])
+        own = scales is None and self.phi_indexing == "global"
+        phi_index = tuple(phi_table(len(self.pyramid.scales) if own else steps, self.num_phi)[:steps])
         return QuantizerBank(*self._parameters_as_tensors(), phi_index, self.phi_ratio, self.metric)
 
     def banks(self) -> list[QuantizerBank]:
@@ -124,7 +124,7 @@ class ResidualQuantizer(nn.Module):
             z: floating.
             scales: other ones than the module's own.
             steps: stop after so many of them, with the phis of the whole list.
-            options: `replay`, `inputs`, `per_scale` of the op.
+            options: `replay`, `return_inputs`, `per_scale` of the op.
         """
         sizes = self.pyramid.scales if scales is None else scales
         bank = self.bank(scales=len(sizes))
@@ -165,7 +165,7 @@ class ResidualQuantizer(nn.Module):
         Args:
             indices: of all scales, or of some first ones; those of later targets are left out.
             target: its number, 0 the coarsest; by default the last.
-            options: `inputs`, `per_scale` of the op.
+            options: `return_inputs`, `per_scale` of the op.
         """
         pyramid = self.pyramid
         if indices.dim() != 2 or indices.shape[1] not in pyramid.ends:
@@ -191,7 +191,7 @@ class ResidualQuantizer(nn.Module):
         first = known = pyramid.lengths[0]
         segments = []
         for target in targets if ar_grid == "target" else targets[-1:]:
-            inputs = self.decode(indices, target, inputs=True).inputs
+            inputs = self.decode(indices, target, return_inputs=True).inputs
             assert inputs is not None
             segments.append(inputs[:, known - first :])  # those of the steps that this target owns
             known = first + inputs.shape[1]

@@ -28,6 +28,10 @@ def constants(heads: int, head_dim: int) -> dict[str, Any]:
     return {"NH": heads, "D": head_dim, "HEADS": together, "BLOCK": block, **options}
 
 
+def _stride(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tensor.stride()
+
+
 def attention_prologue_triton(
     qkv: Tensor,
     k_cache: Tensor,
@@ -46,21 +50,7 @@ def attention_prologue_triton(
     if q.numel() > 0:
         block = constants(NH, D)
         _attention_prologue_kernel[(L, B, cdiv(NH, block["HEADS"]))](
-            qkv,
-            bias,
-            q_scale,
-            rotary,
-            q,
-            k_cache,
-            v_cache,
-            L,
-            start,
-            *qkv.stride(),
-            *k_cache.stride(),
-            *v_cache.stride(),
-            *((0,) if bias is None else bias.stride()),
-            *((0,) if q_scale is None else q_scale.stride()),
-            *((0, 0, 0) if rotary is None else rotary.stride()),
-            **block,
-        )
+            qkv, bias, q_scale, rotary, q, k_cache, v_cache, L, start,
+            qkv.stride(), k_cache.stride(), v_cache.stride(), *map(_stride, (bias, q_scale, rotary)), **block,
+        )  # fmt: skip
     return q

@@ -47,34 +47,13 @@ def group_norm_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int,
     moments = torch.empty(B, blocks, 2, C, dtype=torch.float32, device=x.device)
     mean, rstd = (torch.empty(B, groups, dtype=torch.float32, device=x.device) for _ in range(2))
     grid = (blocks, cdiv(C, tile["CHANNELS"]), B)
-    _group_norm_moments_kernel[grid](x, moments, P, *strides, C=C, **tile, **_OPTIONS)
+    _group_norm_moments_kernel[grid](x, moments, P, strides, C=C, **tile, **_OPTIONS)
     _group_norm_join_kernel[groups, B](
-        moments,
-        mean,
-        rstd,
-        P,
-        eps,
-        C=C,
-        GROUPS=groups,
-        PIXELS=tile["PIXELS"],
-        BLOCKS=max(_VALUES // 2 // width, 1),
-        WIDTH=width,
-        **_OPTIONS,
-    )
+        moments, mean, rstd, P, eps, C=C, GROUPS=groups, PIXELS=tile["PIXELS"],
+        BLOCKS=max(_VALUES // 2 // width, 1), WIDTH=width, **_OPTIONS,
+    )  # fmt: skip
     _group_norm_apply_kernel[grid](
-        x,
-        weight,
-        bias,
-        mean,
-        rstd,
-        out,
-        P,
-        *strides,
-        *weight.stride(),
-        *bias.stride(),
-        C=C,
-        GROUPS=groups,
-        **tile,
-        **_OPTIONS,
-    )
+        x, weight, bias, mean, rstd, out, P, strides, weight.stride(), bias.stride(),
+        C=C, GROUPS=groups, **tile, **_OPTIONS,
+    )  # fmt: skip
     return out

@@ -32,19 +32,9 @@ def modulated_layer_norm_triton(
     mean, rstd = (torch.empty(B, L, dtype=torch.float32, device=x.device) for _ in range(2))
     if out.numel() > 0:
         _modulated_layer_norm_fwd_kernel[(L, B)](
-            x,
-            scale,
-            shift,
-            out,
-            mean,
-            rstd,
-            L,
-            eps,
-            *x.stride(),
-            *scale.stride(),
-            *shift.stride(),
-            **constants(C),
-        )
+            x, scale, shift, out, mean, rstd, L, eps,
+            x.stride(), scale.stride(), shift.stride(), **constants(C),
+        )  # fmt: skip
     return out, mean, rstd
 
 
@@ -59,20 +49,9 @@ def modulated_layer_norm_backward_triton(
     sums = torch.empty(B, cdiv(L, _ROWS), 2, C, dtype=torch.float32, device=x.device)
     if grad_x.numel() > 0:
         _modulated_layer_norm_bwd_kernel[(cdiv(L, _ROWS), B)](
-            grad,
-            x,
-            scale,
-            mean.contiguous(),
-            rstd.contiguous(),
-            grad_x,
-            sums,
-            L,
-            *grad.stride(),
-            *x.stride(),
-            *scale.stride(),
-            ROWS=_ROWS,
-            **constants(C),
-        )
+            grad, x, scale, mean.contiguous(), rstd.contiguous(), grad_x, sums, L,
+            grad.stride(), x.stride(), scale.stride(), ROWS=_ROWS, **constants(C),
+        )  # fmt: skip
     grad_scale, grad_shift = sums.sum(1).unbind(1)
     return grad_x, grad_scale.to(scale.dtype).contiguous(), grad_shift.contiguous()
 
@@ -85,7 +64,7 @@ def gated_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() > 0:
         _gated_residual_fwd_kernel[(L, B)](
-            x, y, gate, out, L, *x.stride(), *y.stride(), *gate.stride(), **constants(C)
+            x, y, gate, out, L, x.stride(), y.stride(), gate.stride(), **constants(C)
         )
     return out
 
@@ -98,8 +77,8 @@ def gated_residual_backward_triton(grad: Tensor, y: Tensor, gate: Tensor) -> tup
     grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     sums = torch.empty(B, cdiv(L, _ROWS), C, dtype=torch.float32, device=y.device)
     if grad_y.numel() > 0:
-        strides = (*grad.stride(), *y.stride(), *gate.stride())
         _gated_residual_bwd_kernel[(cdiv(L, _ROWS), B)](
-            grad, y, gate, grad_y, sums, L, *strides, ROWS=_ROWS, **constants(C)
-        )
+            grad, y, gate, grad_y, sums, L,
+            grad.stride(), y.stride(), gate.stride(), ROWS=_ROWS, **constants(C),
+        )  # fmt: skip
     return grad_y, sums.sum(1).to(gate.dtype)

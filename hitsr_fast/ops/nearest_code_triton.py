@@ -180,46 +180,18 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
         end = min(begin + most, count)
         place = (begin, end, height, width)
         _nearest_code_round_kernel[(cdiv(end - begin, rounding["ROWS"]), groups)](
-            maps,
-            mean,
-            bounds,
-            rounded,
-            margins,
-            *place,
-            *maps.stride(),
-            COSINE=cosine,
-            **rounding,
-            **ROUND_OPTIONS,
-        )
+            maps, mean, bounds, rounded, margins, *place, maps.stride(),
+            COSINE=cosine, **rounding, **ROUND_OPTIONS,
+        )  # fmt: skip
         row_blocks = cdiv(end - begin, block)
         share = cdiv(tiles, cdiv(_PROGRAMS, row_blocks * groups))
         _nearest_code_screen_kernel[(row_blocks, cdiv(tiles, share), groups)](
-            rounded,
-            codes,
-            half_norms,
-            minima,
-            margins,
-            end - begin,
-            tiles,
-            share,
-            **screen,
-            **screen_options(channels),
-        )
+            rounded, codes, half_norms, minima, margins, end - begin, tiles, share,
+            **screen, **screen_options(channels),
+        )  # fmt: skip
         _nearest_code_recheck_kernel[(cdiv(end - begin, recheck["ROWS"]), groups)](
-            maps,
-            exact,
-            bounds,
-            minima,
-            margins,
-            indices,
-            *place,
-            codebook.shape[-2],
-            channels,
-            tiles,
-            *maps.stride(),
-            count,
-            COSINE=cosine,
-            **recheck,
-            **RECHECK_OPTIONS,
-        )
+            maps, exact, bounds, minima, margins, indices,
+            *place, codebook.shape[-2], channels, tiles, maps.stride(), indices.stride(),
+            COSINE=cosine, **recheck, **RECHECK_OPTIONS,
+        )  # fmt: skip
     return indices.view(shape)

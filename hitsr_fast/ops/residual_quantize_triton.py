@@ -153,33 +153,16 @@ class _Searcher:
         pooled = without if inputs is None else inputs
         map_pooled = without[None] if reconstruction is None else reconstruction
         _residual_quantize_search_kernel[(programs, shares)](
-            residual,
-            map_pooled,
-            indices,
-            pooled,
-            *self._parts,
+            residual, map_pooled, indices, pooled, *self._parts,
             new(programs * tiles * block * classes),
             new(programs * shares * block * padded),
             new(programs * shares * block * padded, dtype=torch.float16),
             new(programs * shares * block * 3),
-            self._arrived,
-            rows,
-            scale.begin,
-            *bins,
-            self._size,
-            self._channels,
-            tiles,
-            share,
-            *residual.stride(),
-            *map_pooled.stride(),
-            indices.stride(0),
-            *pooled.stride(),
-            INPUTS=inputs is not None,
-            SHARED=shares > 1,
-            COSINE=self._metric == "cosine",
-            **constants,
-            **search_options(self._channels, block),
-        )
+            self._arrived, rows, scale.begin, *bins, self._size, self._channels, tiles, share,
+            residual.stride(), map_pooled.stride(), indices.stride(), pooled.stride(),
+            INPUTS=inputs is not None, SHARED=shares > 1, COSINE=self._metric == "cosine",
+            **constants, **search_options(self._channels, block),
+        )  # fmt: skip
 
 
 def _pool(x: Tensor, scale: Scale, rows: Tensor) -> None:
@@ -191,7 +174,7 @@ def _pool(x: Tensor, scale: Scale, rows: Tensor) -> None:
     count = x.shape[0] * scale.h * scale.w
     grid = cdiv(count, constants["BLOCK_N"]), cdiv(x.shape[1], constants["BLOCK_P"])
     _residual_quantize_pool_kernel[grid](
-        x, rows, count, *bins, *x.stride(), *rows.stride(), **constants, **OPTIONS
+        x, rows, count, *bins, x.stride(), rows.stride(), **constants, **OPTIONS
     )
 
 
@@ -241,34 +224,15 @@ class _Updater:
 
         taken = out if residual is None else residual
         _residual_quantize_update_kernel[(self._programs,)](
-            indices,
-            self._codebook,
-            self._weight[scale.phi],
-            self._bias[scale.phi],
-            taken,
+            indices, self._codebook, self._weight[scale.phi], self._bias[scale.phi], taken,
             out if residual_out is None else residual_out,
             out if reconstruction is None else reconstruction,
-            out,
-            self._strips,
-            self._blocks,
-            scale.begin,
-            scale.h,
-            scale.w,
-            *out.shape[2:],
-            1 - self._ratio,
-            self._ratio,
-            *indices.stride(),
-            *self._codebook.stride(),
-            *self._weight.stride()[1:],
-            self._bias.stride(1),
-            *taken.stride(),
-            *out.stride(),
-            PHI=self._ratio != 0,
-            FIRST=reconstruction is None,
-            RESIDUAL=residual_out is not None,
-            **self._constants,
-            **update_options(self._codebook.shape[1], self._ratio != 0),
-        )
+            out, self._strips, self._blocks, scale.begin, scale.h, scale.w, *out.shape[2:],
+            1 - self._ratio, self._ratio, indices.stride(), self._codebook.stride(),
+            self._weight.stride()[1:], self._bias.stride()[1:], taken.stride(), out.stride(),
+            PHI=self._ratio != 0, FIRST=reconstruction is None, RESIDUAL=residual_out is not None,
+            **self._constants, **update_options(self._codebook.shape[1], self._ratio != 0),
+        )  # fmt: skip
 
 
 def residual_quantize_triton(*args: Any) -> tuple[Tensor, ...]:

@@ -41,23 +41,10 @@ def sample_codes_triton(
     if len(x) > 0:
         some = 0 < top_k < V
         _sample_codes_kernel[(len(x),)](
-            x,
-            other,
-            codes if state is None else state,
-            codes,
-            *x.stride(),
-            *other.stride(),
-            V,
-            1 + guidance,
-            guidance,
-            power_scale(temperature),
-            V - top_k if some else 0,
-            dropped_fraction(top_p),
-            GUIDED=uncond_logits is not None,
-            GREEDY=state is None,
-            TOP_K=some,
-            TOP_P=0 < top_p < 1,
-            **constants(V),
-            **_OPTIONS,
-        )
+            x, other, codes if state is None else state, codes, x.stride(), other.stride(),
+            V, 1 + guidance, guidance, power_scale(temperature),
+            V - top_k if some else 0, dropped_fraction(top_p),
+            GUIDED=uncond_logits is not None, GREEDY=state is None, TOP_K=some, TOP_P=0 < top_p < 1,
+            **constants(V), **_OPTIONS,
+        )  # fmt: skip
     return codes.view(logits.shape[:-1])

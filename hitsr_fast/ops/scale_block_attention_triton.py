@@ -154,20 +154,9 @@ def scale_block_attention_triton(
     chosen = constants("forward", q.dtype, D)
     if out.numel() > 0:
         _scale_block_attention_fwd_kernel[(cdiv(T, chosen["BLOCK_M"]), NH, B)](
-            q,
-            k,
-            v,
-            block_table(tuple(block_lengths), q.device),
-            out,
-            lse,
-            T,
-            NH,
-            softmax_scale * _LOG2E,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            **chosen,
-        )
+            q, k, v, block_table(tuple(block_lengths), q.device), out, lse, T, NH, softmax_scale * _LOG2E,
+            q.stride(), k.stride(), v.stride(), **chosen,
+        )  # fmt: skip
     return out, lse
 
 
@@ -195,23 +184,12 @@ def scale_block_attention_backward_triton(
     by_keys, by_queries = constants("dkdv", q.dtype, D), constants("dq", q.dtype, D)
     if q.numel() > 0:
         lse = lse.contiguous()
-        strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride())
+        strides = (grad.stride(), q.stride(), k.stride(), v.stride())
         given = (grad, q, k, v, block_table(tuple(block_lengths), q.device), lse, delta)
         _scale_block_attention_delta_kernel[(cdiv(T, _ROWS), NH, B)](
-            grad,
-            out,
-            delta,
-            T,
-            NH,
-            *grad.stride(),
-            *out.stride(),
-            D=D,
-            DP=by_keys["DP"],
-            ROWS=_ROWS,
-            num_warps=4,
-            num_stages=1,
-            enable_fp_fusion=True,
-        )
+            grad, out, delta, T, NH, grad.stride(), out.stride(), D=D, DP=by_keys["DP"], ROWS=_ROWS,
+            num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
         _scale_block_attention_dkdv_kernel[(cdiv(T, by_keys["BLOCK_N"]), NH, B)](
             *given, grad_k, grad_v, T, NH, softmax_scale, *strides, **by_keys
         )
@@ -241,36 +219,12 @@ def cached_attention_triton(
         parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         log_totals = torch.empty(splits, B, NH, L, dtype=torch.float32, device=q.device)
     _cached_attention_kernel[(row_tiles * splits, NH, B)](
-        q,
-        k_cache,
-        v_cache,
-        parts,
-        log_totals,
-        L,
-        NH,
-        length,
-        share,
-        row_tiles,
-        softmax_scale * _LOG2E,
-        *q.stride(),
-        *k_cache.stride(),
-        *v_cache.stride(),
-        SPLIT=splits > 1,
-        **chosen,
-    )
+        q, k_cache, v_cache, parts, log_totals, L, NH, length, share, row_tiles, softmax_scale * _LOG2E,
+        q.stride(), k_cache.stride(), v_cache.stride(), SPLIT=splits > 1, **chosen,
+    )  # fmt: skip
     if splits > 1:
         _cached_attention_combine_kernel[(cdiv(L, _COMBINED), NH, B)](
-            parts,
-            log_totals,
-            out,
-            L,
-            NH,
-            splits,
-            D=D,
-            DP=chosen["DP"],
-            ROWS=_COMBINED,
-            num_warps=4,
-            num_stages=2,
-            enable_fp_fusion=True,
-        )
+            parts, log_totals, out, L, NH, splits, D=D, DP=chosen["DP"], ROWS=_COMBINED,
+            num_warps=4, num_stages=2, enable_fp_fusion=True,
+        )  # fmt: skip
     return out

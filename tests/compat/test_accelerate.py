@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.peers import var_model
 from benchmarks.peers.var_autoencoder import VQVAE
 from benchmarks.peers.var_model import VAR
+from benchmarks.shapes import MODELS
 from hitsr_fast.compat import VectorQuantizer2, accelerate, undo
 from hitsr_fast.compat.var_sampler import mixtures
 from hitsr_fast.dispatch import use_backend
@@ -26,8 +27,7 @@ from tests.ops.chi_square import chi_square, chi_square_bound
 from tests.tolerances import TOLERANCES
 
 SAME = TOLERANCES["float32_reordered"]._asdict()
-VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+VAR_256, VAR_512 = MODELS["var-256"].scales, MODELS["var-512"].scales
 SEVERAL = (1, 2, 3, 5, 8)
 FEW = (1, 2, 4)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers.var_quantizer import EagerQuantizer
+from benchmarks.shapes import MODELS
 from hitsr_fast.compat import VectorQuantizer2, varsr
 from hitsr_fast.ops import ResidualQuantized
 from tests.nn.eager import eager_of, randomize
@@ -19,8 +20,7 @@ from tests.ops.residual_quantizer import assert_as_good
 from tests.tolerances import TOLERANCES
 
 SAME = TOLERANCES["float64_reordered"]._asdict()
-VAR_16 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-VAR_32 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+VAR_16, VAR_32 = MODELS["var-256"].scales, MODELS["var-512"].scales
 PAIRS = ((1, 1), (2, 3), (5, 4), (6, 7))
 SCALES = {"1..16": VAR_16, "1..32": VAR_32, "pairs": PAIRS}
 GRID = [

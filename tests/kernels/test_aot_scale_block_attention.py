@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.shapes import MODELS
 from hitsr_fast.ops import scale_block_attention_triton as triton
 from tests.kernels.aot import TARGETS, Kernel, check_resources, compile_launches
 
@@ -18,7 +19,7 @@ DECODE, COMBINE = "_cached_attention_kernel", "_cached_attention_combine_kernel"
 TRAINING = {FORWARD: "forward", DKDV: "dkdv", DQ: "dq"}
 
 # Of HIT-VAR at 512 pixels: the prefix and the first scale, then the other nine.
-BLOCKS = [1040, 36, 64, 100, 196, 256, 400, 576, 784, 1024]
+BLOCKS = MODELS["hit-d16"].blocks
 
 # Instructions of a thread in a turn of the loop over whole tiles, over its scores: bfloat16, D = 64.
 BUDGET = {

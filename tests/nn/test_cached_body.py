@@ -36,7 +36,7 @@ def call(changed: dict[str, Any]) -> Tensor:
 
 
 def cache_of(layers: int) -> KVCache:
-    return KVCache(layers, B, L, HEADS, C // HEADS, dtype=torch.float32, device=torch.device("cpu"))
+    return KVCache(*torch.zeros(2, layers, B, L, HEADS, C // HEADS))
 
 
 @torch.no_grad()

@@ -189,7 +189,7 @@ def test_usage_is_summed_over_processes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_decode_and_teacher_inputs() -> None:
     quantizer, z = make(), latent()
     eager = eager_of(quantizer)
-    out, encoded = quantizer.quantize(z, inputs=True, per_scale=True), eager.encode(z, every_map=True)
+    out, encoded = quantizer.quantize(z, return_inputs=True, per_scale=True), eager.encode(z, every_map=True)
     assert out.reconstructions is not None
     torch.testing.assert_close(out.reconstructions, torch.stack(encoded.maps), **SAME)
     torch.testing.assert_close(quantizer.decode(out.indices).reconstruction, encoded.maps[-1], **SAME)

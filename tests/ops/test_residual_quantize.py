@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.shapes import MODELS
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.models import HitVar
 from hitsr_fast.ops import (
@@ -45,7 +46,7 @@ from tests.tolerances import TOLERANCES
 METRICS: st.SearchStrategy[Metric] = st.sampled_from(["l2", "cosine"])
 on_every_backend = pytest.mark.parametrize("backend", backends("residual_quantize"))
 PHOTO = Path(__file__).parents[2] / "examples" / "budgie-osprey.jpg"
-HIT_SCALES = [4, 6, 8, 10, 14, 16, 20, 24, 28, 32]
+HIT_SCALES = MODELS["hit-d16"].scales
 
 
 def plain(
@@ -105,7 +106,7 @@ def test_each_scale_finds_the_nearest_codes(
 
 @on_every_backend
 @pytest.mark.parametrize(
-    ("scales", "C", "P"), [([1, 2, 3, 4, 5, 6, 8, 10, 13, 16], 32, 4), ([(1, 3), (4, 5), (9, 7)], 8, 1)]
+    ("scales", "C", "P"), [(MODELS["var-256"].scales, 32, 4), ([(1, 3), (4, 5), (9, 7)], 8, 1)]
 )
 def test_scales_of_models(backend: str, scales: list[Any], C: int, P: int) -> None:
     H, W = (scales[-1], scales[-1]) if isinstance(scales[-1], int) else scales[-1]

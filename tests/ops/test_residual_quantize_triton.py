@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
+from benchmarks.shapes import MODELS
 from hitsr_fast.dispatch import BackendUnavailableError, use_backend
 from hitsr_fast.kernels import residual_quantize as kernels
 from hitsr_fast.ops import nearest_code_triton, prepare_codebook, residual_decode, residual_quantize
@@ -18,7 +19,7 @@ from tests.ops.interpreter import run_cases
 from tests.ops.residual_quantizer import assert_agrees, assert_as_good, bank
 
 HIT: dict[str, Any] = {
-    "scales": [4, 6, 8, 10, 14, 16, 20, 24, 28, 32],
+    "scales": list(MODELS["hit-d16"].scales),
     "phi_index": [0, 0, 1, 1, 1, 2, 2, 3, 3, 3],
 }
 

@@ -125,3 +125,12 @@ def test_dtypes(config: type[StageConfig]) -> None:
 def test_every_number_has_a_range(config: type) -> None:
     numbers = {field.name for field in fields(config) if type(getattr(config(), field.name)) in (int, float)}
     assert numbers == set(RANGES[config])
+
+
+def test_a_recipe_is_json_both_ways() -> None:
+    recipe = Recipe(holdout=("a", "b"), decoder=DecoderTrainConfig(dtype="float32", sampled=0.5))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    with pytest.raises(ValueError, match=r"config\.decoder: unknown keys \['dtpye'\]"):
+        Recipe.from_json('{"decoder": {"dtpye": "float32"}}')
+    with pytest.raises(ValueError, match=r"dtype: expected .*, found 'half'"):
+        Recipe.from_json('{"decoder": {"dtype": "half"}}')

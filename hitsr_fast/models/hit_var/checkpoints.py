@@ -15,6 +15,8 @@ from hitsr_fast.models.hit_var.transformer import HitTransformer
 # Buffers of the public checkpoints that hold no weights.
 _VQVAE_IGNORED = ("quantize.ema_vocab_hit_SV",)
 _VAR_IGNORED = ("lvl_1L", "attn_bias_for_masking")
+# One tensor here, one for each phi there.
+_STACKED = ("quantize.phi_weight", "quantize.phi_bias")
 
 
 def load_vqvae(tokenizer: HitTokenizer, state: Mapping[str, Tensor], source: str = "state dict") -> None:
@@ -28,34 +30,19 @@ def load_vqvae(tokenizer: HitTokenizer, state: Mapping[str, Tensor], source: str
     Raises:
         CheckpointError: If keys are missing, unexpected or mis-shaped; they are named as in the checkpoint.
     """
-    config = tokenizer.config
     state = {key: value for key, value in state.items() if key not in _VQVAE_IGNORED}
-    own = tokenizer.state_dict()
+    sources = {key: _public_keys(key, state, tokenizer.config.num_phi) for key in tokenizer.state_dict()}
     expected: dict[str, tuple[int, ...]] = {}
-    for key, value in own.items():
-        if key.startswith("decoders.0."):
-            expected[_public_decoder_key(key)] = tuple(value.shape)
-        elif not key.startswith(("decoders.", "quantize.")):
-            expected[key] = tuple(value.shape)
-    phis = _phi_keys(state, config.num_phi)
-    dim = config.code_dim
-    expected["quantize.embedding.weight"] = (config.codebook_size, dim)
-    for phi in phis:
-        expected[f"{phi}.weight"] = (dim, dim, 3, 3)
-        expected[f"{phi}.bias"] = (dim,)
+    for key, value in tokenizer.state_dict().items():
+        shape = tuple(value.shape[1:] if key in _STACKED else value.shape)
+        expected |= dict.fromkeys(sources[key], shape)
     check_state(expected, state, source)
-
-    loaded: dict[str, Tensor] = {
-        "quantize.codebook": state["quantize.embedding.weight"],
-        "quantize.phi_weight": torch.stack([state[f"{phi}.weight"] for phi in phis]),
-        "quantize.phi_bias": torch.stack([state[f"{phi}.bias"] for phi in phis]),
-    }
-    for key in own:
-        if key.startswith("decoders."):
-            loaded[key] = state[_public_decoder_key(key)]
-        elif not key.startswith("quantize."):
-            loaded[key] = state[key]
-    tokenizer.load_state_dict(loaded)
+    tokenizer.load_state_dict(
+        {
+            key: torch.stack([state[name] for name in names]) if key in _STACKED else state[names[0]]
+            for key, names in sources.items()
+        }
+    )
 
 
 @torch.no_grad()
@@ -113,18 +100,21 @@ def init_from_var(
     transformer.load_state_dict(loaded)
 
 
-def _public_decoder_key(key: str) -> str:
-    name = key.split(".", 2)[2]
-    return name if name.startswith("post_quant_conv.") else f"decoder.{name}"
-
-
-def _phi_keys(state: Mapping[str, Tensor], num_phi: int) -> list[str]:
-    """Prefixes of the phi convolutions in the checkpoint: one a step, one for all, or a shared bank."""
-    if "quantize.quant_resi.0.weight" in state:
-        return [f"quantize.quant_resi.{i}" for i in range(num_phi)]
-    if "quantize.quant_resi.qresi.weight" in state:
-        return ["quantize.quant_resi.qresi"] * num_phi
-    return [f"quantize.quant_resi.qresi_ls.{i}" for i in range(num_phi)]
+def _public_keys(key: str, state: Mapping[str, Tensor], num_phi: int) -> list[str]:
+    """What a tensor of a tokenizer is called in a public VQVAE; the phis have one each, and three ways."""
+    if key in _STACKED:
+        part = key.removeprefix("quantize.phi_")
+        if "quantize.quant_resi.0.weight" in state:  # one a step
+            return [f"quantize.quant_resi.{i}.{part}" for i in range(num_phi)]
+        if "quantize.quant_resi.qresi.weight" in state:  # one for all
+            return [f"quantize.quant_resi.qresi.{part}"] * num_phi
+        return [f"quantize.quant_resi.qresi_ls.{i}.{part}" for i in range(num_phi)]
+    if key == "quantize.codebook":
+        return ["quantize.embedding.weight"]
+    if key.startswith("decoders."):
+        name = key.split(".", 2)[2]
+        return [name if name.startswith("post_quant_conv.") else f"decoder.{name}"]
+    return [key]
 
 
 def _is_weight(key: str) -> bool:

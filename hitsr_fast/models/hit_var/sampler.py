@@ -20,9 +20,8 @@ from hitsr_fast.checks import (
     has_values,
 )
 from hitsr_fast.nn.bank import ReconstructionWalk
-from hitsr_fast.nn.cached_body import CachedBody, KVCache, modulation_table
+from hitsr_fast.nn.cached_body import CachedBody, modulation_table
 from hitsr_fast.nn.sampling import Classifier, SamplingOptions, SamplingPlan, sample_scales
-from hitsr_fast.ops import modulated_layer_norm
 from hitsr_fast.ops.cuda_graphs import Graphs, capturing
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ class HitSampler:
         )
         self.prefix_embed, self.word_embed = linear(transformer.prefix_embed), linear(transformer.word_embed)
         self.classifier = Classifier(*linear(transformer.head))
-        self.banks = [bank.detach().to(self.places[0].dtype) for bank in model.tokenizer.quantize.banks()]
+        self.banks = [bank.to(self.places[0].dtype) for bank in model.tokenizer.quantize.banks()]
         self._cuda_graphs = cuda_graphs
         self._graphs = Graphs(self._walk)
 
@@ -173,25 +172,6 @@ class HitSampler:
         )
         doubted = torch.stack(doubt).sum(0)[:, None, None, None]
         return torch.cat(tokens, 1), *(latent + doubted for latent in walk.finished)
-
-    @torch.no_grad()
-    def step_logits(self, x: Tensor, class_id: Tensor, cache: KVCache, start: int, step: int) -> Tensor:
-        """Blocks and classifier on the tokens of one scale, for programs that hold the cache themselves.
-
-        Args:
-            x: `(B, L, width)`, floating; of scale 0 after the prefix.
-            class_id: `(B,)` int64.
-            cache: From `body.new_cache`; rows from `start` on are written.
-            start: Tokens before these.
-            step: Number of the scale.
-
-        Returns:
-            `(B, scales[step] ** 2, K)` float32.
-        """
-        with torch.autocast(x.device.type, enabled=False):
-            x = self.body(x, self.modulation[:, :, class_id], cache, start)[:, -self.pyramid.lengths[step] :]
-            rows = modulated_layer_norm(x, *self.head_modulation[:, class_id].unbind())
-            return self.classifier.logits(rows)
 
     @property
     def body_dtype(self) -> torch.dtype:
