@@ -98,7 +98,7 @@ class Config:
 def _build(cls: type[ConfigT], values: Any, where: str) -> ConfigT:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: expected an object, found {type(values).__name__}")
-    hints = {field.name: get_type_hints(cls)[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where}: unknown keys {unknown}; known are {sorted(hints)}")

@@ -151,7 +151,7 @@ def test_a_tile_that_stays_nan_is_named() -> None:
         ({"batch": 0}, "batch: "),
         ({"guidance": -1.0}, "guidance: "),
         ({"top_k": -1}, "top_k: "),
-        ({"top_p": 0.0}, "top_p: "),
+        ({"top_p": -0.1}, "top_p: "),
         ({"guidance": float("nan")}, "guidance: "),
         ({"seed": -1}, "seed: "),
         ({"seed": 2**63}, "seed: "),

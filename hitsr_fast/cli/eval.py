@@ -117,7 +117,8 @@ class Eval:
                 methods.append(HitSRMethod(name, model, options))
         except ValueError as error:
             raise EvaluationError(str(error)) from error
-        settings = asdict(options) | {"degrade": self.degrade, "dtype": self.how.dtype}
+        settings = {"degrade": self.degrade, "dtype": self.how.dtype} | asdict(options)
+        settings |= settings.pop("sampling")
         settings |= {"device": device.type, "hitsr_fast": __version__, "torch": torch.__version__}
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:

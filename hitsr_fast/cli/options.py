@@ -35,6 +35,9 @@ class ModelOptions:
     top_p: float = 1.0
     """Draw among the likeliest codes of that total probability."""
 
+    temperature: float = 1.0
+    """What the logits are divided by before the draw."""
+
     colour_fix: bool = True
     """Take colours (the low frequencies) from the input."""
 
@@ -64,12 +67,13 @@ class ModelOptions:
         if self.class_id is not None:
             told = "clean" if self.class_id else "photo"
             print(f"warning: --class-id is deprecated: use --input {told}", file=sys.stderr)
-        return UpscaleOptions(
+        return UpscaleOptions.of(
             seed=self.seed,
             guidance=self.guidance,
             guided_scales=self.guided_scales,
             top_k=self.top_k,
             top_p=self.top_p,
+            temperature=self.temperature,
             colour_fix=self.colour_fix,
             input=told,
             **others,

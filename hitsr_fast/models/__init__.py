@@ -1,10 +1,10 @@
 """Models that enlarge images, on one shelf: `Model.from_pretrained` loads any of them."""
 
 from hitsr_fast.models.base import CheckpointError, Model, ModelConfig, SuperResolver, register
-from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_var import (
     PRESETS,
     HitConfig,
+    HitSampler,
     HitTokenizer,
     HitTransformer,
     HitUpscaler,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.configs import Config
 from hitsr_fast.models.hub import CONFIG_FILE, WEIGHTS_FILE, find_weights
+from hitsr_fast.nn.sampling import SamplingOptions
 
 ModelT = TypeVar("ModelT", bound="Model")
 
@@ -47,28 +48,21 @@ class SuperResolver(Protocol):
     def super_resolve(
         self,
         lr: Tensor,
+        sampling: SamplingOptions = SamplingOptions(),  # noqa: B008  # frozen
         *,
         input: Input = "clean",
         factors: Sequence[int] | None = None,
-        guidance: float = 0.0,
-        guided_scales: Sequence[int] | None = None,
-        top_k: int = 1,
-        top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> dict[int, Tensor]:
         """Restore and enlarge LR tiles.
 
         Args:
             lr: `(B, 3, t, t)` floating in [-1, 1] with `t = lr_tile`.
+            sampling: How codes are drawn.
             input: What the tiles are: `"photo"` has noise, blur or artefacts, `"clean"` was only made
                 smaller.
             factors: Wanted factors, out of `scale_factors`; all by default.
-            guidance: Classifier-free guidance at the last scale, rising linearly from 0 at the first (VAR); 0
-                runs one branch only.
-            guided_scales: Numbers of the scales that are guided; all by default.
-            top_k: Keep the k largest logits; 1 is greedy, 0 keeps all.
-            top_p: Then keep the likeliest codes of that total probability.
-            generator: Source of randomness; unused when greedy.
+            generator: Source of randomness in place of `sampling.seed`; unused when greedy.
 
         Returns:
             `{factor: (B, 3, factor * t, factor * t)}` float32 in [-1, 1].
@@ -79,8 +73,8 @@ class SuperResolver(Protocol):
                 range.
         """
 
-    def to(self, dtype: torch.dtype) -> Any:
-        """Convert its weights in place; returns itself."""
+    def to(self, dtype: torch.dtype) -> SuperResolver:
+        """The same with weights in `dtype`; itself it stays as it is."""
 
 
 class ModelConfig(Config):
@@ -110,9 +104,9 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
-    def super_resolve(self, lr: Tensor, **options: Any) -> dict[int, Tensor]:
+    def super_resolve(self, *args: Any, **options: Any) -> dict[int, Tensor]:
         """`self.for_inference().super_resolve(...)`: to upscale often, keep what `for_inference` gives."""
-        return self.for_inference().super_resolve(lr, **options)
+        return self.for_inference().super_resolve(*args, **options)
 
     def save_pretrained(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors`, weights in their own dtypes."""

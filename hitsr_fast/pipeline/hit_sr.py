@@ -117,7 +117,7 @@ class HitSR:
             image: a PIL image of any mode, or a `(B, 3, H, W)` floating tensor in [0, 1], H and W at least 1.
             progress: called with the tiles done and the tiles in all.
             class_id: deprecated: 0 is `input="photo"`, 1 is `input="clean"`.
-            options: see `UpscaleOptions`.
+            options: see `UpscaleOptions.of`.
 
         Returns:
             PIL images for a PIL image: upright, grey for grey, with its alpha, ICC profile and other EXIF.
@@ -136,7 +136,7 @@ class HitSR:
             warnings.warn("class_id is deprecated: use input='photo' or 'clean'", DeprecationWarning, 2)
             check_integer("class_id", class_id, 0, 1)
             options["input"] = INPUTS[class_id]
-        how = UpscaleOptions(**options)
+        how = UpscaleOptions.of(**options)
         if isinstance(image, Image.Image):
             pictures = self.upscale_picture(picture_from_pil(image), how, progress)
             return Upscaled({factor: picture_to_pil(picture) for factor, picture in pictures.items()})

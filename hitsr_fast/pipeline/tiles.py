@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import torch
@@ -39,7 +38,7 @@ class TileRunner:
 
         Bands that a batch has room for are run together. For the arguments see `HitSR.stream`.
         """
-        generator = torch.Generator(self.device).manual_seed(options.seed)
+        generator = options.sampling.generator(self.device)
         n, side = len(plan.lefts), self.model.lr_tile * max(self.model.scale_factors)
         batch = options.batch or min(max(2**21 // side**2, 1), 32)
         together = max(batch // n, 1)
@@ -65,7 +64,7 @@ class TileRunner:
         begin: int,
         b: int,
         options: UpscaleOptions,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> dict[int, Tensor]:
         """Outputs in [0, 1] of tiles in [-1, 1], the first of which is the `begin`th of `b` images."""
         outputs = self._outputs(self.model, lr, options, generator)
@@ -84,24 +83,16 @@ class TileRunner:
 
     @torch.no_grad()
     def _outputs(
-        self, model: SuperResolver, lr: Tensor, options: UpscaleOptions, generator: torch.Generator
+        self, model: SuperResolver, lr: Tensor, options: UpscaleOptions, generator: torch.Generator | None
     ) -> dict[int, Tensor]:
         outputs = model.super_resolve(
-            lr,
-            input=options.input,
-            factors=options.scales,
-            guidance=options.guidance,
-            guided_scales=options.guided_scales,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            generator=generator,
+            lr, options.sampling, input=options.input, factors=options.scales, generator=generator
         )
         return {factor: output.float() * 0.5 + 0.5 for factor, output in outputs.items()}
 
     def _in_float32(self) -> SuperResolver:
         if self._float32_model is None:
-            model: SuperResolver = copy.deepcopy(self.model).to(torch.float32)
-            self._float32_model = model
+            self._float32_model = self.model.to(torch.float32)
         return self._float32_model
 
 

@@ -19,6 +19,7 @@ from hitsr_fast.cli import main
 from hitsr_fast.cli.upscale import Upscale
 from hitsr_fast.imaging.io import Picture, read_picture
 from hitsr_fast.imaging.writing import PictureWriter, PngEncoder, write_picture
+from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.pipeline import HitSR, PictureRows, UpscaleOptions
 from tests.imaging.nearest_model import NearestModel
 
@@ -356,11 +357,15 @@ def test_a_backend_that_is_none_is_one_line(
 @pytest.mark.parametrize(
     ("options", "told", "warning"),
     [
-        ([], {"input": "clean", "guidance": 0.0, "guided_scales": None}, ""),
+        ([], {"input": "clean", "sampling": SamplingOptions(seed=0)}, ""),
         (["--input", "photo"], {"input": "photo"}, ""),
         (["--class-id", 0], {"input": "photo"}, "warning: --class-id is deprecated: use --input photo\n"),
         (["--class-id", 1], {"input": "clean"}, "warning: --class-id is deprecated: use --input clean\n"),
-        (["--guidance", 1.5, "--guided-scales", 3, 4, 5], {"guidance": 1.5, "guided_scales": (3, 4, 5)}, ""),
+        (
+            ["--guidance", 1.5, "--guided-scales", 3, 4, 5, "--top-k", 0, "--temperature", 2, "--seed", 7],
+            {"sampling": SamplingOptions(1.5, (3, 4, 5), 0, temperature=2.0, seed=7)},
+            "",
+        ),
     ],
 )
 def test_what_the_model_is_told(
@@ -374,9 +379,9 @@ def test_what_the_model_is_told(
     calls: list[dict[str, object]] = []
 
     class Model(NearestModel):
-        def super_resolve(self, lr: torch.Tensor, **options: Any) -> Any:
-            calls.append(options)
-            return super().super_resolve(lr, **options)
+        def super_resolve(self, lr: torch.Tensor, sampling: SamplingOptions, **options: Any) -> Any:
+            calls.append({"sampling": sampling, **options})
+            return super().super_resolve(lr, sampling, **options)
 
     monkeypatch.setattr(HitSR, "from_pretrained", lambda *_: HitSR(Model()))
     assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out", *options) == 0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from hitsr_fast.nn.sampling import SamplingOptions
 
 
 class NearestModel(torch.nn.Module):
@@ -23,23 +26,23 @@ class NearestModel(torch.nn.Module):
         self.batches: list[int] = []
         self.told: list[str] = []
 
+    def to(self, dtype: torch.dtype) -> NearestModel:  # a copy, as `SuperResolver` has it
+        return super(NearestModel, copy.deepcopy(self)).to(dtype)
+
     def super_resolve(
         self,
         lr: Tensor,
+        sampling: SamplingOptions,
         *,
         input: str = "clean",
         factors: Sequence[int] | None = None,
-        guidance: float = 0.0,
-        guided_scales: Sequence[int] | None = None,
-        top_k: int = 1,
-        top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> dict[int, Tensor]:
         assert lr.shape[1:] == (3, 16, 16) and lr.dtype == torch.float32 and lr.abs().max() <= 1
         self.batches.append(len(lr))
         self.told.append(input)
         x = lr + self.shift
-        if top_k != 1:
+        if sampling.top_k != 1:
             x = x + 0.1 * torch.randn(x.shape, generator=generator)
         if not (self.heals and self.weight.dtype == torch.float32):
             bad = lr.flatten(1).amax(dim=1) > self.bad_above

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from hitsr_fast.models import CheckpointError, HitVar, ModelNotFoundError
 from hitsr_fast.models.hit_var import HitConfig
+from hitsr_fast.nn.sampling import SamplingOptions
 from tests.models.micro import MICRO, micro_model
 
 OPTIONS = [
@@ -44,8 +45,8 @@ def test_super_resolve(config: HitConfig) -> None:
 @pytest.mark.parametrize("factors", [(1,), (2,), (4,), (1, 2), (4, 1)])
 def test_some_factors_give_the_images_of_all(config: HitConfig, factors: tuple[int, ...]) -> None:
     model = micro_model(config)
-    every = model.super_resolve(lr_tiles(), guidance=1.0)
-    some = model.super_resolve(lr_tiles(), guidance=1.0, factors=factors)
+    every = model.super_resolve(lr_tiles(), SamplingOptions(guidance=1.0))
+    some = model.super_resolve(lr_tiles(), SamplingOptions(guidance=1.0), factors=factors)
     assert tuple(some) == factors
     for factor, image in some.items():
         assert torch.equal(image, every[factor])
@@ -59,7 +60,8 @@ def test_class_matters() -> None:
 
 @pytest.mark.parametrize("config", [MICRO, BICUBIC], ids=["area", "bicubic"])
 def test_bfloat16_weights_give_float32_images(config: HitConfig) -> None:
-    out = micro_model(config, torch.bfloat16).super_resolve(lr_tiles(), guidance=1.0, factors=[1, 4])
+    model, guided = micro_model(config, torch.bfloat16), SamplingOptions(guidance=1.0)
+    out = model.super_resolve(lr_tiles(), guided, factors=[1, 4])
     assert all(image.dtype == torch.float32 and image.isfinite().all() for image in out.values())
 
 
@@ -78,7 +80,7 @@ def test_wrong_factors_are_errors(factors: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("options", [{"top_k": -1}, {"top_k": 5, "top_p": -0.1}, {"top_p": 1.5}])
 def test_wrong_sampling_options_are_errors(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"top_[kp]: expected"):
-        micro_model().super_resolve(lr_tiles(), **options)  # type: ignore[arg-type]
+        micro_model().super_resolve(lr_tiles(), SamplingOptions(**options))  # type: ignore[arg-type]
 
 
 def test_save_and_load_round_trip(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hitsr_fast.models.hit_var.config import (
     TransformerConfig,
 )
 from hitsr_fast.models.hit_var.model import HitVar
+from hitsr_fast.models.hit_var.sampler import HitSampler
 from hitsr_fast.models.hit_var.tokenizer import HitTokenizer
 from hitsr_fast.models.hit_var.transformer import HitTransformer
 from hitsr_fast.models.hit_var.upscaler import HitUpscaler
@@ -19,6 +20,7 @@ __all__ = [
     "HIT_TINY",
     "PRESETS",
     "HitConfig",
+    "HitSampler",
     "HitTokenizer",
     "HitTransformer",
     "HitUpscaler",

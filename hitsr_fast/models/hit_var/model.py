@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.models.base import Model, register
-from hitsr_fast.models.hit_sampler import HitSampler
 from hitsr_fast.models.hit_var.config import HitConfig
+from hitsr_fast.models.hit_var.sampler import HitSampler
 from hitsr_fast.models.hit_var.tokenizer import HitTokenizer, enlarged
 from hitsr_fast.models.hit_var.transformer import HitTransformer
 from hitsr_fast.models.hit_var.upscaler import HitUpscaler

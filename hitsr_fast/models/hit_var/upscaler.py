@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.checks import FLOATING, check_choice, check_shape, check_tensor
 from hitsr_fast.models.base import INPUTS, Input
-from hitsr_fast.models.hit_sampler import HitSampler
+from hitsr_fast.models.hit_var.sampler import HitSampler
 from hitsr_fast.models.hit_var.tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
 from hitsr_fast.nn.sampling import SamplingOptions
@@ -45,13 +46,10 @@ class HitUpscaler:
     def super_resolve(
         self,
         lr: Tensor,
+        sampling: SamplingOptions = SamplingOptions(),  # noqa: B008  # frozen
         *,
         input: Input = "clean",
         factors: Sequence[int] | None = None,
-        guidance: float = 0.0,
-        guided_scales: Sequence[int] | None = None,
-        top_k: int = 1,
-        top_p: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> dict[int, Tensor]:
         """See `SuperResolver.super_resolve`; steps that no wanted factor needs are not run.
@@ -70,18 +68,19 @@ class HitUpscaler:
         _, latents = self.sampler.sample(
             self.lr_features(lr),
             torch.full((len(lr),), INPUTS.index(input), dtype=torch.int64, device=lr.device),
-            SamplingOptions(guidance, guided_scales, top_k, top_p),
+            sampling,
             targets=max(targets.values()) + 1,
             generator=generator,
         )
         return {factor: self.decode(latents[target], target, lr) for factor, target in targets.items()}
 
     def to(self, dtype: torch.dtype) -> HitUpscaler:
-        """Convert its weights in place; returns itself."""
-        self.sampler = self.sampler.to(dtype)
-        for part in (self.encoder, *self.decoders):
-            part.to(dtype)
-        return self
+        """The same with weights in `dtype`; itself it stays as it is."""
+        other = copy.copy(self)
+        other.sampler = self.sampler.to(dtype)
+        other.encoder = copy.deepcopy(self.encoder).to(dtype)
+        other.decoders = [copy.deepcopy(decoder).to(dtype) for decoder in self.decoders]
+        return other
 
     @torch.no_grad()
     def lr_features(self, lr: Tensor) -> Tensor:

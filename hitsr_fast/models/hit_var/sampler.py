@@ -25,7 +25,7 @@ from hitsr_fast.nn.sampling import Classifier, SamplingOptions, SamplingPlan, sa
 from hitsr_fast.ops.cuda_graphs import Graphs, capturing
 
 if TYPE_CHECKING:
-    from hitsr_fast.models.hit_var import HitVar
+    from hitsr_fast.models.hit_var.model import HitVar
 
 
 class HitSampler:
