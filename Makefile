@@ -17,8 +17,12 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/before_after.py examples/budgie-osprey.jpg out/budgie-osprey_x4.png out/before_after.png
 	@echo "the photo restored, twice and four times as large, and a comparison:" && ls -1 out/*.png
 
+# Triton asks for its interpreter once, as kernels are defined: its tests are a call of their own.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops
+
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(INTERPRETED) -m "not slow and not gpu"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -27,6 +31,7 @@ lint: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(INTERPRETED) -m "slow and not gpu"
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info hitsr_fast/_C*.so

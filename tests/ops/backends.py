@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from hitsr_fast import env
@@ -26,6 +27,7 @@ BACKENDS = ("reference", *(f"cpu:{isa}" for isa in INSTRUCTION_SETS), "triton", 
 INTERPRETED = env.triton_interpret()
 
 T = TypeVar("T")
+fewer_when_interpreted = settings(max_examples=8 if INTERPRETED else 25)
 
 
 def on_gpu(backend: str) -> bool:
