@@ -17,8 +17,12 @@ demo: $(VENV)/.installed
 	$(BIN)/python examples/before_after.py examples/budgie-osprey.jpg out/budgie-osprey_x4.png out/before_after.png
 	@echo "the photo restored, twice and four times as large, and a comparison:" && ls -1 out/*.png
 
+# Triton asks for its interpreter once, as kernels are defined: its tests are a call of their own.
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/ops
+
 test: lint
 	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(INTERPRETED) -m "not slow and not gpu"
 
 # As on a CPU without AVX-512: a better one would hide what only that one meets.
 test-avx2: $(VENV)/.installed-dev
@@ -33,6 +37,7 @@ lint: $(VENV)/.installed-dev
 
 slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(INTERPRETED) -m "slow and not gpu"
 
 wheel: $(VENV)/.torch
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

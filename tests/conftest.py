@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples each time, and no deadline: the suite also runs on machines that are busy.
-settings.register_profile("suite", deadline=None, derandomize=True, max_examples=25, print_blob=True)
+# The same examples each time, and no deadline: the suite also runs on machines that are busy. A fixture that
+# forces a backend does so for all examples of a test.
+settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,
+    max_examples=25,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 settings.load_profile("suite")
 
 

@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
 import hitsr_fast.reference.residual_quantize as reference
-from hitsr_fast.dispatch import operations, use_backend
 from hitsr_fast.ops import ResidualDecoded, ResidualQuantized
-from hitsr_fast.ops.nearest_code_cpu import instruction_sets
 from tests.tolerances import TOLERANCES
 
 Scales = Sequence["int | tuple[int, int]"]
-
-
-def backends(op: str) -> list[str]:
-    """Those of an op that can run on this machine; the CPU's once for each of its kernels."""
-    able = [name for name, reason in operations()[op].reasons().items() if reason is None]
-    sets = set(instruction_sets()) if "cpu" in able else set()
-    return able + [f"cpu:{name}" for name in ("avx512", "avx2", "portable") if name in sets]
-
-
-@contextmanager
-def forced(op: str, backend: str) -> Iterator[None]:
-    """Forces a backend where the op has it, the reference where it has not."""
-    name, _, isa = (backend if backend in backends(op) else "reference").partition(":")
-    with pytest.MonkeyPatch.context() as patch, use_backend(name):
-        if isa:
-            patch.setenv("HITSR_FAST_CPU_ISA", isa)
-        yield
 
 
 class Bank(NamedTuple):
@@ -114,6 +93,7 @@ def assert_decodes(
         `(S, B, C, H, W)` in float64 and in float32: the reconstructions after each scale by the reference.
     """
     flat = [side for pair in pairs_of(scales) for side in pair]
+    codes = Bank(*(tensor.cpu() for tensor in codes))
     exact, plain = (
         reference.residual_decode(
             indices.cpu(), *codes.to(dtype), flat, phi_index, size, phi_ratio, True, True

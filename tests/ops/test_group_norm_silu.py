@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import pytest
@@ -12,29 +12,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hitsr_fast import extension
-from hitsr_fast.dispatch import use_backend
-from hitsr_fast.ops import group_norm_silu, nearest_code_cpu
-from hitsr_fast.ops.group_norm_silu_cpu import supports
+from hitsr_fast.ops import group_norm_silu
+from hitsr_fast.ops.group_norm_silu_triton import tile_of
+from tests.ops.backends import refusal, sizes
 from tests.tolerances import TOLERANCES
 
-ISAS = [] if extension.unavailable() else nearest_code_cpu.instruction_sets()
-BACKENDS = ["reference", *(f"cpu:{isa}" for isa in ISAS)]
 NAMES = {torch.float32: "float32_reordered", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 FORMATS = [torch.contiguous_format, torch.channels_last]
-# B, C, H, W, groups.
-SIZES = [(1, 1, 1, 1, 1), (2, 6, 3, 5, 3), (1, 160, 7, 9, 32), (3, 40, 33, 2, 5), (1, 64, 24, 24, 1)]
-OP = torch.ops.hitsr_fast.group_norm_silu.default
 Size = tuple[int, int, int, int, int]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Forces a backend, with its instruction set."""
-    name, _, isa = request.param.partition(":")
-    monkeypatch.setenv("HITSR_FAST_CPU_ISA", isa)
-    with use_backend(name):
-        yield name
+# B, C, H, W, groups.
+SMALL: list[Size] = [
+    (1, 1, 1, 1, 1),
+    (2, 6, 3, 5, 3),
+    (1, 160, 7, 9, 32),
+    (3, 40, 33, 2, 5),
+    (1, 64, 24, 24, 1),
+]
+SIZES = {"any": SMALL, "gpu": [*SMALL, (1, 160, 256, 256, 32), (2, 640, 32, 32, 32)]}
+# Maps of one block and of several.
+MEANS: dict[str, list[Size]] = {
+    "any": [(1, 64, 4, 4, 32), (2, 96, 40, 40, 32), (1, 3, 210, 200, 1)],
+    "interpreted": [(1, 64, 20, 20, 32), (1, 3, 50, 70, 1)],
+}
 
 
 def problem(
@@ -73,12 +72,20 @@ def is_channels_last(x: Tensor) -> bool:
 @pytest.mark.parametrize("layout", FORMATS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("dtype", NAMES)
 def test_equals_pytorch(backend: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    for size in SIZES:
+    for size in sizes(backend, SIZES):
         check(*problem(size, dtype, layout))
 
 
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("layout", FORMATS, ids=["nchw", "nhwc"])
+def test_several_tiles_and_wide_groups(backend: str, layout: torch.memory_format) -> None:
+    """Tiles and channels that are cut off; more tiles than are joined at once, in groups of many channels."""
+    for size in [(2, 40, 30, 31, 8), (1, 3, 50, 70, 1), (1, 1030, 23, 23, 1)]:
+        check(*problem(size, torch.float32, layout))
+
+
 def test_the_definition_is_group_norm_and_silu() -> None:
-    x, weight, bias, groups = (t.double() if isinstance(t, Tensor) else t for t in problem(SIZES[2]))
+    x, weight, bias, groups = (t.double() if isinstance(t, Tensor) else t for t in problem(SMALL[2]))
     found = group_norm_silu(x, weight, bias, groups, eps=0.1)
     expected = F.silu(F.group_norm(x, groups, weight, bias, 0.1))
     torch.testing.assert_close(found, expected, **TOLERANCES["float64_reordered"]._asdict())
@@ -91,21 +98,17 @@ def test_the_definition_is_group_norm_and_silu() -> None:
     H=st.integers(0, 12),
     W=st.integers(1, 40),
     layout=st.sampled_from(FORMATS),
-    isa=st.sampled_from(ISAS or [""]),
 )
 def test_any_size(
-    B: int, groups: int, width: int, H: int, W: int, layout: torch.memory_format, isa: str
+    backend: str, B: int, groups: int, width: int, H: int, W: int, layout: torch.memory_format
 ) -> None:
-    arguments = problem((B, groups * width, H, W, groups), torch.float32, layout)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HITSR_FAST_CPU_ISA", isa)
-        check(*arguments)
+    check(*problem((B, groups * width, H, W, groups), torch.float32, layout))
 
 
 @pytest.mark.parametrize("layout", FORMATS, ids=["nchw", "nhwc"])
 def test_a_mean_that_is_large_beside_the_deviation(backend: str, layout: torch.memory_format) -> None:
     """In maps of one block and of several, also where the means of blocks or channels are far apart."""
-    for size in [(1, 64, 4, 4, 32), (2, 96, 40, 40, 32), (1, 3, 210, 200, 1)]:
+    for size in sizes(backend, MEANS):
         x, weight, bias, groups = problem(size, torch.float32, layout)
         x = 100 + torch.randn_like(x).sign() * (1 + torch.rand_like(x))
         check(x, weight, bias, groups, tolerance="mean_of_100")
@@ -138,6 +141,7 @@ def test_float32_silu_to_the_last_places(backend: str, weight: float) -> None:
     assert error <= TOLERANCES["few_float32_roundings"].rtol * expected.abs().max()
 
 
+@pytest.mark.backends("reference", "cpu")  # Triton's interpreter cuts bfloat16 off
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_results_are_rounded_once(backend: str, dtype: torch.dtype) -> None:
     """Against float64 rounded to the same dtype, few values differ, and those by one place."""
@@ -176,37 +180,19 @@ def test_strides_and_dtypes_of_weight_and_bias(backend: str) -> None:
     x, weight, bias, groups = problem((2, 12, 5, 4, 3))
     strided = torch.stack([weight, bias], 1)
     check(x, strided[:, 0], strided[:, 1], groups)
+    check(x.mT, strided[:, 0].bfloat16(), strided[:, 1], groups)
     check(x, weight.bfloat16(), bias.half(), groups)
     check(x.bfloat16(), weight, bias, groups)
 
 
-def test_float64() -> None:
+@pytest.mark.backends("reference")
+def test_float64(backend: str) -> None:
     for layout in FORMATS:
-        x, weight, bias, groups = problem(SIZES[1], torch.float32, layout)
+        x, weight, bias, groups = problem(SMALL[1], torch.float32, layout)
         for wide in ((x.double(), weight, bias), (x, weight.double(), bias), (x, weight, bias.double())):
-            assert supports(*wide, groups, 1e-6) == "needs float16, bfloat16 or float32, found float64"
             out = group_norm_silu(*wide, groups)
             close = TOLERANCES["float64_reordered" if out.dtype == torch.float64 else "float32_reordered"]
             torch.testing.assert_close(out.double(), plain(*wide, groups), **close._asdict())
-
-
-@pytest.mark.parametrize("layout", FORMATS, ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("dtype", NAMES)
-@pytest.mark.parametrize("isa", ISAS)
-def test_does_not_depend_on_threads(
-    isa: str, dtype: torch.dtype, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HITSR_FAST_CPU_ISA", isa)
-    arguments = problem((2, 96, 40, 40, 32), dtype, layout)
-    threads, found = torch.get_num_threads(), []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        try:
-            with use_backend("cpu"):
-                found.append(group_norm_silu(*arguments))
-        finally:
-            torch.set_num_threads(threads)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("layout", FORMATS, ids=["nchw", "nhwc"])
@@ -219,22 +205,13 @@ def test_a_bad_group_disturbs_no_other(backend: str, layout: torch.memory_format
         assert torch.equal(out.isnan().all(2), bad) and torch.equal(out.isfinite().all(2), ~bad)
 
 
+@pytest.mark.backends("reference", "cpu")
 def test_a_large_result(backend: str) -> None:
     """Of more than 32 MiB, whose memory is asked for in large pages."""
     x = torch.randn(1, 4, 1500, 1500)[:, :, :1500, :1499]
     for layout in FORMATS:
         given = x.contiguous(memory_format=layout)
         check(given, torch.ones(4), torch.zeros(4), 2)
-
-
-def test_has_no_gradient() -> None:
-    for place in range(3):
-        arguments = list(problem(SIZES[1]))
-        arguments[place].requires_grad_()  # type: ignore[attr-defined]
-        with pytest.raises(RuntimeError, match="group_norm_silu: has no gradient; call it under"):
-            group_norm_silu(*arguments)  # type: ignore[arg-type]
-        with torch.no_grad():
-            assert not group_norm_silu(*arguments).requires_grad  # type: ignore[arg-type]
 
 
 def test_bad_arguments() -> None:
@@ -260,29 +237,22 @@ def test_bad_arguments() -> None:
             group_norm_silu(x, row, row, 2, eps=eps)
 
 
-@pytest.mark.parametrize("layout", FORMATS, ids=["nchw", "nhwc"])
-def test_opcheck(backend: str, layout: torch.memory_format) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.library.opcheck(OP, (*problem(SIZES[1], dtype, layout), 1e-6))
-    torch.library.opcheck(OP, (*problem((2, 4, 0, 3, 2)), 1e-6))
+def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, row = torch.zeros(1, 2, 3, 4), torch.zeros(2)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    supports = functools.partial(refusal, "group_norm_silu", "triton")
+    assert supports(x, row, row, 1, 1e-6) == "needs CUDA or HIP tensors, found x on cpu"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert supports(x, row, row, 1, 1e-6) is None
+    many = torch.zeros(1, 1, 1, 1).expand(65536, 1, 1, 1)
+    assert supports(many, row[:1], row[:1], 1, 1e-6) == "needs B of at most 65535, found 65536"
+    wide = torch.zeros(1, 8194, 1, 1)
+    reason = "needs at most 4096 channels in a group, found 4097"
+    assert supports(wide, wide[0, :, 0, 0], wide[0, :, 0, 0], 2, 1e-6) == reason
 
 
-def test_compiles_without_a_graph_break() -> None:
-    def block(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return group_norm_silu(x.tanh(), weight, bias, 3).exp()
-
-    compiled: Any = torch.compile(block, fullgraph=True, backend="aot_eager")
-    for layout in FORMATS:
-        for H in (3, 4, 5):
-            x, weight, bias, _ = problem((2, 6, H, 5, 3), torch.float32, layout)
-            found, expected = compiled(x, weight, bias), block(x, weight, bias)
-            assert torch.equal(found, expected) and found.stride() == expected.stride()
-
-
-def test_fake_tensors_of_a_gpu_never_synchronise() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode(), torch.device("cuda"):
-        out = group_norm_silu(*problem(SIZES[1], torch.bfloat16, torch.channels_last))
-    assert out.shape == (2, 6, 3, 5) and out.device.type == "cuda" and out.dtype == torch.bfloat16
-    assert is_channels_last(out)
+def test_tiles_are_of_one_size() -> None:
+    for channels in (1, 3, 8, 96, 640):
+        for channels_last in (False, True):
+            tile = tile_of(channels, channels_last)
+            assert tile["PIXELS"] * tile["CHANNELS"] == 4096 and tile["CHANNELS"] < 2 * channels

@@ -1,8 +1,10 @@
-"""`residual_quantize`, `residual_decode` and `residual_step` on every backend: agreement and contract."""
+"""The residual quantizer and its decode and step on every backend: agreement, gradients, errors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import importlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,39 +16,61 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from benchmarks.shapes import MODELS
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.models import HitVar
 from hitsr_fast.ops import (
     Metric,
-    ResidualDecoded,
     ResidualQuantized,
     nearest_code,
+    nearest_code_triton,
     phi_table,
     prepare_codebook,
     residual_decode,
     residual_quantize,
     residual_step,
 )
+from hitsr_fast.ops import residual_quantize_triton as triton
+from hitsr_fast.reference.nearest_code import nearest_code as definition
+from tests.ops.backends import SHIPPED, fewer_when_interpreted, placed, refusal
 from tests.ops.residual_quantizer import (
     Bank,
     assert_agrees,
     assert_as_good,
     assert_decodes,
-    backends,
     bank,
     encode_arguments,
-    forced,
+    pairs_of,
     problems,
     rows,
 )
+from tests.ops.test_nearest_code import KINDS
+from tests.ops.test_nearest_code import problem as rows_and_codes
 from tests.tolerances import TOLERANCES
 
-METRICS: st.SearchStrategy[Metric] = st.sampled_from(["l2", "cosine"])
-on_every_backend = pytest.mark.parametrize("backend", backends("residual_quantize"))
+METRICS: tuple[Metric, ...] = ("l2", "cosine")
+not_interpreted = pytest.mark.backends("reference", "cpu")  # too much for Triton's interpreter
 PHOTO = Path(__file__).parents[2] / "examples" / "budgie-osprey.jpg"
-HIT_SCALES = MODELS["hit-d16"].scales
+HIT: dict[str, Any] = {
+    "scales": list(MODELS["hit-d16"].scales),
+    "phi_index": [0, 0, 1, 1, 1, 2, 2, 3, 3, 3],
+}
+RECTANGLE: dict[str, Any] = {
+    "size": (9, 5),
+    "scales": [(1, 1), (2, 3), (5, 4), (9, 5)],
+    "phi_index": [0, 1, 1, 0],
+    "phi_ratio": 0.5,
+}
+
+
+SMALL: dict[str, Any] = {
+    "size": (4, 5),
+    "scales": [(1, 1), (2, 3), (4, 5)],
+    "phi_index": [0, 1, 1],
+    "phi_ratio": 0.5,
+}
 
 
 def plain(
@@ -77,34 +101,107 @@ def plain(
 @given(problem=problems())
 def test_the_definition_is_the_plain_algorithm(problem: dict[str, Any]) -> None:
     z, codes = torch.randn(2, 3, *problem["size"], dtype=torch.float64), bank()
-    out = residual_quantize(z, *codes, **encode_arguments(problem), inputs=True, per_scale=True)
+    out = residual_quantize(z, *codes, **encode_arguments(problem), return_inputs=True, per_scale=True)
     expected = plain(z, codes, problem["scales"], problem["phi_index"], problem["phi_ratio"])
     assert torch.equal(out.indices, expected[0])
     for found, want in zip(out[1:], expected[1:], strict=True):
         torch.testing.assert_close(found, want, **TOLERANCES["float64_reordered"]._asdict())
 
 
-@on_every_backend
-@given(problem=problems(), metric=METRICS, data=st.data())
-def test_each_scale_finds_the_nearest_codes(
-    backend: str, problem: dict[str, Any], metric: Metric, data: st.DataObject
-) -> None:
-    z, codes, arguments = (
-        torch.randn(2, 3, *problem["size"]),
-        bank(dtype=torch.float32),
-        encode_arguments(problem),
-    )
-    count = data.draw(st.integers(0, len(problem["scales"])))
-    replay = torch.randint(0, 9, (2, sum(h * w for h, w in problem["scales"][:count])))
-    with forced("residual_quantize", backend):
-        out = residual_quantize(
-            z, *codes, **arguments, metric=metric, replay=replay, inputs=True, per_scale=True
+def steps(indices: Tensor, codes: Bank, problem: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """What the sampler's steps leave, and the maps that they return."""
+    scales = pairs_of(problem["scales"])
+    reconstruction = torch.zeros(indices.shape[0], codes.codebook.shape[1], *problem["size"])
+    pooled, start = [], 0
+    for i, (h, w) in enumerate(scales):
+        phi = problem["phi_index"][i]
+        pooled.append(
+            residual_step(
+                reconstruction,
+                indices[:, start : start + h * w],
+                codes.codebook,
+                codes.phi_weight[phi],
+                codes.phi_bias[phi],
+                scale=(h, w),
+                next_scale=scales[i + 1] if i + 1 < len(scales) else None,
+                phi_ratio=problem["phi_ratio"],
+            )
         )
-    assert torch.equal(out.indices[:, : replay.shape[1]], replay)
-    assert_agrees(out, z, codes, **arguments, metric=metric, replayed=replay.shape[1])
+        start += h * w
+        assert pooled[-1].untyped_storage().data_ptr() != reconstruction.untyped_storage().data_ptr()
+    return reconstruction, pooled
 
 
-@on_every_backend
+def check(z: Tensor, codes: Bank, problem: dict[str, Any], metric: Metric = "l2", replayed: int = 0) -> Any:
+    """Encode with all results, judge them, and hold decode and the steps to the same bits."""
+    arguments = encode_arguments(problem)
+    replay = None
+    if replayed:
+        replay = torch.randint(codes.codebook.shape[0], (z.shape[0], replayed))
+    found = residual_quantize(
+        z, *codes, **arguments, metric=metric, replay=replay, return_inputs=True, per_scale=True
+    )
+    assert_agrees(found, z, codes, **arguments, metric=metric, replayed=replayed)
+    if replay is not None:
+        assert torch.equal(found.indices[:, :replayed], replay)
+    decoded = residual_decode(found.indices, *codes, **problem, return_inputs=True, per_scale=True)
+    for one, other in zip(decoded, found[1:], strict=True):
+        assert torch.equal(one, other)
+    reconstruction, pooled = steps(found.indices, codes, problem)
+    assert torch.equal(reconstruction, found.reconstruction)
+    assert pooled[-1].shape == (*z.shape[:2], 0, 0)
+    maps = [x.flatten(2).transpose(1, 2) for x in pooled[:-1]]
+    assert torch.equal(torch.cat([found.inputs[:, :0], *maps], 1), found.inputs)
+    return found
+
+
+@fewer_when_interpreted
+@given(
+    problem=problems(),
+    metric=st.sampled_from(METRICS),
+    channels=st.sampled_from([1, 3, 17]),
+    replayed=st.integers(0, 4),
+)
+def test_agrees_with_the_reference(
+    backend: str, problem: dict[str, Any], metric: Metric, channels: int, replayed: int
+) -> None:
+    z, codes = torch.randn(1, channels, *problem["size"]), bank(C=channels, dtype=torch.float32)
+    check(z, codes, problem, metric, sum(h * w for h, w in problem["scales"][:replayed]))
+
+
+@pytest.mark.parametrize(("metric", "ratio"), [("l2", 0.5), ("cosine", 1.0), ("l2", 0.0)])
+def test_a_rectangle(backend: str, metric: Metric, ratio: float) -> None:
+    problem = RECTANGLE | {"phi_ratio": ratio}
+    check(torch.randn(2, 5, 9, 5), bank(150, 5, dtype=torch.float32), problem, metric)
+
+
+@pytest.mark.parametrize("replayed", [1, 27, 72])
+def test_replay(backend: str, replayed: int) -> None:
+    check(torch.randn(1, 3, 9, 5), bank(dtype=torch.float32), RECTANGLE, replayed=replayed)
+
+
+@pytest.mark.parametrize("channels", [16, 33])
+def test_channels_in_parts(backend: str, channels: int) -> None:
+    """Triton's come in blocks of 32 to the convolution, in smaller ones to the pooling."""
+    problem = {"size": (3, 9), "scales": [(2, 2), (3, 9)], "phi_index": [1, 0], "phi_ratio": 0.5}
+    check(torch.randn(1, channels, 3, 9), bank(140, channels, dtype=torch.float32), problem)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_search_is_exact(
+    backend: str, kind: str, metric: Metric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scale of the map's size leaves the rows as they are: each gets the definition's code."""
+    monkeypatch.setattr(triton, "_FEW_ROWS", 4096 if kind in ("clustered", "near ties") else 0)
+    x, codebook = placed(*rows_and_codes(kind, 3 * 20, 290, 5))
+    z = x.view(3, 4, 5, 5).permute(0, 3, 1, 2)
+    phi = torch.zeros(1, 5, 5, 3, 3), torch.zeros(1, 5)
+    found = residual_quantize(z, codebook, *phi, scales=[(4, 5)], phi_index=[0], phi_ratio=0, metric=metric)
+    assert torch.equal(found.indices.flatten(), definition(x, codebook, metric))
+
+
+@not_interpreted
 @pytest.mark.parametrize(
     ("scales", "C", "P"), [(MODELS["var-256"].scales, 32, 4), ([(1, 3), (4, 5), (9, 7)], 8, 1)]
 )
@@ -112,24 +209,21 @@ def test_scales_of_models(backend: str, scales: list[Any], C: int, P: int) -> No
     H, W = (scales[-1], scales[-1]) if isinstance(scales[-1], int) else scales[-1]
     z, codes = torch.randn(2, C, H, W), bank(K=512, C=C, P=P, dtype=torch.float32)
     arguments: dict[str, Any] = {"scales": scales, "phi_index": phi_table(len(scales), P)}
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, **arguments, inputs=True, per_scale=True)
+    out = residual_quantize(z, *codes, **arguments, return_inputs=True, per_scale=True)
     assert_agrees(out, z, codes, **arguments)
 
 
-@on_every_backend
+@not_interpreted
 def test_a_whole_pyramid_is_as_good_as_the_definition(backend: str) -> None:
     z, codes = torch.randn(1, 32, 32, 32), bank(K=4096, C=32, P=4, dtype=torch.float32)
-    arguments: dict[str, Any] = {"scales": HIT_SCALES, "phi_index": phi_table(10)}
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, **arguments)
+    out = residual_quantize(z, *codes, **HIT)
     with use_backend("reference"):
-        expected = residual_quantize(z, *codes, **arguments)
-    assert_agrees(out, z, codes, **arguments)
+        expected = residual_quantize(z, *codes, **HIT)
+    assert_agrees(out, z, codes, **HIT)
     assert_as_good(out, expected, z)
 
 
-@on_every_backend
+@not_interpreted
 @pytest.mark.parametrize("target", [0, 1, 2])
 def test_latents_of_photos(backend: str, target: int) -> None:
     """Nearly all tokens are the definition's, and none of the quality is lost."""
@@ -147,27 +241,10 @@ def test_latents_of_photos(backend: str, target: int) -> None:
     codes = Bank(quantizer.codebook.detach(), quantizer.phi_weight.detach(), quantizer.phi_bias.detach())
     with torch.no_grad():
         z = tokenizer.encode(crops[:6] / 127.5 - 1)
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, **arguments)
+    out = residual_quantize(z, *codes, **arguments)
     with use_backend("reference"):
         expected = residual_quantize(z, *codes, **arguments)
     assert_as_good(out, expected, z)
-
-
-@pytest.mark.parametrize("batch", [1, 5])
-def test_threads_do_not_matter(batch: int) -> None:
-    z, codes = torch.randn(batch, 32, 16, 16), bank(K=512, C=32, dtype=torch.float32)
-    arguments: dict[str, Any] = {"scales": [2, 5, 9, 16], "phi_index": [0, 0, 1, 1]}
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(residual_quantize(z, *codes, **arguments, inputs=True, per_scale=True))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        for result, expected in zip(other, found[0], strict=True):
-            assert result is not None and expected is not None and torch.equal(result, expected)
 
 
 def test_the_rule_of_agreement_tells_a_wrong_code() -> None:
@@ -189,36 +266,19 @@ def test_the_rule_of_agreement_tells_a_wrong_code() -> None:
         assert_agrees(shifted, z, codes, **arguments)
 
 
-@pytest.mark.parametrize("backend", backends("residual_decode"))
+@fewer_when_interpreted
 @given(problem=problems())
 def test_decode_is_the_sum_of_what_the_scales_add(backend: str, problem: dict[str, Any]) -> None:
     codes = bank(dtype=torch.float32)
     indices = torch.randint(0, 9, (2, sum(h * w for h, w in problem["scales"])))
-    with forced("residual_decode", backend):
-        out = residual_decode(indices, *codes, **problem, inputs=True, per_scale=True)
-        bare = residual_decode(indices, *codes, **problem)
+    out = residual_decode(indices, *codes, **problem, return_inputs=True, per_scale=True)
+    bare = residual_decode(indices, *codes, **problem)
     assert_decodes(out, indices, codes, **problem)
     assert torch.equal(bare.reconstruction, out.reconstruction)
     assert bare.inputs is None and bare.reconstructions is None
 
 
-@on_every_backend
-@given(problem=problems())
-def test_decode_gives_what_encode_gave(backend: str, problem: dict[str, Any]) -> None:
-    z, codes = torch.randn(2, 3, *problem["size"]), bank(dtype=torch.float32)
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, **encode_arguments(problem), inputs=True, per_scale=True)
-    with forced("residual_decode", backend):
-        decoded = residual_decode(out.indices, *codes, **problem, inputs=True, per_scale=True)
-    for found, expected in zip(decoded, out[1:], strict=True):
-        assert found is not None and expected is not None
-        if backend in backends("residual_decode"):
-            assert torch.equal(found, expected)
-        else:
-            torch.testing.assert_close(found, expected, **TOLERANCES["float32_reordered"]._asdict())
-
-
-@on_every_backend
+@not_interpreted
 @given(problem=problems())
 def test_what_is_asked_for_changes_nothing_else(backend: str, problem: dict[str, Any]) -> None:
     z, codes, arguments = (
@@ -226,57 +286,36 @@ def test_what_is_asked_for_changes_nothing_else(backend: str, problem: dict[str,
         bank(dtype=torch.float32),
         encode_arguments(problem),
     )
-    with forced("residual_quantize", backend):
-        bare = residual_quantize(z, *codes, **arguments)
-        assert bare.inputs is None and bare.reconstructions is None
-        for asked in ({"inputs": True}, {"per_scale": True}, {"inputs": True, "per_scale": True}):
-            out = residual_quantize(z, *codes, **arguments, **asked)
-            assert torch.equal(out.indices, bare.indices)
-            assert torch.equal(out.reconstruction, bare.reconstruction)
-            assert (out.inputs is not None) == ("inputs" in asked)
-            if out.reconstructions is not None:
-                assert torch.equal(out.reconstructions[-1], out.reconstruction)
-        prepared = prepare_codebook(codes.codebook)
-        again = residual_quantize(z, *codes, **arguments, prepared=prepared)
-        assert torch.equal(again.indices, bare.indices)
-        assert torch.equal(again.reconstruction, bare.reconstruction)
+    bare = residual_quantize(z, *codes, **arguments)
+    assert bare.inputs is None and bare.reconstructions is None
+    for asked in ({"inputs": True}, {"per_scale": True}, {"inputs": True, "per_scale": True}):
+        out = residual_quantize(z, *codes, **arguments, **asked)
+        assert torch.equal(out.indices, bare.indices)
+        assert torch.equal(out.reconstruction, bare.reconstruction)
+        assert (out.inputs is not None) == ("inputs" in asked)
+        if out.reconstructions is not None:
+            assert torch.equal(out.reconstructions[-1], out.reconstruction)
+    prepared = prepare_codebook(codes.codebook)
+    again = residual_quantize(z, *codes, **arguments, prepared=prepared)
+    assert torch.equal(again.indices, bare.indices)
+    assert torch.equal(again.reconstruction, bare.reconstruction)
 
 
-@pytest.mark.parametrize("backend", backends("residual_step"))
-@given(problem=problems())
-def test_steps_add_up_to_decode(backend: str, problem: dict[str, Any]) -> None:
-    codes, size, scales = bank(dtype=torch.float32), problem["size"], problem["scales"]
-    indices = [torch.randint(0, 9, (2, h * w)) for h, w in scales]
-    reconstruction = torch.zeros(2, 3, *size)
-    inputs = [torch.zeros(2, 0, 3)]
-    for i, scale in enumerate(scales):
-        following = scales[i + 1] if i + 1 < len(scales) else None
-        phi = problem["phi_index"][i]
-        with forced("residual_step", backend):
-            pooled = residual_step(
-                reconstruction,
-                indices[i],
-                codes.codebook,
-                codes.phi_weight[phi],
-                codes.phi_bias[phi],
-                scale=scale,
-                next_scale=following,
-                phi_ratio=problem["phi_ratio"],
-            )
-        if following is None:
-            assert pooled.shape == (2, 3, 0, 0)
-        else:
-            assert pooled.untyped_storage().data_ptr() != reconstruction.untyped_storage().data_ptr()
-            inputs.append(pooled.flatten(2).transpose(1, 2))
-    walked = ResidualDecoded(reconstruction, torch.cat(inputs, 1), None)
-    assert_decodes(walked, torch.cat(indices, 1), codes, **problem)
-    if backend in backends("residual_decode"):
-        with forced("residual_decode", backend):
-            decoded = residual_decode(torch.cat(indices, 1), *codes, **problem)
-        assert torch.equal(reconstruction, decoded.reconstruction)
+@pytest.mark.backends("triton")
+def test_what_is_not_asked_for_changes_nothing(backend: str) -> None:
+    z, codes = torch.randn(2, 3, 4, 5), bank(dtype=torch.float32)
+    arguments = encode_arguments(SMALL)
+    expected = residual_quantize(z, *codes, **arguments, return_inputs=True, per_scale=True)
+    for inputs, per_scale in [(False, False), (True, False), (False, True)]:
+        found = residual_quantize(z, *codes, **arguments, return_inputs=inputs, per_scale=per_scale)
+        assert (found.inputs is None, found.reconstructions is None) == (not inputs, not per_scale)
+        for one, other in zip(found, expected, strict=True):
+            assert one is None or torch.equal(one, other)
+    decoded = residual_decode(found.indices, *codes, **SMALL)
+    assert torch.equal(decoded.reconstruction, expected.reconstruction)
 
 
-@on_every_backend
+@not_interpreted
 @given(problem=problems(), data=st.data())
 def test_replay_of_own_codes_changes_nothing(
     backend: str, problem: dict[str, Any], data: st.DataObject
@@ -288,9 +327,8 @@ def test_replay_of_own_codes_changes_nothing(
     )
     count = data.draw(st.integers(0, len(problem["scales"])))
     tokens = sum(h * w for h, w in problem["scales"][:count])
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, **arguments)
-        again = residual_quantize(z, *codes, **arguments, replay=out.indices[:, :tokens])
+    out = residual_quantize(z, *codes, **arguments)
+    again = residual_quantize(z, *codes, **arguments, replay=out.indices[:, :tokens])
     assert torch.equal(again.indices, out.indices)
     assert torch.equal(again.reconstruction, out.reconstruction)
 
@@ -307,48 +345,43 @@ def test_replayed_codes_are_used_and_shape_the_rest() -> None:
     assert torch.equal(out.indices[:, 4:].flatten(), nearest_code(left, codes.codebook))
 
 
-@on_every_backend
 def test_an_exact_code_is_found_and_leaves_nothing(backend: str) -> None:
     codes = bank(K=50, dtype=torch.float32)
     wanted = torch.randint(0, 50, (2, 20))
     z = codes.codebook[wanted].transpose(1, 2).reshape(2, 3, 4, 5)
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, scales=[(4, 5)], phi_index=[0], phi_ratio=0.0)
+    out = residual_quantize(z, *codes, scales=[(4, 5)], phi_index=[0], phi_ratio=0.0)
     assert torch.equal(out.indices, wanted)
     assert torch.equal(out.reconstruction, z)
 
 
-@on_every_backend
-def test_images_of_a_batch_are_independent(backend: str) -> None:
-    z, codes = torch.randn(3, 3, 6, 5), bank(dtype=torch.float32)
-    z[1] = torch.nan
-    arguments: dict[str, Any] = {"scales": [1, 3, (6, 5)], "phi_index": [0, 1, 1]}
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, **arguments)
-    others = ResidualQuantized(out.indices[::2], out.reconstruction[::2], None, None)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_images_of_a_batch_are_independent(backend: str, bad: float) -> None:
+    z, codes = torch.randn(3, 3, 4, 5), bank(40, dtype=torch.float32)
+    arguments = encode_arguments(SMALL)
+    expected = residual_quantize(z, *codes, **arguments, return_inputs=True)
+    z[1] = bad
+    found = residual_quantize(z, *codes, **arguments, return_inputs=True)
+    assert found.indices[1].eq(0).all()
+    others = ResidualQuantized(found.indices[::2], found.reconstruction[::2], None, None)
     assert_agrees(others, z[::2], codes, **arguments)
-    assert out.indices[1].eq(0).all()
+    for one, other in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(one[::2], other[::2])
 
 
-@on_every_backend
 def test_an_empty_batch(backend: str) -> None:
-    codes = bank(dtype=torch.float32)
-    with forced("residual_quantize", backend):
-        out = residual_quantize(
-            torch.zeros(0, 3, 4, 4), *codes, scales=[2, 4], phi_index=[0, 1], inputs=True, per_scale=True
-        )
-    shapes = [tuple(result.shape) for result in out if result is not None]
-    assert shapes == [(0, 20), (0, 3, 4, 4), (0, 16, 3), (2, 0, 3, 4, 4)]
+    codes, z = bank(dtype=torch.float32), torch.zeros(0, 3, 9, 5)
+    found = residual_quantize(z, *codes, **encode_arguments(RECTANGLE), return_inputs=True, per_scale=True)
+    assert [tuple(x.shape) for x in found] == [(0, 72), (0, 3, 9, 5), (0, 71, 3), (4, 0, 3, 9, 5)]
+    decoded = residual_decode(found.indices, *codes, **RECTANGLE)
+    assert decoded.reconstruction.shape == (0, 3, 9, 5)
 
 
-@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_input_is_computed_in_float32(backend: str, dtype: torch.dtype) -> None:
     z, codes = torch.randn(1, 3, 4, 4, dtype=dtype), bank(dtype=dtype)
     arguments: dict[str, Any] = {"scales": [2, 4], "phi_index": [0, 1], "inputs": True, "per_scale": True}
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, **arguments)
-        wide = residual_quantize(z.float(), *codes.to(torch.float32), **arguments)
+    out = residual_quantize(z, *codes, **arguments)
+    wide = residual_quantize(z.float(), *codes.to(torch.float32), **arguments)
     assert torch.equal(out.indices, wide.indices)
     for found, expected in zip(out[1:], wide[1:], strict=True):
         assert found is not None and expected is not None
@@ -356,23 +389,19 @@ def test_sixteen_bit_input_is_computed_in_float32(backend: str, dtype: torch.dty
         torch.testing.assert_close(found, expected, **TOLERANCES["float32_reordered"]._asdict())
 
 
-@on_every_backend
 def test_strided_latent_is_left_alone(backend: str) -> None:
     z, codes = torch.randn(2, 4, 5, 3).permute(0, 3, 1, 2), bank(dtype=torch.float32)
     before = z.clone()
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, scales=[2, (4, 5)], phi_index=[0, 1])
-        dense = residual_quantize(z.contiguous(), *codes, scales=[2, (4, 5)], phi_index=[0, 1])
+    out = residual_quantize(z, *codes, scales=[2, (4, 5)], phi_index=[0, 1])
+    dense = residual_quantize(z.contiguous(), *codes, scales=[2, (4, 5)], phi_index=[0, 1])
     assert torch.equal(z, before)
     assert torch.equal(out.indices, dense.indices)
     assert torch.equal(out.reconstruction, dense.reconstruction)
 
 
-@on_every_backend
 def test_cosine_metric(backend: str) -> None:
     z, codes = torch.randn(1, 3, 2, 2), bank(dtype=torch.float32)
-    with forced("residual_quantize", backend):
-        out = residual_quantize(z, *codes, scales=[2], phi_index=[0], metric="cosine")
+    out = residual_quantize(z, *codes, scales=[2], phi_index=[0], metric="cosine")
     assert torch.equal(out.indices[0], nearest_code(z[0].flatten(1).T, codes.codebook, metric="cosine"))
 
 
@@ -514,19 +543,6 @@ def test_a_prepared_codebook_must_be_of_this_codebook() -> None:
     )
 
 
-@pytest.mark.parametrize("backend", backends("residual_step"))
-def test_autograd_learns_that_the_step_wrote(backend: str) -> None:
-    codes, reconstruction = bank(C=8, dtype=torch.float32), torch.ones(2, 8, 7, 9)
-    factor = torch.ones_like(reconstruction, requires_grad=True)
-    loss = (factor * reconstruction).sum()
-    phi = (codes.phi_weight[0], codes.phi_bias[0])
-    indices = torch.zeros(2, 4, dtype=torch.int64)
-    with forced("residual_step", backend), torch.no_grad():
-        residual_step(reconstruction, indices, codes.codebook, *phi, scale=2, next_scale=None)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-
-
 def test_the_step_needs_memory_of_its_own() -> None:
     codes, expanded = bank(C=8, dtype=torch.float32), torch.zeros(1, 8, 7, 9).expand(2, 8, 7, 9)
     phi = (codes.phi_weight[0], codes.phi_bias[0])
@@ -550,3 +566,292 @@ def test_a_float64_latent_is_computed_in_float32() -> None:
     found = residual_quantize(z, *codes, scales=[2, (6, 5)], phi_index=[0, 1])
     assert torch.equal(wide.indices, found.indices)
     assert torch.equal(wide.reconstruction, found.reconstruction)
+
+
+def test_strides_of_codes_and_of_a_step(backend: str) -> None:
+    z, codes = torch.randn(2, 3, 4, 5), bank(dtype=torch.float32)
+    expected = residual_quantize(z, *codes, **encode_arguments(SMALL))
+    strided = Bank(*(torch.stack([tensor, tensor], -1)[..., 0] for tensor in codes))
+    for view in (z.to(memory_format=torch.channels_last), z.mT.contiguous().mT, z.double()):
+        before = view.clone()
+        found = residual_quantize(view, *strided, **encode_arguments(SMALL))
+        assert torch.equal(found.indices, expected.indices)
+        assert torch.equal(found.reconstruction, expected.reconstruction)
+        assert torch.equal(view, before)
+    reconstruction = torch.zeros(2, 3, 5, 4).mT
+    indices = torch.stack([expected.indices, expected.indices], -1)[..., 0]
+    residual_step(
+        reconstruction,
+        indices[:, :1],
+        strided.codebook,
+        strided.phi_weight[0],
+        strided.phi_bias[0],
+        scale=1,
+        next_scale=None,
+    )
+    decoded = residual_decode(indices[:, :1], *codes, scales=[1], phi_index=[0], size=(4, 5))
+    assert torch.equal(reconstruction, decoded.reconstruction)
+
+
+# --- gradients, unforced: the backward has one backend
+
+
+def decoded(indices: Tensor, codes: Bank, problem: dict[str, Any]) -> Tensor:
+    """`(S, B, C, H, W)`, the reconstruction after each scale, by PyTorch's own differentiable functions."""
+    maps, start, r = [], 0, problem["phi_ratio"]
+    total = torch.zeros((), dtype=codes.codebook.dtype)
+    for (h, w), phi in zip(problem["scales"], problem["phi_index"], strict=True):
+        code_map = codes.codebook[indices[:, start : start + h * w]].transpose(1, 2).unflatten(2, (h, w))
+        up = F.interpolate(code_map, size=problem["size"], mode="bicubic")
+        total = total + (1 - r) * up + r * F.conv2d(up, codes.phi_weight[phi], codes.phi_bias[phi], padding=1)
+        maps.append(total)
+        start += h * w
+    return torch.stack(maps)
+
+
+@pytest.mark.parametrize("asked", ["the last", "each", "both"])
+@given(problem=problems())
+def test_gradients_equal_autograd(asked: str, problem: dict[str, Any]) -> None:
+    z, codes = torch.randn(2, 3, *problem["size"], dtype=torch.float64), bank(grad=True)
+    out = residual_quantize(z, *codes, **encode_arguments(problem), per_scale=asked != "the last")
+    again = residual_decode(out.indices, *codes, **problem, per_scale=asked != "the last")
+    maps = decoded(out.indices, codes, problem)
+    last, each = torch.randn_like(maps[-1]), torch.randn_like(maps)
+    if asked == "the last":
+        each.zero_()
+    elif asked == "each":
+        last.zero_()
+    expected = torch.autograd.grad((maps * each).sum() + (maps[-1] * last).sum(), codes)
+    for result in (out, again):
+        total = torch.zeros((), dtype=torch.float64)
+        if asked != "each":
+            total = total + (result.reconstruction * last).sum()
+        if result.reconstructions is not None:
+            total = total + (result.reconstructions * each).sum()
+        for actual, want in zip(torch.autograd.grad(total, codes), expected, strict=True):
+            torch.testing.assert_close(actual, want, **TOLERANCES["float64_reordered"]._asdict())
+
+
+@pytest.mark.parametrize("per_scale", [False, True])
+def test_gradcheck_of_decode(per_scale: bool) -> None:
+    indices = torch.randint(0, 9, (1, 1 + 4 + 12))
+
+    def maps(*codes: Tensor) -> tuple[Tensor, ...]:
+        out = residual_decode(
+            indices, *codes, scales=[1, 2, (3, 4)], phi_index=[0, 1, 0], size=(3, 4), per_scale=per_scale
+        )
+        return (out.reconstruction,) if out.reconstructions is None else (*out[:1], out.reconstructions)
+
+    assert torch.autograd.gradcheck(maps, tuple(bank(C=2, grad=True)), **TOLERANCES["gradcheck"]._asdict())
+
+
+def test_phi_is_shared_by_scales_without_gradients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One pair of convolution gradients for each phi; with gradients per scale one for each scale."""
+    import hitsr_fast.reference.residual_quantize as reference
+
+    calls = []
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args)
+        return torch.nn.grad.conv2d_input(*args, **kwargs)
+
+    monkeypatch.setattr(reference, "conv2d_input", counted)
+    codes, indices = bank(P=4, grad=True), torch.randint(0, 9, (1, 10))
+    out = residual_decode(indices, *codes, scales=[1] * 10, phi_index=phi_table(10), size=3, per_scale=True)
+    assert out.reconstructions is not None
+    torch.autograd.grad(out.reconstruction.sum(), codes, retain_graph=True)
+    assert len(calls) == 4
+    torch.autograd.grad(out.reconstructions.sum(), codes)
+    assert len(calls) == 4 + 10
+
+
+def test_what_has_no_gradient() -> None:
+    z, codes = torch.randn(1, 3, 2, 2, requires_grad=True), bank(dtype=torch.float32, grad=True)
+    out = residual_quantize(z, *codes, scales=[1, 2], phi_index=[0, 0], return_inputs=True, per_scale=True)
+    assert out.inputs is not None and out.reconstructions is not None
+    assert not out.indices.requires_grad and not out.inputs.requires_grad
+    for result in (out.reconstruction, out.reconstructions):
+        assert torch.autograd.grad(result.sum(), z, allow_unused=True, retain_graph=True) == (None,)
+
+
+def test_compiles_with_a_prepared_codebook() -> None:
+    z, codes = torch.randn(1, 3, 2, 2), bank(dtype=torch.float32)
+    prepared = prepare_codebook(codes.codebook)
+
+    def forward(z: Tensor) -> Tensor:
+        return residual_quantize(z, *codes, scales=[1, 2], phi_index=[0, 1], prepared=prepared).indices
+
+    assert torch.equal(torch.compile(forward, fullgraph=True, backend="aot_eager")(z), forward(z))
+
+
+# --- Triton's launches
+
+
+@pytest.mark.backends("triton")
+def test_as_shipped(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, shipped in SHIPPED.items():
+        monkeypatch.setattr(*place, shipped)
+    for ratio in (0.0, 0.5):
+        problem = {"size": (4, 9), "scales": [(2, 2), (4, 9)], "phi_index": [1, 0], "phi_ratio": ratio}
+        check(torch.randn(1, 20, 4, 9), bank(140, 20, dtype=torch.float32), problem)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize(
+    ("few", "search", "update", "workspace"), [(4096, 1, 1, 2**23), (0, 7, 3, 2**23), (4096, 512, 1024, 1)]
+)
+def test_cuts_do_not_matter(
+    backend: str, few: int, search: int, update: int, workspace: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of rows and places in turns or all at once, tiles of codes shared out or not."""
+    z, codes = torch.randn(2, 3, 9, 5), bank(400, dtype=torch.float32)
+    arguments = encode_arguments(RECTANGLE)
+    expected = residual_quantize(z, *codes, **arguments, return_inputs=True)
+    monkeypatch.setattr(triton, "_FEW_ROWS", few)
+    monkeypatch.setattr(triton, "_SEARCH_PROGRAMS", search)
+    monkeypatch.setattr(triton, "_UPDATE_PROGRAMS", update)
+    monkeypatch.setattr(triton, "_WORKSPACE", workspace)
+    found = residual_quantize(z, *codes, **arguments, return_inputs=True)
+    for one, other in zip(found[:3], expected[:3], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("metric", METRICS)
+def test_the_search_is_exact_on_what_it_pools(backend: str, metric: Metric) -> None:
+    """The pooling kernel gives the very rows that the search has pooled."""
+    z, codes = torch.randn(2, 6, 7, 9) + 100, bank(300, 6, dtype=torch.float32)
+    codes = codes._replace(codebook=codes.codebook + 100)
+    for h, w in [(1, 1), (2, 4), (6, 5), (7, 8)]:
+        pooled = torch.empty(2, h * w, 6)
+        triton._pool(z, triton.Scale(h, w, 0, 0), pooled)
+        found = residual_quantize(z, *codes, scales=[(h, w)], phi_index=[0], metric=metric)
+        assert torch.equal(found.indices.flatten(), definition(pooled.flatten(0, 1), codes.codebook, metric))
+        torch.testing.assert_close(pooled, rows(z, (h, w)), **TOLERANCES["float32_reordered"]._asdict())
+
+
+@pytest.mark.backends("triton")
+@pytest.mark.parametrize("metric", METRICS)
+def test_prepared_codebooks_are_of_the_launcher(backend: str, metric: Metric) -> None:
+    z, codes = torch.randn(1, 3, 4, 5), bank(40, dtype=torch.float32)
+    prepared = prepare_codebook(codes.codebook, metric=metric)
+    assert prepared.layout == nearest_code_triton.LAYOUT
+    arguments: dict[str, Any] = {"scales": [2, (4, 5)], "phi_index": [0, 1], "metric": metric}
+    one, other = (residual_quantize(z, *codes, **arguments, prepared=p) for p in (prepared, None))
+    assert torch.equal(one.indices, other.indices)
+    assert torch.equal(one.reconstruction, other.reconstruction)
+
+
+def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    z, codes = torch.zeros(1, 3, 2, 2), bank(dtype=torch.float32)
+    indices = torch.zeros(1, 1, dtype=torch.int64)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    reason = refusal("residual_step", "triton", z, indices, *codes)
+    assert reason == "needs CUDA or HIP tensors, found reconstruction on cpu"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert refusal("residual_step", "triton", z, indices, *codes) is None
+    wide = torch.zeros(1, 257), codes.phi_weight, codes.phi_bias
+    assert refusal("residual_decode", "triton", indices, *wide) == "needs C of at most 256, found 257"
+
+
+class Launches:
+    """In place of the kernels: remembers which were started, and starts none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: list[str] = []
+        kernels = importlib.import_module("hitsr_fast.kernels.residual_quantize")
+        for name in kernels.__all__:
+            monkeypatch.setattr(kernels, name, self._kernel(name))
+
+    def _kernel(self, name: str) -> Any:
+        log = self.names
+
+        class Kernel:
+            def __getitem__(self, grid: tuple[int, ...]) -> Any:
+                assert min(grid) > 0
+                return lambda *arguments, **constants: log.append(name)
+
+        return Kernel()
+
+
+@pytest.fixture
+def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors of a GPU that have no values: to look at one, as waiting for the device would, is an error."""
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(triton, "_target", lambda: "cuda")
+    monkeypatch.setattr(triton, "_GRAPH_PLACES", 0)
+    with FakeTensorMode():
+        yield
+
+
+@pytest.mark.parametrize("replayed", [0, 116, 3452])
+@pytest.mark.parametrize("wanted", [False, True])
+def test_two_kernels_a_scale_and_the_host_never_waits(
+    replayed: int, wanted: bool, monkeypatch: pytest.MonkeyPatch, _fake_gpu: None
+) -> None:
+    launches = Launches(monkeypatch)
+    z = torch.empty(2, 32, 32, 32, device="cuda")
+    codebook = torch.empty(4096, 32, device="cuda")
+    phi = torch.empty(4, 32, 32, 3, 3, device="cuda"), torch.empty(4, 32, device="cuda")
+    flat = [side for scale in HIT["scales"] for side in (scale, scale)]
+    replay = torch.empty(2, replayed, dtype=torch.int64, device="cuda") if replayed else None
+    layout, parts = nearest_code_triton.prepare(codebook, "l2")
+    with pytest.raises(Exception, match="local_scalar_dense"):
+        z.sum().item()
+    found = triton.residual_quantize_triton(
+        z, codebook, *phi, list(parts), layout, flat, HIT["phi_index"], 0.5, replay, "l2", wanted, wanted
+    )
+    search, update, pool = "search", "update", "pool"
+    scales = {0: 0, 116: 3, 3452: 10}[replayed]
+    first = [update] + [pool, update] * 9 if wanted else [update] * 10
+    expected = first[: 2 * scales - 1 if wanted else scales] if scales else []
+    expected = expected + [search, update] * (10 - scales)
+    assert launches.names == [f"_residual_quantize_{name}_kernel" for name in expected]
+    assert [x.device.type for x in found] == ["cuda"] * 4
+
+    launches.names.clear()
+    triton.residual_decode_triton(
+        found[1], codebook, *phi, flat, HIT["phi_index"], [32, 32], 0.5, wanted, wanted
+    )
+    assert launches.names == [f"_residual_quantize_{name}_kernel" for name in first]
+
+    launches.names.clear()
+    triton.residual_step_triton(z, found[1][:, :16], codebook, phi[0][0], phi[1][0], [4, 4], [6, 6], 0.5)
+    assert launches.names == [f"_residual_quantize_{name}_kernel" for name in (update, pool)]
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu() -> None:
+    """Captured, replayed with other values, and inside a caller's capture: always what the kernels give."""
+    codebook, *phi = (tensor.cuda() for tensor in bank(4096, 32, 4, dtype=torch.float32))
+    prepared = prepare_codebook(codebook)
+    latents = [torch.randn(2, 32, 32, 32, device="cuda") for _ in range(4)]
+    with use_backend("triton"):
+        expected = [residual_quantize(z, codebook, *phi, **HIT) for z in latents]
+        for z, plain in zip(latents, expected, strict=True):
+            found = residual_quantize(z, codebook, *phi, **HIT, prepared=prepared)
+            assert torch.equal(found.indices, plain.indices)
+            assert torch.equal(found.reconstruction, plain.reconstruction)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = residual_quantize(latents[0], codebook, *phi, **HIT, prepared=prepared)
+        graph.replay()
+        assert torch.equal(captured.indices, expected[0].indices)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 8, 64])
+def test_on_a_gpu(batch: int) -> None:
+    codes = bank(4096, 32, 4, dtype=torch.float32)
+    z = torch.randn(batch, 32, 32, 32)
+    on_gpu = [tensor.cuda() for tensor in codes]
+    with use_backend("triton"):
+        found = residual_quantize(z.cuda(), *on_gpu, **HIT, return_inputs=True, per_scale=True)
+        decoded = residual_decode(found.indices, *on_gpu, **HIT, size=32, return_inputs=True, per_scale=True)
+    for one, other in zip(decoded, found[1:], strict=True):
+        assert torch.equal(one, other)
+    assert_agrees(found, z, codes, **HIT)
+    with use_backend("reference"):
+        expected = residual_quantize(z, *codes, **HIT)
+    on_cpu = type(found)(*(tensor.cpu() for tensor in found))
+    assert_as_good(on_cpu, expected, z)

@@ -11,17 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hitsr_fast import extension
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.ops import nearest_code_cpu, sample_codes
+from hitsr_fast.ops import sample_codes
 from hitsr_fast.ops.sample_codes import random_state
 from hitsr_fast.reference import sample_codes as definition
+from tests.ops.backends import INTERPRETED, refusal, sizes
 from tests.ops.chi_square import chi_square, chi_square_bound
 
 OP = torch.ops.hitsr_fast.sample_codes.default
-ISAS = [] if extension.unavailable() else nearest_code_cpu.instruction_sets()
-COMPILED = [f"cpu:{isa}" for isa in ISAS]
 SEEDS = st.integers(0, 2**31)
+# Rows and codes.
+SIZES = {
+    "any": [(40, 1), (40, 2), (30, 63), (30, 64), (30, 65), (20, 1000), (6, 4096)],
+    "interpreted": [(3, 1), (4, 2), (4, 63), (3, 65), (3, 1000)],
+    "gpu": [(50, 1), (50, 65), (1024, 4096), (20, 16384)],
+}
+on_compiled_backends = pytest.mark.backends("cpu", "triton")
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -62,74 +67,58 @@ def logits_of(kind: str, rows: int, codes: int) -> Tensor:
 KINDS = ("random", "ties", "equal", "huge", "tiny", "masked", "bad")
 
 
-def choose(backend: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A context that forces a backend, with its instruction set."""
-    name, _, isa = backend.partition(":")
-    monkeypatch.setenv("HITSR_FAST_CPU_ISA", isa)
-    return use_backend(name)
+def check(logits: Tensor, seed: int = 0, **options: Any) -> Tensor:
+    """The draws, which are those of the definition."""
+    found = sample_codes(logits, generator=generator(seed), **options)
+    with use_backend("reference"):
+        expected = sample_codes(logits, generator=generator(seed), **options)
+    assert torch.equal(found, expected), (tuple(logits.shape), options)
+    return found
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@on_compiled_backends
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
-def test_backends_draw_the_same(
-    backend: str, kind: str, guidance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for rows, codes in [(40, 1), (40, 2), (30, 63), (30, 64), (30, 65), (20, 1000), (6, 4096)]:
-        logits, uncond = logits_of(kind, rows, codes), logits_of(kind, rows, codes)
+def test_backends_draw_the_same(backend: str, kind: str, guidance: float) -> None:
+    for size in sizes(backend, SIZES):
+        logits, uncond = logits_of(kind, *size), logits_of(kind, *size)
         for seed, options in enumerate(OPTIONS):
-            call = options | {"uncond_logits": uncond, "guidance": guidance}
-            with use_backend("reference"):
-                expected = sample_codes(logits, generator=generator(seed), **call)
-            with choose(backend, monkeypatch):
-                found = sample_codes(logits, generator=generator(seed), **call)
-            assert torch.equal(found, expected), (codes, options)
+            check(logits, seed, uncond_logits=uncond, guidance=guidance, **options)
 
 
-@pytest.mark.parametrize("backend", COMPILED)
+@on_compiled_backends
 @given(seed=SEEDS, codes=st.integers(1, 9), levels=st.integers(1, 5))
 def test_backends_draw_the_same_from_few_values(backend: str, seed: int, codes: int, levels: int) -> None:
-    random = generator(seed)
-    logits = torch.randint(levels, (8, codes), generator=random).float() / 2
-    options: dict[str, Any] = {
-        "top_k": int(torch.randint(2, codes + 3, (), generator=random)),
-        "top_p": float(torch.randint(0, 17, (), generator=random)) / 16,
-    }
-    with pytest.MonkeyPatch.context() as patch, choose(backend, patch):
-        found = sample_codes(logits, generator=generator(seed), **options)
-    with use_backend("reference"):
-        assert torch.equal(found, sample_codes(logits, generator=generator(seed), **options))
+    torch.manual_seed(seed)
+    logits = torch.randint(levels, (6 if INTERPRETED else 8, codes)).float() / 2
+    top_k, top_p = int(torch.randint(2, codes + 3, ())), float(torch.randint(0, 17, ())) / 16
+    check(logits, seed, top_k=top_k, top_p=top_p)
 
 
-@pytest.mark.parametrize("backend", ["reference", *COMPILED[:1]])
+@on_compiled_backends
+def test_the_shapes_of_a_model(backend: str) -> None:
+    check(torch.randn(4, 4096), top_k=900, top_p=0.96)
+    check(torch.randn(2, 16384), top_p=0.9)
+    check(torch.zeros(0, 5))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_lower_precision_and_strides(
-    backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_lower_precision_and_strides(backend: str, dtype: torch.dtype) -> None:
     logits, uncond = (torch.randn(2, 50, 12, dtype=dtype) for _ in range(2))
-    with choose(backend, monkeypatch):
-        found, wide = (
-            sample_codes(a.mT, uncond_logits=b.mT, guidance=2.0, top_k=9, generator=generator(0))
-            for a, b in ((logits, uncond), (logits.float(), uncond.float()))
-        )
-        alone = sample_codes(logits[0, :, 0], generator=generator(0))
-    assert torch.equal(found, wide)
+    options: dict[str, Any] = {"guidance": 2.0, "top_k": 9, "top_p": 0.9}
+    found = check(logits.mT, uncond_logits=uncond.mT, **options)
+    assert torch.equal(found, check(logits.float().mT, uncond_logits=uncond.float().mT, **options))
     assert found.shape == (2, 12) and found.dtype == torch.int64
-    assert alone.shape == ()
+    check(logits[:, ::2], uncond_logits=uncond[:, ::2], **options)
+    assert check(logits[0, :, 0], uncond_logits=logits[0, :, 0], **options).shape == ()
 
 
-def test_any_number_of_threads_and_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_take_their_own_words(backend: str) -> None:
     """Row r takes block r of Philox: a call with fewer rows draws the same for them."""
     logits = torch.randn(300, 70)
     whole = sample_codes(logits, generator=generator(3))
     assert torch.equal(sample_codes(logits[:17], generator=generator(3)), whole[:17])
     assert torch.equal(sample_codes(logits.view(3, 100, 70), generator=generator(3)), whole.view(3, 100))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert torch.equal(sample_codes(logits, generator=generator(3)), whole)
-    finally:
-        torch.set_num_threads(threads)
     for shape in [(0, 5), (2, 0, 5)]:
         assert sample_codes(torch.zeros(shape)).shape == shape[:-1]
 
@@ -181,7 +170,7 @@ def test_greedy_takes_the_lowest_index_on_ties(seed: int, levels: int) -> None:
         assert chosen == row.index(max(row))
 
 
-def check_zeros_are_equal() -> None:
+def test_zeros_are_equal(backend: str) -> None:
     """-0 counts as 0."""
     zeros = torch.tensor([[-0.0, 0.0], [0.0, -0.0]])
     assert sample_codes(zeros, top_k=1).tolist() == [0, 0]
@@ -189,18 +178,11 @@ def check_zeros_are_equal() -> None:
     assert set(sample_codes(third, top_k=2, generator=generator(0)).tolist()) == {0, 1, 3}
 
 
-def check_at_most_keeps_no_more() -> None:
+def test_at_most_keeps_no_more(backend: str) -> None:
     """Weights 2, 1 and 1: the two small ones hold a share of exactly `1 - top_p`, so they go."""
     logits = torch.tensor([0.0, -1.0, -1.0]).expand(200, 3)
     drawn = sample_codes(logits, top_p=0.5, temperature=math.log2(math.e), generator=generator(0))
     assert not drawn.any()
-
-
-@pytest.mark.parametrize("backend", ["reference", *COMPILED])
-def test_edges(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with choose(backend, monkeypatch):
-        check_zeros_are_equal()
-        check_at_most_keeps_no_more()
 
 
 def test_equal_logits_stay_or_go_together() -> None:
@@ -291,7 +273,7 @@ def test_a_fraction_is_the_first_two_words() -> None:
         assert found.tolist() == [block[place] >> 1 for block in words]
 
 
-def check_the_second_word_counts() -> None:
+def test_the_second_word_counts(backend: str) -> None:
     """Among 15000 equal codes, with an offset whose first word, taken twice, would give another code."""
     seed, offset, codes = 0, 67195, 15_000
     first, second, *_ = (word >> 1 for word in words_of_row(seed, offset, 0))
@@ -299,12 +281,6 @@ def check_the_second_word_counts() -> None:
     assert code != wrong
     logits = torch.zeros(1, 1).expand(1, codes)
     assert OP(logits, None, torch.tensor([seed, offset]), 0.0, 0, 0.0, 1.0).item() == code
-
-
-@pytest.mark.parametrize("backend", ["reference", *COMPILED])
-def test_the_second_word_counts(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with choose(backend, monkeypatch):
-        check_the_second_word_counts()
 
 
 @given(total=st.integers(0, 2**61 - 1), share=st.integers(0, 2**62 - 1))
@@ -418,15 +394,7 @@ def test_bad_arguments() -> None:
         OP(x, None, torch.zeros(3, dtype=torch.int64), 0.0, 0, 0.0, 1.0)
 
 
-@pytest.mark.parametrize("backend", ["reference", *COMPILED[:1]])
-def test_opcheck(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(2, 3, 8)
-    with choose(backend, monkeypatch):
-        torch.library.opcheck(OP, (x, x.flip(2), torch.tensor([1, 2]), 1.5, 3, 0.9, 0.8))
-        torch.library.opcheck(OP, (x, None, None, 0.0, 1, 0.0, 1.0))
-
-
-def test_compiles_without_a_graph_break() -> None:
+def test_compiled_calls_move_the_generator_on() -> None:
     def step(logits: Tensor, uncond: Tensor) -> Tensor:
         return sample_codes(logits.sin(), uncond_logits=uncond, guidance=1.0, top_k=5, top_p=0.9) + 1
 
@@ -437,3 +405,15 @@ def test_compiles_without_a_graph_break() -> None:
     torch.manual_seed(1)
     assert torch.equal(compiled(x, uncond), expected)
     assert not torch.equal(compiled(x, uncond), expected)
+
+
+def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+    def reason(V: int) -> str | None:
+        return refusal("sample_codes", "triton", torch.zeros(1, V), None, None)
+
+    assert reason(4) == "needs CUDA or HIP tensors, found logits on cpu"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert reason(16385) == "needs V of at most 16384, found 16385"
+    assert reason(16384) is None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.ops import TokenizedPyramid, prepare_codebook, residual_quantize, tokenize_pyramid
-from tests.ops.residual_quantizer import assert_agrees, backends, bank, forced
+from tests.ops.residual_quantizer import assert_agrees, bank
 from tests.tolerances import TOLERANCES
 
 TARGETS: dict[str, Any] = {
@@ -24,21 +24,19 @@ def latents(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     return [torch.randn(2, 3, *size, dtype=dtype) for size in ((2, 2), (3, 4), (5, 6))]
 
 
-@pytest.mark.parametrize("backend", backends("residual_quantize"))
 def test_each_target_continues_the_one_before(backend: str) -> None:
     maps, codes = latents(), bank(dtype=torch.float32)
-    with forced("residual_quantize", backend):
-        out = tokenize_pyramid(maps, *codes, **TARGETS)
-        replay = None
-        for target, z in enumerate(maps):
-            steps = TARGETS["target_steps"][target]
-            arguments = {"scales": TARGETS["scales"][:steps], "phi_index": TARGETS["phi_index"][target]}
-            alone = residual_quantize(z, *codes, **arguments, replay=replay)
-            assert torch.equal(out.indices[:, : alone.indices.shape[1]], alone.indices)
-            assert torch.equal(out.reconstructions[target], alone.reconstruction)
-            replayed = 0 if replay is None else replay.shape[1]
-            assert_agrees(alone, z, codes, **arguments, replayed=replayed)
-            replay = alone.indices
+    out = tokenize_pyramid(maps, *codes, **TARGETS)
+    replay = None
+    for target, z in enumerate(maps):
+        steps = TARGETS["target_steps"][target]
+        arguments = {"scales": TARGETS["scales"][:steps], "phi_index": TARGETS["phi_index"][target]}
+        alone = residual_quantize(z, *codes, **arguments, replay=replay)
+        assert torch.equal(out.indices[:, : alone.indices.shape[1]], alone.indices)
+        assert torch.equal(out.reconstructions[target], alone.reconstruction)
+        replayed = 0 if replay is None else replay.shape[1]
+        assert_agrees(alone, z, codes, **arguments, replayed=replayed)
+        replay = alone.indices
     assert replay is not None and torch.equal(out.indices, replay)
 
 
