@@ -15,6 +15,10 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 CUDA = "hitsr_fast._C_cuda"
+# One build serves every torch from 2.10 and every Python from 3.10 on, as pyproject.toml has them: it takes
+# what torch's stable ABI had then, and Python's limited API.
+STABLE_ABI = [("TORCH_TARGET_VERSION", "0x020a000000000000")]
+LIMITED_API = "cp310"
 
 
 def kernel_packages() -> dict[str, str]:
@@ -113,8 +117,9 @@ def cuda_extension(base: Any, toolkit: Any) -> Any:
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cpp")),
         include_dirs=[str(ROOT / "csrc"), str(toolkit.include)],
         depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.is_file()],
-        libraries=["c10_cuda"],
-        define_macros=[("HITSR_FAST_CUDA_TARGETS", f'"{targets}"')],
+        libraries=["torch_cuda"],
+        define_macros=[*STABLE_ABI, ("USE_CUDA", "1"), ("HITSR_FAST_CUDA_TARGETS", f'"{targets}"')],
+        py_limited_api=True,
         extra_compile_args=["-O2", "-Wall", "-fvisibility=hidden"],
         extra_link_args=[f"-L{toolkit.library}", f"-l:libcudart.so.{toolkit.version[0]}"],
         optional=cuda_wanted() != "1",
@@ -141,8 +146,7 @@ def extension() -> dict[str, Any]:
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError:
-        print("hitsr_fast: no torch in the build environment, the C++ extension is left out;")
-        print("            install torch first, then this package with --no-build-isolation")
+        print("hitsr_fast: no torch in the build environment, the C++ extension is left out")
         return {}
     sources = [
         "csrc/registration.cpp",
@@ -153,19 +157,27 @@ def extension() -> dict[str, Any]:
         sources,
         include_dirs=[str(ROOT / "csrc")],
         depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")],
+        define_macros=STABLE_ABI,
+        py_limited_api=True,
         extra_compile_args=[
             "-O3",
-            "-fopenmp",
+            "-fopenmp-simd",
             "-ffp-contract=off",
             "-Wall",
             "-Wextra",
+            # GCC 12 finds such values in its own AVX-512 intrinsics.
+            "-Wno-uninitialized",
+            "-Wno-maybe-uninitialized",
             "-fvisibility=hidden",
         ],
-        extra_link_args=["-fopenmp"],
     )
     toolkit = cuda_toolkit()
     modules = [module, cuda_extension(CppExtension, toolkit)] if toolkit else [module]
-    return {"ext_modules": modules, "cmdclass": {"build_ext": build_command(BuildExtension, toolkit)}}
+    return {
+        "ext_modules": modules,
+        "cmdclass": {"build_ext": build_command(BuildExtension, toolkit)},
+        "options": {"bdist_wheel": {"py_limited_api": LIMITED_API}},
+    }
 
 
 kernels = kernel_packages()

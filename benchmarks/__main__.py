@@ -26,6 +26,7 @@ _MODULES = {
 OPS = tuple(sorted(_MODULES))
 
 _IDLE_LOAD = 0.5
+_QUIET_CONTENTION = 1.25
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class Run:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto is cuda where there is a device."""
 
-    repeats: int = 15
-    """Timed calls of each provider."""
+    repeats: int | None = None
+    """Timed calls of each provider; by default 15, and 1001 of dispatch."""
 
     results: Path | None = None
     """File to save to; by default benchmarks/results/OP.csv."""
@@ -59,24 +60,16 @@ class Run:
     def run(self) -> int:
         """Measure; 0, 1 if one of our results is wrong, or 2 if the run cannot be made."""
         os.environ.setdefault("OMP_NUM_THREADS", str(self.threads))  # read as libraries are loaded, below
-        import torch
+        from benchmarks import _machine, _records
 
-        from benchmarks import _records
-        from benchmarks._machine import MachineError
-
-        has_gpu = torch.cuda.is_available()
-        if self.device == "cuda" and not has_gpu:
-            return _refuse("--device: expected cpu, as there is no GPU, found cuda")
-        for name, value in (("threads", self.threads), ("repeats", self.repeats)):
-            if value < 1:
-                return _refuse(f"--{name}: expected at least 1, found {value}")
-        device = torch.device("cuda" if has_gpu and self.device != "cpu" else "cpu")
+        if self.repeats is not None and self.repeats < 1:
+            return _refuse(f"--repeats: expected at least 1, found {self.repeats}")
         path = self.results or (None if self.quick else _records.RESULTS / f"{self.op}.csv")
         wrong = 0
         try:
-            for records in _benchmark(self.op).run(
+            for records in load(self.op).run(
                 threads=self.threads,
-                device=device,
+                device=_machine.device(self.device),
                 repeats=self.repeats,
                 quick=self.quick,
                 providers=self.providers,
@@ -85,7 +78,7 @@ class Run:
                 if path:
                     _records.save(path, records)
                 wrong += sum(record.wrong_rows or 0 for record in records if record.role == "ours")
-        except (MachineError, ValueError) as error:
+        except (_machine.MachineError, ValueError) as error:
             return _refuse(str(error))
         return 1 if wrong else 0
 
@@ -141,7 +134,7 @@ class Audit:
         """Print the tables; 0, or 2 if there is nothing to compile or no compiler."""
         from benchmarks._harness import missing_package
 
-        plan = _benchmark(self.op).audit
+        plan = load(self.op).audit
         reason = next((text for name in ("triton", "pytest") if (text := missing_package(name))), None)
         if plan is None or reason:
             return _refuse(f"{self.op}: {reason or 'it has no Triton kernels'}")
@@ -189,7 +182,8 @@ def _refuse(message: str) -> int:
     return 2
 
 
-def _benchmark(op: str) -> Benchmark[Any]:
+def load(op: str) -> Benchmark[Any]:
+    """The benchmark of that name."""
     found: Benchmark[Any] = importlib.import_module(_MODULES[op]).BENCHMARK
     return found
 
@@ -197,24 +191,34 @@ def _benchmark(op: str) -> Benchmark[Any]:
 def _print(records: Sequence[Record]) -> None:
     case = " ".join(f"{name}={value}" for name, value in records[0].case.items())
     found = records[0].conditions
+    disturbed = [record.provider for record in records if (record.contention or 1) > _QUIET_CONTENTION]
     print(f"\n{records[0].op} {case}")
-    busy = " (others were busy: do not trust the times)" if found.load > _IDLE_LOAD else ""
     print(
-        f"{found.device}, {found.threads} threads, load {found.load} at the start{busy}, "
+        f"{found.device}, {found.cpu_model}, {found.instruction_sets}\n"
+        f"{found.threads} threads, load {found.load} at the start, "
         f"matrix products at {records[0].gemm_gflops:.0f} GFLOP/s"
     )
-    widths = (18, 24, 10, 10, 11, 9, 11, 10)
-    titles = ("provider", "version", "median ms", "min ms", "per second", "speed-up", "x floor", "extra MiB")
+    if found.load > _IDLE_LOAD or disturbed:
+        beside = f", beside {', '.join(disturbed)}" if disturbed else ""
+        print(f"others were busy{beside}: do not trust the times")
+    widths = (24, 24, 10, 10, 11, 9, 11, 10, 11)
+    slowest = max((record.times.median_ms for record in records if record.times), default=1.0)
+    unit, units = ("ms", 1) if slowest >= 1 else ("us", 1000)
+    titles = (
+        *("provider", "version", f"median {unit}", f"min {unit}"),
+        *("per second", "speed-up", "x floor", "extra MiB", "contention"),
+    )
     print(_line(titles, widths, texts=2))
     for record in records:
         times = record.times
         numbers = (
-            times.median_ms if times else None,
-            times.min_ms if times else None,
+            times.median_ms * units if times else None,
+            times.min_ms * units if times else None,
             record.per_second,
             record.speedup,
             record.times_floor,
             record.peak_extra_mib,
+            record.contention,
         )
         cells = ["" if number is None else f"{number:.4g}" for number in numbers]
         print(

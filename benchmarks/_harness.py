@@ -19,6 +19,7 @@ from benchmarks._records import Record, Times
 
 _WARM_UP = 2
 _SLOW_MS = 2000.0
+_CANARY = "canary"
 _GEMM_SIZE = {"cpu": 2048, "cuda": 8192}
 _QUICK_GEMM_SIZE = 128
 
@@ -29,7 +30,7 @@ class Case(ABC):
     @property
     @abstractmethod
     def flops(self) -> int:
-        """Floating-point operations that the call cannot do without."""
+        """Floating-point operations that the call cannot do without; 0 where they say nothing of its time."""
 
     @property
     @abstractmethod
@@ -41,7 +42,7 @@ class Case(ABC):
         return None
 
     @abstractmethod
-    def inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+    def inputs(self, device: torch.device) -> Inputs:
         """Tensors to call with, the same each time."""
 
     @abstractmethod
@@ -58,6 +59,21 @@ class Case(ABC):
 
 C = TypeVar("C", bound=Case)
 Call = Callable[[], Any]
+Inputs = tuple[Tensor, ...]
+Unavailable = Callable[[C, Inputs], "str | None"]
+
+
+def always(case: Case, inputs: Inputs) -> str | None:
+    """`unavailable` of a provider that runs everywhere."""
+    return None
+
+
+def package_version(distribution: str) -> Callable[[], str]:
+    """A provider's `version`."""
+    return lambda: metadata.version(distribution)
+
+
+_torch_version = package_version("torch")
 
 
 def torch_threads(threads: int) -> int:
@@ -81,9 +97,9 @@ class Provider(Generic[C]):
     """
 
     name: str
-    build: Callable[[C, tuple[Tensor, ...]], Call]
-    unavailable: Callable[[C, tuple[Tensor, ...]], str | None]
-    version: Callable[[], str]
+    build: Callable[[C, Inputs], Call]
+    unavailable: Unavailable[C] = always
+    version: Callable[[], str] = _torch_version
     set_threads: Callable[[int], int] = torch_threads
     ours: bool = False
     limit: str = ""
@@ -131,6 +147,7 @@ class Benchmark(Generic[C]):
         cases: for the record.
         quick: tiny ones, which show that everything runs.
         audit: of its Triton kernels, if it has any.
+        repeats: timed calls of each provider, unless another number is asked for.
     """
 
     op: str
@@ -138,6 +155,7 @@ class Benchmark(Generic[C]):
     cases: Sequence[C]
     quick: Sequence[C]
     audit: AuditPlan[C] | None = None
+    repeats: int = 15
 
     def select(self, names: Sequence[str]) -> list[Provider[C]]:
         """Providers of those names; all if none is given.
@@ -156,7 +174,7 @@ class Benchmark(Generic[C]):
         *,
         threads: int,
         device: torch.device,
-        repeats: int = 15,
+        repeats: int | None = None,
         quick: bool = False,
         providers: Sequence[str] = (),
     ) -> Iterator[list[Record]]:
@@ -165,7 +183,7 @@ class Benchmark(Generic[C]):
         Args:
             threads: of every library.
             device: to run on.
-            repeats: timed calls of each provider.
+            repeats: timed calls of each provider; the benchmark's own number if None.
             quick: take the tiny cases.
             providers: names; all if empty.
 
@@ -179,17 +197,12 @@ class Benchmark(Generic[C]):
         found = _machine.conditions(device, threads)
         rate = _machine.gemm_rate(device, _QUICK_GEMM_SIZE if quick else _GEMM_SIZE[device.type])
         for case in self.quick if quick else self.cases:
-            yield _measure(self.op, case, chosen, device, repeats, rate, found)
+            yield _measure(self.op, case, chosen, device, repeats or self.repeats, rate, found)
 
 
 def missing_package(name: str) -> str | None:
     """ "not installed", or None where the module can be imported."""
     return None if importlib.util.find_spec(name) else f"{name} is not installed"
-
-
-def package_version(distribution: str) -> Callable[[], str]:
-    """A provider's `version`."""
-    return lambda: metadata.version(distribution)
 
 
 def interleave(calls: Mapping[str, Call], repeats: int, clock: Timer) -> dict[str, list[float]]:
@@ -221,6 +234,41 @@ def summarize(times: Sequence[float]) -> Times:
     return Times(statistics.median(times), min(times), fifths[0], fifths[3], len(times))
 
 
+@dataclass(frozen=True)
+class Trial(Generic[C]):
+    """A case on a device, with what its providers are verified by."""
+
+    case: C
+    left_out: str | None
+    inputs: Inputs = ()
+    expected: Any = None
+
+    @classmethod
+    def of(cls, case: C, device: torch.device) -> Trial[C]:
+        """Inputs and the reference's result are made, unless the case is left out on that device."""
+        left_out = case.unavailable(device)
+        if left_out is not None:
+            return cls(case, left_out)
+        inputs = case.inputs(device)
+        return cls(case, None, inputs, case.expected(*inputs))
+
+    def reason(self, provider: Provider[C]) -> str | None:
+        """Why a provider cannot run here, or None."""
+        return self.left_out or provider.unavailable(self.case, self.inputs)
+
+    def build(self, provider: Provider[C], threads: int) -> tuple[Call, int]:
+        """Of a provider that can run, its call, and how many rows of the result are wrong.
+
+        Raises:
+            MachineError: its library takes another number of threads.
+        """
+        used = provider.set_threads(threads)
+        if used != threads:
+            raise MachineError(f"{provider.name}: expected {threads} threads, found that it uses {used}")
+        call = provider.build(self.case, self.inputs)
+        return call, self.case.wrong_rows(call(), self.expected)
+
+
 def _measure(
     op: str,
     case: C,
@@ -230,24 +278,22 @@ def _measure(
     gemm_rate: float,
     found: Conditions,
 ) -> list[Record]:
-    left_out = case.unavailable(device)
-    reasons: dict[str, str | None] = {provider.name: left_out for provider in providers}
-    if left_out is None:
-        inputs = case.inputs(device)
-        expected = case.expected(*inputs)
-        reasons = {provider.name: provider.unavailable(case, inputs) for provider in providers}
+    trial = Trial.of(case, device)
+    reasons = {provider.name: trial.reason(provider) for provider in providers}
     calls: dict[str, Call] = {}
     wrong: dict[str, int] = {}
     memory: dict[str, int | None] = {}
+    canary = _machine.canary(device)
     for provider in providers:
-        if reasons[provider.name] is None:
-            _set_threads(provider, found.threads)
-            call = calls[provider.name] = provider.build(case, inputs)
-            wrong[provider.name] = case.wrong_rows(call(), expected)
-            memory[provider.name] = _machine.peak_extra_bytes(call, device)
-    times = {
-        name: summarize(taken) for name, taken in interleave(calls, repeats, _machine.timer(device)).items()
-    }
+        name = provider.name
+        if reasons[name] is None:
+            calls[name], wrong[name] = trial.build(provider, found.threads)
+            memory[name] = _machine.peak_extra_bytes(calls[name], device)
+            calls[f"{name} {_CANARY}"] = canary
+    taken = interleave(calls, repeats, _machine.timer(device))
+    times = {name: summarize(own) for name, own in taken.items() if name in wrong}
+    canaries = {name: taken[f"{name} {_CANARY}"] for name in wrong}
+    undisturbed = min((min(own) for own in canaries.values()), default=0.0)
 
     floor_ms = case.flops / gemm_rate * 1e3
     records = []
@@ -274,16 +320,11 @@ def _measure(
                 speedup=times[best].median_ms / own.median_ms if own and best else None,
                 per_second=case.items / own.median_ms * 1e3 if own else None,
                 gemm_gflops=gemm_rate / 1e9,
-                times_floor=own.median_ms / floor_ms if own else None,
+                times_floor=own.median_ms / floor_ms if own and floor_ms else None,
                 peak_extra_mib=extra / 2**20 if extra is not None else None,
+                contention=statistics.fmean(canaries[provider.name]) / undisturbed if own else None,
                 reason=reasons[provider.name] or (f"wrong on {wrong_rows} rows" if wrong_rows else ""),
                 conditions=found,
             )
         )
     return records
-
-
-def _set_threads(provider: Provider[Any], threads: int) -> None:
-    used = provider.set_threads(threads)
-    if used != threads:
-        raise MachineError(f"{provider.name}: expected {threads} threads, found that it uses {used}")

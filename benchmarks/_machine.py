@@ -20,7 +20,11 @@ Call = Callable[[], Any]
 Timer = Callable[[Call], float]
 
 _ROOT = Path(__file__).resolve().parents[1]
-_INSTRUCTION_SETS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "sve")
+_INSTRUCTION_SETS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16"),
+    *("asimd", "sve"),
+)
+_CANARY_SIZE = 256
 _L2_FLUSH_BYTES = 256 * 2**20  # more than the L2 of any GPU
 
 
@@ -73,13 +77,40 @@ def require_threads(threads: int) -> None:
     """Make sure that the libraries of this process were loaded for that many threads.
 
     Raises:
-        MachineError: `OMP_NUM_THREADS`, which some read only as they are loaded, is another number.
+        MachineError: `OMP_NUM_THREADS`, which some read only as they are loaded, is another number, or it is
+            below 1.
     """
+    if threads < 1:
+        raise MachineError(f"--threads: expected at least 1, found {threads}")
     found = os.environ.get("OMP_NUM_THREADS")
     if found != str(threads):
         raise MachineError(
             f"OMP_NUM_THREADS: expected {threads}, as many threads as asked for, found {found or 'nothing'}"
         )
+
+
+def device(name: str) -> torch.device:
+    """The CPU, the GPU, or for "auto" a GPU where there is one.
+
+    Raises:
+        MachineError: there is no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "cuda" and not has_gpu:
+        raise MachineError("--device: expected cpu, as there is no GPU, found cuda")
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
+
+
+def synchronized(call: Call, device: torch.device) -> Call:
+    """The call, and the wait for what it leaves to a GPU."""
+    if device.type == "cpu":
+        return call
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize(device)
+
+    return run
 
 
 def timer(device: torch.device) -> Timer:
@@ -120,6 +151,12 @@ def gemm_rate(device: torch.device, size: int) -> float:
         times = [clock(multiply) for _ in range(10)]
         best = max(best, 2 * size**3 / min(times) * 1e3)
     return best
+
+
+def canary(device: torch.device) -> Call:
+    """A small fixed product: timed beside a provider, it takes longer where others use the machine."""
+    a, b = (torch.ones(_CANARY_SIZE, _CANARY_SIZE, device=device) for _ in range(2))
+    return functools.partial(torch.mm, a, b, out=torch.empty_like(a))
 
 
 def peak_extra_bytes(call: Call, device: torch.device) -> int | None:

@@ -44,6 +44,8 @@ class Record:
         gemm_gflops: measured rate of matrix products in this run.
         times_floor: median over the time in which such products do the flop of the case.
         peak_extra_mib: memory that a call holds at its peak.
+        contention: mean time of a small fixed work beside the calls, over its least in the case; it belongs
+            at 1.
         reason: why nothing was measured, or what is wrong.
         conditions: of the run.
     """
@@ -61,6 +63,7 @@ class Record:
     gemm_gflops: float
     times_floor: float | None
     peak_extra_mib: float | None
+    contention: float | None
     reason: str
     conditions: Conditions
 
@@ -81,6 +84,7 @@ class Record:
             "gemm_gflops": self.gemm_gflops,
             "times_floor": self.times_floor,
             "peak_extra_mib": self.peak_extra_mib,
+            "contention": self.contention,
             **asdict(self.conditions),
             "reason": self.reason,
         }

@@ -11,21 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._harness import Benchmark, Call, Case, Provider, package_version
+from benchmarks._harness import Benchmark, Call, Case, Inputs, Provider
+from benchmarks._providers import our_backends
 from benchmarks.peers.var_autoencoder import VQVAE
 from benchmarks.peers.var_model import VAR
-from hitsr_fast._version import __version__
+from benchmarks.shapes import MODELS
 from hitsr_fast.compat import accelerate
-from hitsr_fast.dispatch import use_backend
 
-SCALES = {
-    "1..16": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
-    "1..32": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
-    "1..4": (1, 2, 4),
-}
 CLASSES = 1000
-
-Inputs = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -36,14 +29,14 @@ class VarCase(Case):
         B: images.
         cfg: guidance; 0 needs one branch only.
         depth: of VAR-dN: N blocks of N heads of 64 channels.
-        scales: their sides; the image has 16 times the last.
+        model: whose scales they are; the image has 16 times the last one's side.
         ch: base width of the tokenizer.
     """
 
     B: int
     cfg: float
-    depth: int = 16
-    scales: str = "1..16"
+    depth: int = MODELS["var-256"].depth
+    model: str = "var-256"
     ch: int = 160
 
     @property
@@ -53,18 +46,16 @@ class VarCase(Case):
     @property
     def flops(self) -> int:
         """Blocks, classifier and decoder. AdaLN, once an image, is left out."""
-        sides, width = SCALES[self.scales], 64 * self.depth
-        lengths = [side * side for side in sides]
-        keys = sum(length * sum(lengths[: i + 1]) for i, length in enumerate(lengths))
-        blocks = self.depth * (24 * width**2 * sum(lengths) + 4 * width * keys)
-        classifier = 2 * width * 4096 * sum(lengths)
+        shape, width = MODELS[self.model], 64 * self.depth
+        blocks = self.depth * (24 * width**2 * shape.tokens + 4 * width * shape.pairs)
+        classifier = 2 * width * 4096 * shape.tokens
         branches = 1 if self.cfg == 0 else 2
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            self.tokenizer().fhat_to_img(torch.empty(self.B, 32, sides[-1], sides[-1]))
+            self.tokenizer().fhat_to_img(torch.empty(self.B, 32, shape.scales[-1], shape.scales[-1]))
         return self.B * branches * (blocks + classifier) + counter.get_total_flops()
 
     def tokenizer(self) -> VQVAE:
-        return VQVAE(ch=self.ch, v_patch_nums=SCALES[self.scales])
+        return VQVAE(ch=self.ch, v_patch_nums=MODELS[self.model].scales)
 
     def inputs(self, device: torch.device) -> Inputs:
         """The labels."""
@@ -94,7 +85,7 @@ def _model(case: VarCase, device: torch.device) -> VAR:
         depth=case.depth,
         embed_dim=width,
         num_heads=case.depth,
-        patch_nums=SCALES[case.scales],
+        patch_nums=MODELS[case.model].scales,
     )
     model.init_weights(init_adaln_gamma=1.0, init_head=10.0)
     model.vae_proxy[0].quantize.embedding.weight.normal_(std=0.5)
@@ -120,36 +111,19 @@ def eager_call(case: VarCase, inputs: Inputs) -> Call:
     return _call(_model(case, inputs[0].device), case, inputs[0])
 
 
-def _ours(backend: str | None) -> Provider[VarCase]:
-    def build(case: VarCase, inputs: Inputs) -> Call:
-        model = accelerate(_twin(_model(case, inputs[0].device)))
-        sample = _call(model, case, inputs[0])
-
-        def call() -> Tensor:
-            with use_backend(backend):
-                return sample()
-
-        return call
-
-    return Provider(
-        name=backend or "auto",
-        build=build,
-        unavailable=lambda case, inputs: None,
-        version=lambda: __version__,
-        ours=True,
-    )
+def _our_call(case: VarCase, inputs: Inputs) -> Call:
+    return _call(accelerate(_twin(_model(case, inputs[0].device))), case, inputs[0])
 
 
 BENCHMARK = Benchmark(
     op="accelerate",
     providers=(
-        Provider("eager", eager_call, lambda case, inputs: None, package_version("torch")),
-        _ours("reference"),
-        _ours(None),
+        Provider("eager", eager_call),
+        *our_backends(_our_call, lambda case, inputs: [], ("reference", None)),
     ),
     cases=(VarCase(1, 0.0), VarCase(1, 1.5)),
     quick=(
-        VarCase(1, 0.0, depth=1, scales="1..4", ch=32),
-        VarCase(2, 1.5, depth=1, scales="1..4", ch=32),
+        VarCase(1, 0.0, depth=1, model="toy", ch=32),
+        VarCase(2, 1.5, depth=1, model="toy", ch=32),
     ),
 )

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,27 +16,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._harness import (
-    Benchmark,
-    Call,
-    Case,
-    Provider,
-    missing_package,
-    package_version,
-)
+from benchmarks._harness import Benchmark, Call, Case, Inputs, Provider, missing_package, package_version
+from benchmarks.shapes import MODELS
 from hitsr_fast._version import __version__
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.models.config import PRESETS
-from hitsr_fast.models.hit_upscaler import HitUpscaler
-from hitsr_fast.models.hit_var import HitVar, load_pretrained
-from hitsr_fast.nn.sampling import sampling_plan
-from hitsr_fast.pipeline import HitSR, find_weights
+from hitsr_fast.models import HitUpscaler, HitVar
+from hitsr_fast.models.hit_var import PRESETS
+from hitsr_fast.nn.sampling import SamplingOptions
+from hitsr_fast.ops import modulated_layer_norm
+from hitsr_fast.pipeline import HitSR
 from hitsr_fast.reference import hit_sampler as reference
 
 _PHOTO = Path(__file__).parents[1] / "examples" / "budgie-osprey.jpg"
 _MOST_NOISE = 10**-3.5  # 35 dB
 
-Inputs = tuple[Tensor, ...]
 Stage = Literal["tiles", "encode", "sample", "decode", "photo", "scale"]
 
 
@@ -82,7 +74,7 @@ class GenerateCase(Case):
                     seen = torch.empty(self.B, 3, side * stride, side * stride)
                     model.decode(torch.empty(self.B, tokenizer.code_dim, side, side), target, seen)
         if self.stage in ("tiles", "sample", "photo"):
-            steps = tokenizer.target_steps[self.target]
+            steps = tokenizer.pyramid.steps[self.target]
             total += self.B * sum(self._transformer_flops(step) for step in range(steps))
         elif self.stage == "scale":
             total += self.B * self._transformer_flops(self.step)
@@ -91,18 +83,10 @@ class GenerateCase(Case):
 
     def _transformer_flops(self, step: int) -> int:
         """Blocks and classifier for one scale of one image, AdaLN and embeddings left out."""
-        config = PRESETS[self.preset]
-        width, depth = config.transformer.width, config.transformer.depth
-        start, length = self.tokens(step)
-        classifier = 2 * width * config.tokenizer.codebook_size * config.tokenizer.scales[step] ** 2
-        return depth * (24 * width**2 * length + 4 * width * length * (start + length)) + classifier
-
-    def tokens(self, step: int) -> tuple[int, int]:
-        """How many are before a scale, prefix included, and how many it adds."""
-        tokenizer = PRESETS[self.preset].tokenizer
-        ends = list(accumulate((side * side for side in tokenizer.scales), initial=tokenizer.latent_size**2))
-        start = ends[step] if step > 0 else 0
-        return start, ends[step + 1] - start
+        shape = MODELS[self.preset]
+        width, (start, length) = shape.width, shape.step(step)
+        classifier = 2 * width * shape.K * shape.lengths[step]
+        return shape.depth * (24 * width**2 * length + 4 * width * length * (start + length)) + classifier
 
     def inputs(self, device: torch.device) -> Inputs:
         """LR tiles; for "sample" their features; for "decode" a latent and the tiles; or a photo.
@@ -116,13 +100,14 @@ class GenerateCase(Case):
             return (image.clamp(0, 1).expand(self.B, -1, -1, -1).to(device),)
         model = _model(self.preset, device)
         if self.stage == "scale":
-            body, (start, length) = PRESETS[self.preset].transformer, self.tokens(self.step)
-            generator = torch.Generator().manual_seed(0)
+            body, generator = MODELS[self.preset], torch.Generator().manual_seed(0)
+            start, length = body.step(self.step)
             x = torch.randn(self.B, length, body.width, generator=generator)
-            shape = (2, body.depth, self.B, body.heads, start, body.width // body.heads)
-            k, v = torch.randn(shape, generator=generator)
+            k, v = torch.randn(2, body.depth, self.B, body.heads, start, body.D, generator=generator)
             return x.to(device), F.normalize(k, dim=-1).to(device), v.to(device)
-        tiles = F.interpolate(pixels, (model.lr_tile, model.lr_tile), mode="bicubic", antialias=True)
+        tiles = F.interpolate(
+            pixels, (model.config.lr_tile, model.config.lr_tile), mode="bicubic", antialias=True
+        )
         tiles = (tiles.clamp(0, 1) * 2 - 1).expand(self.B, -1, -1, -1).to(device)
         if self.stage in ("tiles", "encode"):
             return (tiles,)
@@ -160,7 +145,7 @@ class GenerateCase(Case):
 @functools.lru_cache(maxsize=1)
 def _model(preset: str, device: torch.device) -> HitVar:
     if preset == "hit-tiny":
-        return load_pretrained(find_weights(preset), device)
+        return HitVar.from_pretrained(preset, device=device, dtype=torch.float32)
     torch.manual_seed(0)
     return HitVar(PRESETS[preset]).to(device).eval()
 
@@ -169,14 +154,17 @@ class _PlainModel:
     """The plain path as `HitSR` asks for it."""
 
     def __init__(self, model: HitVar) -> None:
-        self.model, self.lr_tile, self.scale_factors = model, model.lr_tile, model.scale_factors
+        self.model, config = model, model.config
+        self.lr_tile, self.scale_factors = config.lr_tile, config.scale_factors
+        self.num_scales = len(config.tokenizer.scales)
+        self.colour_fix_levels = dict(zip(config.scale_factors, config.colour_fix_levels, strict=True))
 
     def super_resolve(self, lr: Tensor, **_options: Any) -> dict[int, Tensor]:
         return reference.super_resolve(self.model, lr)
 
 
 def _classes(features: Tensor) -> Tensor:
-    return torch.zeros(len(features), dtype=torch.int64, device=features.device)
+    return torch.ones(len(features), dtype=torch.int64, device=features.device)
 
 
 def _images(upscaled: Any) -> Sequence[Tensor]:
@@ -209,7 +197,7 @@ def _plain_scale(model: HitVar, case: GenerateCase, inputs: Inputs) -> Sequence[
     caches: Any = before or [None] * len(keys)
     condition = model.transformer.class_emb(_classes(x))
     logits = reference.step_logits(model.transformer, x, condition, caches)
-    logits = logits[:, -(PRESETS[case.preset].tokenizer.scales[case.step] ** 2) :]
+    logits = logits[:, -MODELS[case.preset].lengths[case.step] :]
     logits.argmax(dim=-1)
     return (logits,)
 
@@ -217,14 +205,17 @@ def _plain_scale(model: HitVar, case: GenerateCase, inputs: Inputs) -> Sequence[
 def _our_scale(upscaler: HitUpscaler, case: GenerateCase, inputs: Inputs) -> Call:
     """The same from a cache that holds the tokens before."""
     sampler, (x, keys, values) = upscaler.sampler, inputs
-    start, length = case.tokens(case.step)
+    start, length = MODELS[case.preset].step(case.step)
     cache = sampler.body.new_cache(len(x), start + length)
     cache.k[:, :, :start], cache.v[:, :, :start] = keys.transpose(2, 3), values.transpose(2, 3)
-    plan = sampling_plan(1, 1)
+    plan = SamplingOptions().plan(1, 1)
 
     def call() -> Sequence[Tensor]:
         with torch.no_grad():
-            logits = sampler.step_logits(x, _classes(x), cache, start, case.step)
+            rows = sampler.body(x, sampler.modulation[:, :, _classes(x)], cache, start)
+            rows = rows[:, -sampler.pyramid.lengths[case.step] :]
+            rows = modulated_layer_norm(rows, *sampler.head_modulation[:, _classes(x)].unbind())
+            logits = sampler.classifier.logits(rows)
             plan.draw(logits.flatten(0, 1)[None], None, 0)
             return (logits,)
 
@@ -301,13 +292,8 @@ def _esrgan_unavailable(case: GenerateCase, inputs: Inputs) -> str | None:
 BENCHMARK = Benchmark(
     op="generate",
     providers=(
-        Provider("reference", _plain, lambda case, inputs: None, lambda: __version__),
-        Provider(
-            "real-esrgan-x4plus:ncnn",
-            _esrgan_call,
-            _esrgan_unavailable,
-            package_version("ncnn"),
-        ),
+        Provider("reference", _plain, version=lambda: __version__),
+        Provider("real-esrgan-x4plus:ncnn", _esrgan_call, _esrgan_unavailable, package_version("ncnn")),
         _ours(torch.float32, graphs=False),
         _ours(torch.bfloat16, graphs=False),
         _ours(torch.bfloat16, graphs=True),

@@ -1,11 +1,7 @@
-// The module hitsr_fast._C. It declares no op: schemas live in Python (hitsr_fast/ops), and the sources in cpu/ and
-// cuda/ register what they implement as private ops when this library is loaded.
-#include <pybind11/pybind11.h>
-#include <torch/version.h>
-
-#include "check.h"
-
-namespace py = pybind11;
+// The module hitsr_fast._C, on Python's limited API. It declares no op: schemas live in Python (hitsr_fast/ops), and the
+// sources in cpu/ register what they implement as private ops when this library is loaded.
+#include <Python.h>
+#include <torch/headeronly/version.h>
 
 namespace {
 
@@ -17,17 +13,17 @@ constexpr const char* kCompiler = "gcc " __VERSION__;
 constexpr const char* kCompiler = "unknown";
 #endif
 
-py::dict build_info() {
-  py::dict info;
-  info["torch"] = TORCH_VERSION;
-  info["compiler"] = kCompiler;
-  info["cxx_standard"] = static_cast<long>(__cplusplus);
-  return info;
+PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue(
+      "{s:s,s:s,s:l}", "torch", TORCH_VERSION, "compiler", kCompiler, "cxx_standard", static_cast<long>(__cplusplus));
 }
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS, "What this module was built with: torch, compiler, cxx_standard."},
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_C", "Compiled backends of hitsr_fast.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
-  module.doc() = "Compiled backends of hitsr_fast.";
-  module.def("build_info", &build_info, "What this module was built with: torch, compiler, cxx_standard.");
-}
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from hitsr_fast._lazy import lazy
 from hitsr_fast._version import __version__
 
 if TYPE_CHECKING:
     from hitsr_fast.pipeline import HitSR
 
 __all__ = ["HitSR", "__version__"]
-
-
-def __getattr__(name: str) -> Any:
-    # HitSR pulls in torch: it is imported on first use, so that `hitsr-fast --help` stays quick.
-    if name == "HitSR":
-        from hitsr_fast.pipeline import HitSR
-
-        return HitSR
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy(__name__, pipeline=["HitSR"])

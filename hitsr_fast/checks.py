@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import combinations, product
 from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INDEX = (torch.int64,)
@@ -26,7 +26,7 @@ def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: 
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a {_any_of(dtypes)} tensor, found {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: expected dtype {_any_of(dtypes)}, found {_short(value.dtype)}")
+        raise TypeError(f"{name}: expected dtype {_any_of(dtypes)}, found {short_name(value.dtype)}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: expected device {like.device}, found {value.device}")
 
@@ -34,21 +34,21 @@ def check_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], like: 
 def check_dtype(name: str, value: object, dtypes: Sequence[torch.dtype]) -> None:
     """Raise TypeError unless `value` is one of `dtypes`."""
     if value not in dtypes:
-        found = _short(value) if isinstance(value, torch.dtype) else repr(value)
+        found = short_name(value) if isinstance(value, torch.dtype) else repr(value)
         raise TypeError(f"{name}: expected {_any_of(dtypes)}, found {found}")
 
 
 def check_shape(name: str, value: Tensor, letters: str, **known: int) -> None:
     """Raise ValueError unless `value` has the axes that `letters` names, those in `known` of that length."""
     axes, shape = letters.split(), value.shape
-    fits = len(axes) == len(shape)
-    if fits:  # a plain loop: a generator takes longer than all else here
+    if len(axes) == len(shape):  # a plain loop: a generator takes longer than all else here
         for axis, length in zip(axes, shape, strict=True):
-            if axis in known and known[axis] != length:
-                fits = False
-    if not fits:
-        expected = ", ".join(f"{axis}={known[axis]}" if axis in known else axis for axis in axes)
-        raise ValueError(f"{name}: expected shape ({expected}), found {tuple(value.shape)}")
+            if known.get(axis, length) != length:
+                break
+        else:
+            return
+    expected = ", ".join(f"{axis}={known[axis]}" if axis in known else axis for axis in axes)
+    raise ValueError(f"{name}: expected shape ({expected}), found {tuple(shape)}")
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -76,6 +76,13 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
         raise ValueError(f"{name}: expected {_numbers(low, high)}, found {value}")
 
 
+def check_positive(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a number, ValueError unless it is finite and above 0."""
+    check_number(name, value)
+    if not value > 0:  # type: ignore[operator]
+        raise ValueError(f"{name}: expected a finite number above 0, found {value}")
+
+
 def check_generator(value: object) -> None:
     """Raise TypeError unless `value` is a random generator or None."""
     if value is not None and not isinstance(value, torch.Generator):
@@ -97,14 +104,12 @@ def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor | None]
     Asks for addresses, so it has no place in a trace. Two tensors of one storage whose addresses interleave
     count as apart only if they have the same strides.
     """
-    given = {name: tensor for name, tensor in read.items() if tensor is not None}
-    tensors = (*written.values(), *given.values())
-    if len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors):
-        return
-    pairs = (*combinations(written.items(), 2), *product(written.items(), given.items()))
-    for (name, one), (other_name, other) in pairs:
-        if _share_memory(one, other):
-            raise ValueError(f"{name}: expected memory of its own, found some that {other_name} shares")
+    spans = [(name, tensor, *_span(tensor)) for name, tensor in written.items()]
+    others = [(name, tensor, *_span(tensor)) for name, tensor in read.items() if tensor is not None]
+    for number, (name, one, begin, end) in enumerate(spans):
+        for other_name, other, other_begin, other_end in (*spans[number + 1 :], *others):
+            if begin < other_end and other_begin < end and _share_memory(one, other):
+                raise ValueError(f"{name}: expected memory of its own, found some that {other_name} shares")
 
 
 def check_image(name: str, image: Tensor) -> None:
@@ -166,28 +171,32 @@ def check_index_range(name: str, value: Tensor, size: int) -> None:
 
 def has_values(*tensors: Tensor) -> bool:
     """Whether these tensors may be looked into: false while a compiler or a fake tensor mode traces."""
-    return not torch.compiler.is_compiling() and detect_fake_mode(tensors) is None
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() == 0:  # the usual case, which must not take long
+        return not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+    return detect_fake_mode(tensors) is None
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """Address of the first element and of what follows the last; both 0 where there is none."""
+    if tensor.numel() == 0:
+        return 0, 0
+    begin = tensor.data_ptr()
+    if tensor.is_contiguous():
+        return begin, begin + tensor.nbytes
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return begin, begin + tensor.element_size() * (1 + sum((side - 1) * stride for side, stride in steps))
 
 
 def _share_memory(one: Tensor, other: Tensor) -> bool:
-    if one.numel() == 0 or other.numel() == 0:
-        return False
+    """Whether two tensors whose spans meet have an element in common."""
     size, distance = one.element_size(), other.data_ptr() - one.data_ptr()
-    if not -_extent(other) < distance < _extent(one):
-        return False
     layout = (one.dtype, one.shape, one.stride())
     if layout != (other.dtype, other.shape, other.stride()) or distance % size != 0:
         return True
     axes = [(stride, side) for stride, side in zip(one.stride(), one.shape, strict=True) if side > 1]
     return _meet(distance // size, sorted(axes, reverse=True))
-
-
-def _extent(tensor: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    if tensor.is_contiguous():
-        return tensor.numel() * tensor.element_size()
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.element_size() * (1 + sum((side - 1) * stride for side, stride in steps))
 
 
 def _meet(distance: int, axes: Sequence[tuple[int, int]]) -> bool:
@@ -216,8 +225,9 @@ def _numbers(low: float, high: float) -> str:
 
 
 def _any_of(dtypes: Sequence[torch.dtype]) -> str:
-    return " or ".join(_short(dtype) for dtype in dtypes)
+    return " or ".join(short_name(dtype) for dtype in dtypes)
 
 
-def _short(dtype: torch.dtype) -> str:
+def short_name(dtype: torch.dtype) -> str:
+    """Name of a dtype as messages have it."""
     return str(dtype).removeprefix("torch.")

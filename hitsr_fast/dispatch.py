@@ -6,19 +6,18 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
-from hitsr_fast import env
+from hitsr_fast import env, extension
+from hitsr_fast.backends import NAMES, Backend, Reference, forced_instruction_set, use_instruction_set
+from hitsr_fast.checks import check_choice, short_name
 
-PRIORITY = ("cuda", "triton", "flash_attn", "cpu", "reference")
-
-_NOT_IMPLEMENTED = "not implemented for this op"
 _LIBRARY = torch.library.Library("hitsr_fast", "DEF")
-_OPERATIONS: dict[str, Operation] = {}  # filled once, as hitsr_fast.ops is imported
+_OPS: dict[str, Op] = {}  # filled once, as hitsr_fast.ops is imported
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _forced: ContextVar[str | None] = ContextVar("hitsr_fast_forced_backend", default=None)
 
 
@@ -26,54 +25,102 @@ class BackendUnavailableError(RuntimeError):
     """The forced backend (or every backend) cannot run this call; the message holds each one's reason."""
 
 
-def _always(*_args: Any) -> None:
-    return None
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of an op.
+class Gradient(NamedTuple):
+    """How an op is differentiated: in reverse mode, once.
 
     Attributes:
-        name: one of `PRIORITY`.
-        run: the implementation; takes the arguments of the op's schema, by position.
-        supports: of the same arguments, why this call cannot run here, or None where it can.
-        available: why nothing can run on this machine (no GPU, extension not built), or None.
+        save: keeps what the formula needs, given the context, the arguments and the result.
+        formula: gradients of the arguments, given the context and those of the results.
     """
 
-    name: str
-    run: Callable[..., Any]
-    supports: Callable[..., str | None] = _always
-    available: Callable[[], str | None] = lambda: None
-
-    def __post_init__(self) -> None:
-        if self.name not in PRIORITY:
-            raise ValueError(f"name: expected one of {', '.join(PRIORITY)}, found {self.name!r}")
-
-    def reason(self, *args: Any) -> str | None:
-        """Why the call cannot run, or None."""
-        return self.available() or self.supports(*args)
+    save: Callable[[Any, tuple[Any, ...], Any], None]
+    formula: Callable[..., Any]
 
 
-class Operation:
-    """An op's backends, in order of priority; calling it runs the chosen one."""
+class Op:
+    """An op of this package and its backends, in order of priority; calling it runs the chosen one."""
 
-    def __init__(self, name: str, backends: Sequence[Backend]) -> None:
-        self.name = name
-        self.backends = {backend.name: backend for backend in backends}
+    def __init__(
+        self,
+        schema: str,
+        backends: dict[str, Backend | None],
+        check: Callable[..., None] | None,
+        gradient: Gradient | None,
+        integer: bool,
+    ) -> None:
+        parsed = torch._C.parse_schema(schema)
+        arguments = parsed.arguments
+        self.name = parsed.name
+        self.backends = {name: backend for name in NAMES if (backend := backends[name]) is not None}
+        self._check, self._gradient, self._integer = check, gradient, integer
+        # A backward op is met in a graph of its own only where second derivatives are asked for.
+        self._refuses = gradient is None and not integer and not self.name.endswith("_backward")
+        self._tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        self._written = [i for i in self._tensors if (a := arguments[i].alias_info) and a.is_write]
+        for backend in self.backends.values():
+            backend.bind(
+                [argument.name for argument in arguments],
+                self._tensors,
+                [i for i, argument in enumerate(arguments) if str(argument.real_type) == "ScalarType"],
+            )
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op; `torch.ops.hitsr_fast.<op>` is asked where PyTorch has to know of the call.
+
+        Raises:
+            RuntimeError: an argument asks for a gradient, and the op has none.
+        """
+        if self._refuses and torch.is_grad_enabled():
+            for place in self._tensors:
+                if args[place] is not None and args[place].requires_grad:
+                    raise RuntimeError(f"{self.name}: has no gradient; call it under torch.no_grad()")
+        if not torch.compiler.is_compiling() and self._unseen(args):
+            return self.run(*args)
+        return self._overload(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Check values, choose a backend, run it; below autograd and all tracing."""
+        if self._check is not None:
+            self._check(*args)
+        backend = self.choose(*args)
+        device = "cpu" if args[self._tensors[0]].is_cpu else args[self._tensors[0]].device.type
+        if torch.is_autocast_enabled(device):
+            # An op computes in the dtypes that it is given: autocast must not reach the calls inside it.
+            with torch.autocast(device, enabled=False):
+                result = backend.run(*args)
+        else:
+            result = backend.run(*args)
+        # A kernel writes to memory behind PyTorch's back: autograd must learn of it.
+        for place in self._written:
+            if not args[place].is_inference():
+                torch.autograd.graph.increment_version(args[place])
+        return result
+
+    def _unseen(self, args: Sequence[Any]) -> bool:
+        """Whether nothing traces, differentiates or transforms the call: 10 us of PyTorch's are spared."""
+        if (
+            torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._functorch.maybe_current_level() is not None
+            or forward_ad._current_level >= 0
+        ):
+            return False
+        differentiates = not self._integer and torch.is_grad_enabled()
+        for place in self._tensors:
+            tensor = args[place]
+            if tensor is not None and (
+                type(tensor) not in _PLAIN or tensor.is_neg() or (differentiates and tensor.requires_grad)
+            ):
+                return False
+        return True
 
     def reasons(self, *args: Any) -> dict[str, str | None]:
         """Of each backend in order of priority, why it cannot run this call, or None where it can.
 
         Without arguments the reasons are those of the machine alone.
         """
-        table: dict[str, str | None] = {}
-        for name in PRIORITY:
-            backend = self.backends.get(name)
-            if backend is None:
-                table[name] = _NOT_IMPLEMENTED
-            else:
-                table[name] = backend.reason(*args) if args else backend.available()
+        table: dict[str, str | None] = dict.fromkeys(NAMES, "not implemented for this op")
+        for name, backend in self.backends.items():
+            table[name] = backend.reason(*args) if args else backend.available()
         return table
 
     def choose(self, *args: Any) -> Backend:
@@ -83,102 +130,103 @@ class Operation:
             BackendUnavailableError: the forced one cannot run this call, or none can.
         """
         forced = forced_backend()
-        for name in PRIORITY if forced is None else (forced,):
-            backend = self.backends.get(name)
-            if backend is not None and backend.reason(*args) is None:
-                return backend
-        wanted = "no backend" if forced is None else f"forced backend {forced!r}"
-        verb = "can" if forced is None else "cannot"
-        raise BackendUnavailableError(
-            f"{self.name}: {wanted} {verb} run this call\n{_table(self.reasons(*args))}"
-        )
+        if forced is None:
+            for backend in self.backends.values():
+                if backend.reason(*args) is None:
+                    if backend.name == "reference" and "cpu" in self.backends:
+                        self._warn(args)
+                    return backend
+        elif forced in self.backends and self.backends[forced].reason(*args) is None:
+            return self.backends[forced]
+        wanted = "no backend can" if forced is None else f"forced backend {forced!r} cannot"
+        raise BackendUnavailableError(f"{self.name}: {wanted} run this call\n{_table(self.reasons(*args))}")
 
-    def __call__(self, *args: Any) -> Any:
-        # An op computes in the dtypes that it is given: autocast must not reach the PyTorch calls inside it.
-        device = "cpu"
-        for arg in args:
-            if isinstance(arg, torch.Tensor):
-                device = arg.device.type
-                break
-        if any(map(_has_tangent, args)):
-            raise NotImplementedError(f"{self.name}: forward-mode derivatives are not implemented")
-        backend = self.choose(*args)
-        if not torch.is_autocast_enabled(device):
-            return backend.run(*args)
-        with torch.autocast(device, enabled=False):
-            return backend.run(*args)
+    def _warn(self, args: Sequence[Any]) -> None:
+        """Say once that the extension is missing, where it would have run the call."""
+        native = self.backends["cpu"]
+        if native.available() is not None and native.refusal(args) is None:
+            extension.warn_once()
+
+    def _register(self, schema: str, fake: Callable[..., Any]) -> None:
+        """Declare the op to PyTorch."""
+
+        def implementation(*args: Any) -> Any:
+            # PyTorch would take a forward-mode derivative to be 0.
+            if any(
+                isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args
+            ):
+                raise NotImplementedError(f"{self.name}: forward-mode derivatives are not implemented")
+            return self.run(*args)
+
+        _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
+        qualified = f"hitsr_fast::{self.name}"
+        torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+        self._overload = getattr(torch.ops.hitsr_fast, self.name).default
+        if self._gradient is not None:
+            save, formula = _remembering(self._gradient)
+            torch.library.register_autograd(qualified, formula, setup_context=save, lib=_LIBRARY)
+        elif (self._refuses and not self._written) or self.name.endswith("_backward"):
+            torch.library.register_autograd(qualified, self._no_gradient, lib=_LIBRARY)
+
+    def _no_gradient(self, ctx: Any, *grads: Any) -> Any:
+        """PyTorch alone would only warn."""
+        what = "second derivatives are" if self.name.endswith("_backward") else "a gradient is"
+        raise NotImplementedError(f"{self.name}: {what} not implemented")
 
 
-def _has_tangent(arg: object) -> bool:
-    """Whether a forward-mode derivative goes along with a tensor: PyTorch would take it to be 0."""
-    return isinstance(arg, torch.Tensor) and forward_ad.unpack_dual(arg).tangent is not None
-
-
-def register(
+def op(
     schema: str,
     *,
-    backends: Sequence[Backend],
-    fake: Callable[..., Any],
-    check: Callable[..., None] = _always,
-) -> None:
-    """Declare `torch.ops.hitsr_fast.<op>`.
+    reference: Callable[..., Any],
+    cuda: Backend | None = None,
+    triton: Backend | None = None,
+    flash_attn: Backend | None = None,
+    native: Backend | None = None,
+    check: Callable[..., None] | None = None,
+    gradient: Gradient | None = None,
+    integer: bool = False,
+) -> Callable[[Callable[..., Any]], Op]:
+    """Declare an op; decorates its fake, which gives shapes and dtypes of the results from fake arguments.
 
     Args:
-        schema: of the op, without defaults: PyTorch leaves out arguments that equal their default.
-        backends: its implementations; must hold "reference".
-        fake: shape and dtype of the results from fake arguments.
+        schema: without defaults: PyTorch leaves out arguments that equal their default. The first argument is
+            a tensor; what is written in place is marked, as in `Tensor(a!)`.
+        reference: the definition.
+        cuda: CUDA C++.
+        triton: Triton kernels.
+        flash_attn: FlashAttention.
+        native: C++ on the CPU.
         check: raises on bad values (shapes are the public function's job). It runs with each real call and
             never while tracing, so it may look into tensors.
-    """
-    name = schema.partition("(")[0]
-    operation = Operation(name, backends)
-    _OPERATIONS[name] = operation
-    changed = [place for place, argument in enumerate(schema.split(",")) if "!)" in argument]
-
-    def call(*args: Any) -> Any:
-        check(*args)
-        result = operation(*args)
-        # A kernel writes to memory behind PyTorch's back: autograd must learn of it.
-        for place in changed:
-            if not args[place].is_inference():
-                torch.autograd.graph.increment_version(args[place])
-        return result
-
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, call, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"hitsr_fast::{name}", fake, lib=_LIBRARY)
-
-
-def register_autograd(
-    name: str, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
-) -> None:
-    """Give `torch.ops.hitsr_fast.<name>` a gradient, run under the backend that was forced for the forward.
-
-    The autograd engine may use a thread of its own, which does not see `use_backend` of this one.
+        gradient: its formula, whose backward op is called `<op>_backward`. Without one, arguments that ask
+            for a gradient are an error.
+        integer: whether all results are integers, so that there is nothing to differentiate.
     """
 
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.forced_backend = _forced.get()
-        if setup_context is not None:
-            setup_context(ctx, inputs, output)
+    def declare(fake: Callable[..., Any]) -> Op:
+        found = {"cuda": cuda, "triton": triton, "flash_attn": flash_attn, "cpu": native}
+        declared = Op(schema, found | {"reference": Reference(reference)}, check, gradient, integer)
+        declared._register(schema, fake)
+        _OPS[declared.name] = declared
+        return declared
 
-    def run(ctx: Any, *grads: Any) -> Any:
-        token = _forced.set(ctx.forced_backend)
-        try:
-            return backward(ctx, *grads)
-        finally:
-            _forced.reset(token)
-
-    torch.library.register_autograd(f"hitsr_fast::{name}", run, setup_context=remember, lib=_LIBRARY)
+    return declare
 
 
-def register_no_gradient(name: str, reason: str) -> None:
-    """Make a backward pass through `torch.ops.hitsr_fast.<name>` an error; PyTorch alone would only warn."""
+def _remembering(gradient: Gradient) -> Gradient:
+    """The same, run under what was forced for the forward: autograd's threads have contexts of their own."""
 
-    def refuse(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"{name}: {reason}")
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.forced = _forced.get(), forced_instruction_set()
+        gradient.save(ctx, inputs, output)
 
-    torch.library.register_autograd(f"hitsr_fast::{name}", refuse, lib=_LIBRARY)
+    def formula(ctx: Any, *grads: Any) -> Any:
+        backend, instruction_set = ctx.forced
+        with use_backend(backend), use_instruction_set(instruction_set):
+            return gradient.formula(ctx, *grads)
+
+    return Gradient(save, formula)
 
 
 def forced_backend() -> str | None:
@@ -188,11 +236,8 @@ def forced_backend() -> str | None:
         ValueError: `HITSR_FAST_BACKEND` names no backend.
     """
     forced = _forced.get()
-    if forced is not None:
-        return forced
-    forced = env.backend()
-    if forced is not None and forced not in PRIORITY:
-        raise ValueError(f"HITSR_FAST_BACKEND: expected one of {', '.join(PRIORITY)}, found {forced!r}")
+    if forced is None and (forced := env.backend()) is not None:
+        check_choice("HITSR_FAST_BACKEND", forced, NAMES)
     return forced
 
 
@@ -217,8 +262,8 @@ def use_backend(name: str | None) -> Iterator[None]:
         ...     nearest_code(torch.tensor([[0.9]]), torch.tensor([[0.0], [1.0]]))
         tensor([1])
     """
-    if name is not None and name not in PRIORITY:
-        raise ValueError(f"name: expected one of {', '.join(PRIORITY)} or None, found {name!r}")
+    if name is not None:
+        check_choice("name", name, NAMES)
     token = _forced.set(name)
     try:
         yield
@@ -226,10 +271,10 @@ def use_backend(name: str | None) -> Iterator[None]:
         _forced.reset(token)
 
 
-def operations() -> dict[str, Operation]:
-    """Every registered op by name; imports them."""
+def operations() -> dict[str, Op]:
+    """Every op by name; imports them."""
     importlib.import_module("hitsr_fast.ops")
-    return dict(_OPERATIONS)
+    return dict(_OPS)
 
 
 def explain(op: str, *args: Any) -> None:
@@ -251,12 +296,24 @@ def explain(op: str, *args: Any) -> None:
         reference   can run  <- chosen
     """
     table = operations()
-    if op not in table:
-        raise ValueError(f"op: expected one of {', '.join(sorted(table))}, found {op!r}")
+    check_choice("op", op, sorted(table))
     reasons = table[op].reasons(*args)
     forced = forced_backend()
     able = [name for name, reason in reasons.items() if reason is None and forced in (None, name)]
     print(_table(reasons, chosen=able[0] if able else None))
+
+
+def support_table() -> str:
+    """Markdown table of the ops and the dtypes that each backend takes, as the backends say themselves."""
+    short = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
+
+    def taken(backend: Backend | None) -> str:
+        return "" if backend is None else " ".join(short[short_name(dtype)] for dtype in backend.dtypes)
+
+    rows = [["op", *NAMES], ["---"] * (len(NAMES) + 1)]
+    for name, found in sorted(operations().items()):
+        rows.append([f"`{name}`", *(taken(found.backends.get(backend)) for backend in NAMES)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def _table(reasons: dict[str, str | None], chosen: str | None = None) -> str:

@@ -28,18 +28,6 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "hitsr_fast"
 
 
-def autotune() -> bool:
-    """Whether Triton kernels may time several configurations: `HITSR_FAST_AUTOTUNE`, on unless it is 0.
-
-    Raises:
-        ValueError: the variable is neither 0 nor 1.
-    """
-    value = os.environ.get("HITSR_FAST_AUTOTUNE") or "1"
-    if value not in ("0", "1"):
-        raise ValueError(f"HITSR_FAST_AUTOTUNE: expected 0 or 1, found {value!r}")
-    return value == "1"
-
-
 def triton_interpret() -> bool:
     """Whether `TRITON_INTERPRET`, Triton's own variable, asks for its interpreter in place of a GPU."""
     return (os.environ.get("TRITON_INTERPRET") or "0").lower() in ("1", "true", "on", "y", "yes")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 
 MODULES = {
-    "_C": "install with --no-build-isolation where torch and a C++ compiler are",
-    "_C_cuda": "install with --no-build-isolation where torch, a CUDA toolkit and a GPU are; "
+    "_C": "pip install builds it from the sources where a C++ compiler is; wheels for Linux hold it",
+    "_C_cuda": "pip install builds it from the sources where a CUDA toolkit and a GPU are; "
     "HITSR_FAST_CUDA=1 needs no GPU",
 }
+NEEDS = "it needs torch 2.10 or later"
 
 
 @functools.cache
@@ -23,13 +25,26 @@ def unavailable(module: str = "_C") -> str | None:
     """
     if importlib.util.find_spec(f"hitsr_fast.{module}") is None:
         return f"not built ({MODULES[module]})"
-    importlib.import_module("torch")  # both link against its libraries
+    torch = importlib.import_module("torch")  # both link against its libraries
     try:
         importlib.import_module(f"hitsr_fast.{module}")
     except ImportError as error:
-        # Typically a torch of another version than the one it was built with.
-        return f"built, but does not load: {error}"
+        return f"built, but does not load ({NEEDS}, found {torch.__version__}): {error}"
     return None
+
+
+@functools.cache
+def warn_once(module: str = "_C") -> None:
+    """Warn, the first time, if an extension is unavailable: PyTorch then computes in its place, and slower.
+
+    Example:
+        >>> warn_once()
+    """
+    reason = unavailable(module)
+    if reason is not None:
+        warnings.warn(
+            f"hitsr_fast.{module}: {reason}; ops run in plain PyTorch", RuntimeWarning, stacklevel=2
+        )
 
 
 def build_info(module: str = "_C") -> dict[str, str | int]:

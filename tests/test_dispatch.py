@@ -3,86 +3,134 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hitsr_fast import dispatch
-from hitsr_fast.dispatch import Backend, BackendUnavailableError, Operation, explain, use_backend
-from hitsr_fast.ops import modulated_layer_norm, nearest_code, scale_block_attention
+from hitsr_fast import backends, dispatch, extension
+from hitsr_fast.backends import Backend, Limit, Native, Reference
+from hitsr_fast.dispatch import BackendUnavailableError, Op, explain, use_backend
+from hitsr_fast.ops import (
+    attention_prologue,
+    cached_attention,
+    group_norm_silu,
+    instruction_sets,
+    modulated_layer_norm,
+    nearest_code,
+    scale_block_attention,
+    use_instruction_set,
+)
+
+ONE, LONG = torch.ones(1), torch.ones(20)
 
 
-def _operation(gpu_reason: str | None = "no GPU") -> Operation:
-    return Operation(
-        "double",
-        [
-            Backend("triton", lambda x: ("triton", 2 * x), available=lambda: gpu_reason),
-            Backend("cpu", lambda x: ("cpu", 2 * x), lambda x: None if x < 10 else "x is too large"),
-            Backend("reference", lambda x: ("reference", x + x)),
-        ],
+def made(name: str, run: Callable[..., Any], reason: str | None = None, **options: Any) -> Backend:
+    """A backend of any name, unavailable for a reason."""
+    kind = type(name, (Backend,), {"name": name, "available": lambda self: reason})
+    backend: Backend = kind(run, **options)
+    return backend
+
+
+def operation(*backends: Backend) -> Op:
+    given: dict[str, Backend | None] = dict.fromkeys(dispatch.NAMES)
+    return Op(
+        "double(Tensor x) -> Tensor",
+        given | {backend.name: backend for backend in backends},
+        check=None,
+        gradient=None,
+        integer=False,
+    )
+
+
+def double(gpu_reason: str | None = "no GPU") -> Op:
+    return operation(
+        made("triton", lambda x: ("triton", 2 * x), gpu_reason),
+        made("cpu", lambda x: ("cpu", 2 * x), limits=[Limit("N", 0, 10)]),
+        Reference(lambda x: ("reference", x + x)),
     )
 
 
 def test_takes_the_first_backend_that_can_run() -> None:
-    assert _operation(None)(1) == ("triton", 2)
-    assert _operation()(1) == ("cpu", 2)
-    assert _operation()(20) == ("reference", 40)
+    assert double(None).run(ONE) == ("triton", 2)
+    assert double().run(ONE) == ("cpu", 2)
+    assert double().run(LONG)[0] == "reference"
 
 
 def test_forcing_takes_exactly_that_backend() -> None:
     with use_backend("reference"):
-        assert _operation()(1) == ("reference", 2)
+        assert double().run(ONE) == ("reference", 2)
         with use_backend("cpu"):
-            assert _operation()(1) == ("cpu", 2)
+            assert double().run(ONE) == ("cpu", 2)
         with use_backend(None):
-            assert _operation()(1) == ("cpu", 2)
-        assert _operation()(1) == ("reference", 2)
+            assert double().run(ONE) == ("cpu", 2)
+        assert double().run(ONE) == ("reference", 2)
 
 
-@pytest.mark.parametrize(("forced", "x"), [("triton", 1), ("cpu", 20), ("cuda", 1)])
-def test_a_forced_backend_that_cannot_run_raises_with_every_reason(forced: str, x: int) -> None:
+@pytest.mark.parametrize(("forced", "x"), [("triton", ONE), ("cpu", LONG), ("cuda", ONE)])
+def test_a_forced_backend_that_cannot_run_raises_with_every_reason(forced: str, x: Tensor) -> None:
     with use_backend(forced), pytest.raises(BackendUnavailableError) as caught:
-        _operation()(x)
+        double().run(x)
     message = str(caught.value)
     assert f"double: forced backend '{forced}' cannot run this call" in message
     assert "no GPU" in message
     assert "not implemented for this op" in message
-    assert ("x is too large" in message) == (x == 20)
+    assert ("needs N of at most 10, found 20" in message) == (x is LONG)
 
 
 def test_no_backend_at_all_raises() -> None:
     with pytest.raises(BackendUnavailableError, match="no backend can run this call"):
-        Operation("nothing", [Backend("triton", print, available=lambda: "no GPU")])(1)
+        operation(made("triton", print, "no GPU")).run(ONE)
 
 
 def test_environment_forces_and_the_context_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HITSR_FAST_BACKEND", "reference")
-    assert _operation()(1) == ("reference", 2)
+    assert double().run(ONE) == ("reference", 2)
     with use_backend("cpu"):
-        assert _operation()(1) == ("cpu", 2)
+        assert double().run(ONE) == ("cpu", 2)
     monkeypatch.setenv("HITSR_FAST_BACKEND", "fastest")
     with pytest.raises(
         ValueError, match="HITSR_FAST_BACKEND: expected one of cuda, triton, flash_attn, cpu, reference"
     ):
-        _operation()(1)
+        double().run(ONE)
 
 
 def test_unknown_names_are_errors() -> None:
     with pytest.raises(ValueError, match="name: expected one of"), use_backend("gpu"):
         pass
-    with pytest.raises(ValueError, match="name: expected one of"):
-        Backend("gpu", print)
     with pytest.raises(ValueError, match="op: expected one of"):
         explain("nearest")
 
 
 def test_an_exception_inside_a_backend_surfaces() -> None:
-    def broken(x: int) -> None:
+    def broken(x: Tensor) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Operation("broken", [Backend("cpu", broken), Backend("reference", lambda x: x)])(1)
+        operation(made("cpu", broken), Reference(lambda x: x)).run(ONE)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtypes": (torch.float16, torch.float32)}, "needs float16 or float32, found x of float64"),
+        ({"limits": [Limit("N", -1, 0)]}, "needs N of at most 0, found 1"),
+        ({"unless": lambda x: "another reason"}, "another reason"),
+        ({"dtypes": (torch.float32,), "any_dtype": ("x",)}, None),
+    ],
+)
+def test_a_backend_says_why_not(options: dict[str, Any], reason: str | None) -> None:
+    (backend,) = operation(made("triton", print, **options)).backends.values()
+    assert backend.reason(ONE.double()) == reason
+
+
+def test_a_native_backend_wants_tensors_of_the_cpu() -> None:
+    (backend,) = operation(Native("_double")).backends.values()
+    assert backend.refusal([ONE.to("meta")]) == "needs CPU tensors, found x on meta"
 
 
 def test_the_choice_is_local_to_a_thread() -> None:
@@ -95,23 +143,119 @@ def test_the_choice_is_local_to_a_thread() -> None:
     assert seen == [None]
 
 
-def test_backward_runs_under_the_backend_of_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = []
-    choose = Operation.choose
+def test_instruction_sets_are_listed_and_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = instruction_sets()
+    assert names[-1] == "portable"
+    for name in names:
+        with use_instruction_set(name):
+            assert backends.active_instruction_set() == name
+        monkeypatch.setenv("HITSR_FAST_CPU_ISA", name)
+        assert backends.active_instruction_set() == name
+    with use_instruction_set(names[0]):
+        assert backends.active_instruction_set() == names[0]
+    unknown = pytest.raises(ValueError, match=r"name: expected one of .*, found 'mmx'")
+    with unknown, use_instruction_set("mmx"):
+        pass
+    monkeypatch.setenv("HITSR_FAST_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match=r"HITSR_FAST_CPU_ISA: expected one of .*, found 'mmx'"):
+        backends.active_instruction_set()
 
-    def recording(self: Operation, *args: object) -> Backend:
+
+def test_a_missing_extension_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(extension, "unavailable", lambda module="_C": "not built (a remedy)")
+    extension.warn_once.cache_clear()
+    x, codebook = torch.randn(4, 2), torch.randn(3, 2)
+    with pytest.warns(RuntimeWarning, match=r"not built \(a remedy\)") as caught:
+        nearest_code(x, codebook)
+        nearest_code(x, codebook)
+    assert len(caught) == 1
+    extension.warn_once.cache_clear()
+    with use_backend("reference"):
+        nearest_code(x, codebook)  # as it was asked for
+    nearest_code(x.double(), codebook.double())  # which the extension does not take either
+
+
+def test_a_gradient_that_does_not_exist_is_refused() -> None:
+    x, weight = torch.randn(1, 4, 2, 2), torch.ones(4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"group_norm_silu: has no gradient; call it under torch\.no_grad"):
+        group_norm_silu(x, weight, weight, 2)
+    with torch.no_grad():
+        assert not group_norm_silu(x, weight, weight, 2).requires_grad
+    with pytest.raises(NotImplementedError, match="group_norm_silu: a gradient is not implemented"):
+        torch.ops.hitsr_fast.group_norm_silu(x, weight, weight, 2, 1e-6).sum().backward()
+
+
+class Seen(TorchDispatchMode):
+    """The names of what runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_pytorch_is_asked_only_where_it_must_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modes, gradients, subclasses and lazily negated tensors take the way through `torch.ops`."""
+    asked = []
+    op = dispatch.operations()["modulated_layer_norm"]
+    overload = op._overload
+    monkeypatch.setattr(op, "_overload", lambda *args: (asked.append(1), overload(*args))[1])
+    x, row = torch.randn(1, 3, 4), torch.randn(1, 4)
+    plain = modulated_layer_norm(x, row, row)
+    with torch.no_grad():
+        leaf = x.clone().requires_grad_()
+        assert torch.equal(modulated_layer_norm(leaf, row, row), plain)
+    with torch.inference_mode():
+        assert torch.equal(modulated_layer_norm(x.clone(), row, row), plain)
+    assert not asked
+
+    with Seen() as seen:
+        assert torch.equal(modulated_layer_norm(x, row, row), plain)
+    assert "hitsr_fast::modulated_layer_norm" in seen.names
+    assert len(asked) == 1
+    assert modulated_layer_norm(leaf, row, row).requires_grad
+    assert len(asked) == 2
+    negated = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negated.is_neg()
+    assert torch.equal(modulated_layer_norm(negated, row, row), plain)
+    assert len(asked) == 3
+
+    class Subclass(torch.Tensor):
+        pass
+
+    assert isinstance(modulated_layer_norm(x.as_subclass(Subclass), row, row), Subclass)
+
+
+def test_writing_in_place_counts() -> None:
+    caches = torch.zeros(1, 2, 1, 2), torch.zeros(1, 2, 1, 2)
+    attention_prologue(torch.randn(1, 1, 6), *caches, 0)
+    assert [cache._version for cache in caches] == [1, 1]
+    with torch.inference_mode():
+        uncounted = torch.zeros(1, 2, 1, 2), torch.zeros(1, 2, 1, 2)
+        q = attention_prologue(torch.randn(1, 1, 6), *uncounted, 0)
+        assert cached_attention(q, *uncounted, 1).shape == (1, 1, 1, 2)
+
+
+def test_backward_runs_under_what_was_forced_for_its_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = []
+    choose = Op.choose
+
+    def recording(self: Op, *args: object) -> Backend:
         backend = choose(self, *args)
-        chosen.append((self.name, backend.name))
+        chosen.append((self.name, backend.name, backends.forced_instruction_set()))
         return backend
 
-    monkeypatch.setattr(Operation, "choose", recording)
+    monkeypatch.setattr(Op, "choose", recording)
     q = torch.randn(1, 3, 1, 4, requires_grad=True)
-    with use_backend("reference"):
+    with use_backend("reference"), use_instruction_set("portable"):
         out = scale_block_attention(q, q, q, block_lengths=[1, 2])
     out.sum().backward()
     assert chosen == [
-        ("scale_block_attention", "reference"),
-        ("scale_block_attention_backward", "reference"),
+        ("scale_block_attention", "reference", "portable"),
+        ("scale_block_attention_backward", "reference", "portable"),
     ]
 
 
@@ -144,13 +288,13 @@ def test_forward_mode_derivatives_are_refused() -> None:
 def test_explain_prints_the_table(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dispatch._OPERATIONS, "double", _operation())
-    explain("double", 20)
+    monkeypatch.setitem(dispatch._OPS, "double", double())
+    explain("double", LONG)
     assert capsys.readouterr().out.splitlines() == [
         "cuda        not implemented for this op",
         "triton      no GPU",
         "flash_attn  not implemented for this op",
-        "cpu         x is too large",
+        "cpu         needs N of at most 10, found 20",
         "reference   can run  <- chosen",
     ]
 

@@ -15,20 +15,18 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from hitsr_fast import pipeline
 from hitsr_fast.imaging.colour import wavelet_colour_fix
 from hitsr_fast.imaging.io import Picture
-from hitsr_fast.models.hit_var import save_pretrained
+from hitsr_fast.models import hub
 from hitsr_fast.pipeline import (
-    COLOUR_FIX_LEVELS,
     HitSR,
     ModelNotFoundError,
     NonFiniteOutputError,
     UpscaleOptions,
-    enlarged_rows,
     find_weights,
     pick_device,
 )
+from hitsr_fast.pipeline.pictures import enlarged_rows
 from tests.imaging.nearest_model import NearestModel
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
@@ -58,7 +56,8 @@ def test_tiles_bands_and_batches_leave_no_trace(
         expected = repeated(image, factor)
         if colour_fix and factor > 1:
             bicubic = torch.nn.functional.interpolate(image, scale_factor=factor, mode="bicubic")
-            expected = wavelet_colour_fix(expected, bicubic, COLOUR_FIX_LEVELS[factor]).clamp(0, 1)
+            levels = NearestModel.colour_fix_levels[factor]
+            expected = wavelet_colour_fix(expected, bicubic, levels).clamp(0, 1)
         assert found is not None and found.dtype == torch.float32
         close(found, expected)
 
@@ -98,6 +97,26 @@ def test_progress_counts_every_tile_and_batches_are_bounded() -> None:
     assert max(model.batches) == 3 and sum(model.batches) == 18
 
 
+def test_the_outputs_are_a_mapping_by_factor() -> None:
+    out = HitSR(NearestModel()).upscale(torch.rand(1, 3, 5, 5), scales=(2, 4))
+    assert list(out) == [2, 4] and out.x2 is out[2] and out.x1 is None
+    with pytest.raises(AttributeError, match="no attribute 'y4'"):
+        _ = out.y4
+
+
+@pytest.mark.parametrize(("class_id", "input"), [(0, "photo"), (1, "clean")])
+def test_class_id_still_works_and_warns(class_id: int, input: str) -> None:
+    model = NearestModel()
+    with pytest.warns(DeprecationWarning, match="class_id is deprecated"):
+        HitSR(model).upscale(torch.rand(1, 3, 5, 5), class_id=class_id)
+    assert model.told == [input]
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(ValueError, match="class_id: expected an integer"),
+    ):
+        HitSR(model).upscale(torch.rand(1, 3, 5, 5), class_id=2)
+
+
 def test_draws_follow_the_seed() -> None:
     image, sr = torch.rand(1, 3, 20, 20), HitSR(NearestModel())
     a, b, c = (sr.upscale(image, scales=(1,), top_k=0, seed=seed).x1 for seed in (1, 1, 2))
@@ -128,16 +147,16 @@ def test_a_tile_that_stays_nan_is_named() -> None:
         ({"scales": (3,)}, r"scales: expected some of \(1, 2, 4\), each once, found \(3,\)"),
         ({"scales": ()}, "scales: "),
         ({"scales": (2, 2)}, "scales: "),
-        ({"tile": 32}, "tile: this model takes tiles of 16 x 16 input pixels only, found 32"),
         ({"overlap": 16}, "overlap: "),
         ({"batch": 0}, "batch: "),
         ({"guidance": -1.0}, "guidance: "),
         ({"top_k": -1}, "top_k: "),
-        ({"top_p": 0.0}, "top_p: "),
+        ({"top_p": -0.1}, "top_p: "),
         ({"guidance": float("nan")}, "guidance: "),
         ({"seed": -1}, "seed: "),
         ({"seed": 2**63}, "seed: "),
-        ({"class_id": 2}, "class_id: expected 0 or 1, found 2"),
+        ({"guided_scales": (10,)}, r"guided_scales: expected numbers from 0 to 9, found \[10\]"),
+        ({"input": "scan"}, "input: expected one of photo, clean, found 'scan'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
@@ -207,6 +226,7 @@ def test_colours_under_transparent_pixels_do_not_bleed() -> None:
 MEMORY = """
 import resource, torch
 from hitsr_fast.pipeline import HitSR, UpscaleOptions
+from hitsr_fast.pipeline.pictures import enlarged_rows
 from tests.imaging.nearest_model import NearestModel
 from tests.models.micro import MICRO, micro_model
 torch.set_num_threads(1)
@@ -240,9 +260,9 @@ def test_devices() -> None:
 
 
 def test_a_saved_model_is_loaded_with_its_colour_fix(tmp_path: Path) -> None:
-    save_pretrained(micro_model(replace(MICRO, colour_fix_levels=(0, 2, 6))), tmp_path)
+    micro_model(replace(MICRO, colour_fix_levels=(0, 2, 6))).save_pretrained(tmp_path)
     sr = HitSR.from_pretrained(tmp_path, "cpu")
-    assert sr.colour_fix_levels == {1: 0, 2: 2, 4: 6}
+    assert sr.model.colour_fix_levels == {1: 0, 2: 2, 4: 6}
     image = torch.rand(1, 3, 11, 9)
     out = sr.upscale(image, scales=(1, 4))
     assert out.x1 is not None and out.x4 is not None and out.x4.shape == (1, 3, 44, 36)
@@ -250,7 +270,7 @@ def test_a_saved_model_is_loaded_with_its_colour_fix(tmp_path: Path) -> None:
 
 
 def test_broken_models_are_named(tmp_path: Path) -> None:
-    save_pretrained(micro_model(), tmp_path)
+    micro_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"^model: .*model\.safetensors is broken: "):
         HitSR.from_pretrained(tmp_path, "cpu")
@@ -260,7 +280,7 @@ def test_broken_models_are_named(tmp_path: Path) -> None:
 
 
 def test_where_models_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "WEIGHTS", tmp_path / "packaged")
+    monkeypatch.setattr(hub, "PACKAGED", tmp_path / "packaged")
     for folder in (tmp_path / "packaged" / "small", tmp_path / "mine"):
         folder.mkdir(parents=True)
         for name in ("config.json", "model.safetensors"):

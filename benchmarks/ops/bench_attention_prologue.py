@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
-from benchmarks._providers import OpCall, missing_compiler, ours
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Inputs, Provider
+from benchmarks._providers import OpCall, compiled, missing_compiler, our_backends, rows_off
+from benchmarks.shapes import MODELS
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import attention_prologue
 from hitsr_fast.ops.attention_prologue_triton import attention_prologue_triton
 
 Turn = Callable[[Tensor, Tensor], Tensor]
 
-# Of a result's largest value.
-_ALLOWED = {"float32": 1e-5, "bfloat16": 2e-2}
+_HIT = MODELS["hit-d16"]
+_SECOND, _LAST = (_HIT.step(number)[::-1] for number in (1, 9))  # L and start
 
 
 class Arguments(NamedTuple):
@@ -52,8 +53,8 @@ class PrologueCase(Case):
     B: int
     L: int
     start: int
-    NH: int = 16
-    D: int = 64
+    NH: int = _HIT.heads
+    D: int = _HIT.D
     dtype: str = "float32"
 
     @property
@@ -99,11 +100,7 @@ class PrologueCase(Case):
 
     def wrong_rows(self, result: list[Tensor], expected: list[Tensor]) -> int:
         """Tokens with a value that is off by more than its dtype allows."""
-        wrong = torch.zeros(self.B, self.L, dtype=torch.bool, device=expected[0].device)
-        for found, wanted in zip(result, expected, strict=True):
-            error = (found.double() - wanted).abs().flatten(2).amax(2)
-            wrong |= ~(error <= _ALLOWED[self.dtype] * wanted.abs().max())
-        return int(wrong.sum())
+        return rows_off(result, expected, getattr(torch, self.dtype), rows=2)
 
 
 def _complex_turn(x: Tensor, rotary: Tensor) -> Tensor:
@@ -134,7 +131,7 @@ def _var(given: Arguments, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _with_own_caches(inputs: tuple[Tensor, ...]) -> Arguments:
+def _with_own_caches(inputs: Inputs) -> Arguments:
     """What another provider has written must not count as written by this one."""
     given = Arguments(*inputs)
     caches = (torch.full_like(cache, torch.nan) for cache in (given.k_cache, given.v_cache))
@@ -155,26 +152,25 @@ def _copied(given: Arguments, turn: Turn) -> list[Tensor]:
     return [q, *rows]
 
 
-def _concatenating_call(case: PrologueCase, inputs: tuple[Tensor, ...]) -> Call:
+def _concatenating_call(case: PrologueCase, inputs: Inputs) -> Call:
     """As VAR has it: the cache grows by a concatenation."""
     given = Arguments(*inputs)
     past = [cache[:, : case.start].transpose(1, 2).contiguous() for cache in (given.k_cache, given.v_cache)]
-    return torch.no_grad()(lambda: _concatenated(given, *past))  # type: ignore[no-any-return]
+    return torch.no_grad()(lambda: _concatenated(given, *past))
 
 
-def _copying_call(case: PrologueCase, inputs: tuple[Tensor, ...]) -> Call:
+def _copying_call(case: PrologueCase, inputs: Inputs) -> Call:
     """The same lines with a cache that is allocated once and written in place."""
     given = _with_own_caches(inputs)
-    return torch.no_grad()(lambda: _copied(given, _complex_turn))  # type: ignore[no-any-return]
+    return torch.no_grad()(lambda: _copied(given, _complex_turn))
 
 
-def _compiled_call(case: PrologueCase, inputs: tuple[Tensor, ...]) -> Call:
-    torch.compiler.reset()
-    compiled, given = torch.compile(_copied, fullgraph=True, dynamic=False), _with_own_caches(inputs)
-    return torch.no_grad()(lambda: compiled(given, _real_turn))  # type: ignore[no-any-return]
+def _compiled_call(case: PrologueCase, inputs: Inputs) -> Call:
+    function, given = compiled(_copied), _with_own_caches(inputs)
+    return torch.no_grad()(lambda: function(given, _real_turn))
 
 
-def _op_call(case: PrologueCase, inputs: tuple[Tensor, ...]) -> Call:
+def _op_call(case: PrologueCase, inputs: Inputs) -> Call:
     given = _with_own_caches(inputs)
     scale = given.scale_mul.clamp_max(math.log(100)).exp().flatten()
     rotary = given.rotary if case.task == "rotary" else None
@@ -192,10 +188,10 @@ def _op_call(case: PrologueCase, inputs: tuple[Tensor, ...]) -> Call:
         )
         return [q, *rows]
 
-    return torch.no_grad()(run)  # type: ignore[no-any-return]
+    return torch.no_grad()(run)
 
 
-def _ops(case: PrologueCase, inputs: tuple[Tensor, ...]) -> list[OpCall]:
+def _ops(case: PrologueCase, inputs: Inputs) -> list[OpCall]:
     given = Arguments(*inputs)
     return [
         (
@@ -203,14 +199,6 @@ def _ops(case: PrologueCase, inputs: tuple[Tensor, ...]) -> list[OpCall]:
             (given.qkv, given.k_cache, given.v_cache, case.start, given.bias, None, None),
         )
     ]
-
-
-def _ours(backend: str | None) -> Provider[PrologueCase]:
-    return ours(backend, _op_call, _ops)
-
-
-def _pytorch(name: str, build: Callable[[PrologueCase, tuple[Tensor, ...]], Call]) -> Provider[PrologueCase]:
-    return Provider(name, build, lambda case, inputs: None, package_version("torch"))
 
 
 def _launch(case: PrologueCase) -> None:
@@ -224,28 +212,25 @@ def _launch(case: PrologueCase) -> None:
 BENCHMARK = Benchmark(
     op="attention_prologue",
     providers=(
-        _pytorch("eager", _concatenating_call),
-        _pytorch("eager:in-place", _copying_call),
-        Provider("torch.compile", _compiled_call, missing_compiler, package_version("torch")),
-        _ours("reference"),
-        _ours("cpu"),
-        _ours("triton"),
-        _ours(None),
+        Provider("eager", _concatenating_call),
+        Provider("eager:in-place", _copying_call),
+        Provider("torch.compile", _compiled_call, missing_compiler),
+        *our_backends(_op_call, _ops),
     ),
     cases=(
-        PrologueCase("norm", 1, 36, 1040),
-        PrologueCase("norm", 1, 1024, 3452),
-        PrologueCase("norm", 1, 1024, 3452, dtype="bfloat16"),
-        PrologueCase("rotary", 1, 1024, 3452),
-        PrologueCase("rotary", 1, 1024, 3452, dtype="bfloat16"),
-        PrologueCase("norm", 8, 1024, 3452, dtype="bfloat16"),
+        PrologueCase("norm", 1, *_SECOND),
+        PrologueCase("norm", 1, *_LAST),
+        PrologueCase("norm", 1, *_LAST, dtype="bfloat16"),
+        PrologueCase("rotary", 1, *_LAST),
+        PrologueCase("rotary", 1, *_LAST, dtype="bfloat16"),
+        PrologueCase("norm", 8, *_LAST, dtype="bfloat16"),
     ),
     quick=(
         PrologueCase("norm", 2, 5, 3, NH=3, D=10),
         PrologueCase("rotary", 2, 5, 0, NH=3, D=10, dtype="bfloat16"),
     ),
     audit=AuditPlan(
-        cases=(PrologueCase("rotary", 2, 1024, 16, dtype="bfloat16"),),
+        cases=(PrologueCase("rotary", 2, _HIT.lengths[-1], 16, dtype="bfloat16"),),
         launch=_launch,
     ),
 )

@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
-from benchmarks._providers import OpCall, missing_compiler, ours
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Inputs, Provider
+from benchmarks._providers import OpCall, compiled, missing_compiler, our_backends, rows_off
+from benchmarks.shapes import MODELS
 from hitsr_fast.ops import gated_residual, modulated_layer_norm, modulated_layer_norm_triton
 
-Inputs = tuple[Tensor, ...]
 Function = Callable[..., Tensor]
 
-# Of a result's largest value.
-_ALLOWED = {"float32": 1e-5, "bfloat16": 2e-2}
+_HIT = MODELS["hit-d16"]
+_FIRST, _LAST, _ALL = _HIT.lengths[0], _HIT.lengths[-1], sum(_HIT.blocks)
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class AdaLNCase(Case):
     task: Literal["norm", "residual", "norm-train", "residual-train"]
     B: int
     L: int
-    C: int = 1024
+    C: int = _HIT.width
     dtype: str = "float32"
 
     @property
@@ -65,23 +65,19 @@ class AdaLNCase(Case):
 
     def wrong_rows(self, result: list[Tensor], expected: list[Tensor]) -> int:
         """Images with a value that is off by more than its dtype allows."""
-        wrong = torch.zeros(self.B, dtype=torch.bool, device=expected[0].device)
-        for found, wanted in zip(result, expected, strict=True):
-            error = (found.double() - wanted).abs().flatten(1).amax(1)
-            wrong |= ~(error <= _ALLOWED[self.dtype] * wanted.abs().max())
-        return int(wrong.sum())
+        return rows_off(result, expected, getattr(torch, self.dtype))
 
 
-def _norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+def residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return x + gate * y
 
 
 def _plain(case: AdaLNCase) -> Function:
-    return _norm if case.task.startswith("norm") else _residual
+    return norm if case.task.startswith("norm") else residual
 
 
 def _call(case: AdaLNCase, inputs: Inputs, function: Function) -> Call:
@@ -100,8 +96,7 @@ def _call(case: AdaLNCase, inputs: Inputs, function: Function) -> Call:
 
 
 def _compiled_call(case: AdaLNCase, inputs: Inputs) -> Call:
-    torch.compiler.reset()
-    return _call(case, inputs, torch.compile(_plain(case), fullgraph=True, dynamic=False))
+    return _call(case, inputs, compiled(_plain(case)))
 
 
 def _our_call(case: AdaLNCase, inputs: Inputs) -> Call:
@@ -112,10 +107,6 @@ def _ops(case: AdaLNCase, inputs: Inputs) -> list[OpCall]:
     if case.task.startswith("norm"):
         return [("modulated_layer_norm", (*inputs[:3], 1e-6, inputs[0].dtype))]
     return [("gated_residual", inputs[:3])]
-
-
-def _ours(backend: str | None) -> Provider[AdaLNCase]:
-    return ours(backend, _our_call, _ops)
 
 
 def _launch(case: AdaLNCase) -> None:
@@ -130,26 +121,18 @@ def _launch(case: AdaLNCase) -> None:
 BENCHMARK = Benchmark(
     op="modulated_layer_norm",
     providers=(
-        Provider(
-            "eager",
-            lambda case, inputs: _call(case, inputs, _plain(case)),
-            lambda case, inputs: None,
-            package_version("torch"),
-        ),
-        Provider("torch.compile", _compiled_call, missing_compiler, package_version("torch")),
-        _ours("reference"),
-        _ours("cpu"),
-        _ours("triton"),
-        _ours(None),
+        Provider("eager", lambda case, inputs: _call(case, inputs, _plain(case))),
+        Provider("torch.compile", _compiled_call, missing_compiler),
+        *our_backends(_our_call, _ops),
     ),
     cases=(
-        AdaLNCase("norm", 1, 16),
-        AdaLNCase("norm", 1, 1024),
-        AdaLNCase("norm", 1, 1024, dtype="bfloat16"),
-        AdaLNCase("residual", 1, 1024),
-        AdaLNCase("residual", 1, 1024, dtype="bfloat16"),
-        AdaLNCase("norm-train", 4, 4476),
-        AdaLNCase("residual-train", 4, 4476),
+        AdaLNCase("norm", 1, _FIRST),
+        AdaLNCase("norm", 1, _LAST),
+        AdaLNCase("norm", 1, _LAST, dtype="bfloat16"),
+        AdaLNCase("residual", 1, _LAST),
+        AdaLNCase("residual", 1, _LAST, dtype="bfloat16"),
+        AdaLNCase("norm-train", 4, _ALL),
+        AdaLNCase("residual-train", 4, _ALL),
     ),
     quick=(
         AdaLNCase("norm", 2, 5, C=33),
@@ -158,7 +141,7 @@ BENCHMARK = Benchmark(
         AdaLNCase("residual-train", 2, 5, C=33),
     ),
     audit=AuditPlan(
-        cases=(AdaLNCase("norm-train", 4, 4476, dtype="bfloat16"),),
+        cases=(AdaLNCase("norm-train", 4, _ALL, dtype="bfloat16"),),
         launch=_launch,
     ),
 )

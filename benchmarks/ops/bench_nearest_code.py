@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,21 +16,22 @@ from benchmarks._harness import (
     Benchmark,
     Call,
     Case,
+    Inputs,
     Provider,
     ScoreLoop,
+    Unavailable,
     missing_package,
     package_version,
 )
-from benchmarks._providers import missing_compiler
-from hitsr_fast import __version__
-from hitsr_fast.dispatch import operations, use_backend
+from benchmarks._providers import OpCall, compiled, missing_compiler, our_backends, ours
+from benchmarks.shapes import MODELS
 from hitsr_fast.ops import nearest_code, prepare_codebook
 from hitsr_fast.ops import nearest_code_triton as triton
-from hitsr_fast.ops.nearest_code_cpu import instruction_sets
 from hitsr_fast.reference.nearest_code import nearest_code as reference
 
-Inputs = tuple[Tensor, ...]
 Search = Callable[[Tensor], Tensor]  # (N, C) -> (N,)
+
+_HIT, _HITOK = MODELS["hit-d16"], MODELS["hitoksr"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _by_group(prepare: Callable[[Tensor], Search]) -> Callable[[NearestCodeCase,
 
 def _only(
     *reasons: Callable[[], str | None], devices: tuple[str, ...] = ("cpu", "cuda")
-) -> Callable[[NearestCodeCase, Inputs], str | None]:
+) -> Unavailable[NearestCodeCase]:
     """`unavailable` of a peer: the devices and cases that it is written for, then what the machine lacks."""
 
     def unavailable(case: NearestCodeCase, inputs: Inputs) -> str | None:
@@ -99,7 +99,7 @@ def _only(
     return unavailable
 
 
-def _distance_matrix_argmin(x: Tensor, codebook: Tensor) -> Tensor:
+def distance_matrix_argmin(x: Tensor, codebook: Tensor) -> Tensor:
     """As VAR's quantizer writes it."""
     distance = x.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
     distance.addmm_(x, codebook.T, alpha=-2, beta=1)
@@ -107,13 +107,12 @@ def _distance_matrix_argmin(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _torch(codebook: Tensor) -> Search:
-    return lambda x: _distance_matrix_argmin(x, codebook)
+    return lambda x: distance_matrix_argmin(x, codebook)
 
 
 def _torch_compile(codebook: Tensor) -> Search:
-    torch.compiler.reset()  # each case has shapes of its own, and their number is limited
-    compiled = torch.compile(_distance_matrix_argmin, fullgraph=True, dynamic=False)
-    return lambda x: compiled(x, codebook)
+    function = compiled(distance_matrix_argmin)
+    return lambda x: function(x, codebook)
 
 
 def _faiss(level: str | None = None) -> Callable[[Tensor], Search]:
@@ -186,60 +185,17 @@ def _keops(codebook: Tensor) -> Search:
     return search
 
 
-def _ours(backend: str, isa: str = "", *, prepared: bool = False) -> Provider[NearestCodeCase]:
-    """One of our backends; `isa` holds the CPU's to an instruction set, else it is the best there is."""
-
-    def set_of() -> str:
-        return isa or instruction_sets()[0] if backend == "cpu" else ""
-
-    def build(case: NearestCodeCase, inputs: Inputs) -> Call:
-        x, codebook = inputs
-        chosen = set_of()
-        with _cpu_isa(chosen):
-            codes = prepare_codebook(codebook, metric=case.metric) if prepared else codebook
-
-        def search() -> Tensor:
-            with _cpu_isa(chosen), use_backend(backend):
-                return nearest_code(x, codes, metric=case.metric)
-
-        return search
-
-    def unavailable(case: NearestCodeCase, inputs: Inputs) -> str | None:
-        reason = operations()["nearest_code"].reasons(*inputs, [], "", case.metric)[backend]
-        if reason is not None:
-            return reason
-        if isa and isa not in instruction_sets():
-            return f"this machine has no {isa}, but {', '.join(instruction_sets())}"
-        if backend == "triton" and inputs[0].device.type == "cpu":
-            return "Triton's interpreter is not worth timing"
-        return None
-
-    name = ":".join(part for part in (backend, isa, "prepared" if prepared else "") if part)
-    return Provider(
-        name=name,
-        build=build,
-        unavailable=unavailable,
-        version=lambda: f"{__version__} {set_of()}".strip(),
-        ours=True,
-        limit=isa if isa == "avx2" else "",
-    )
+def _our_call(case: NearestCodeCase, inputs: Inputs) -> Call:
+    return lambda: nearest_code(*inputs, metric=case.metric)
 
 
-@contextmanager
-def _cpu_isa(name: str) -> Iterator[None]:
-    """HITSR_FAST_CPU_ISA in this context; as it was, if the name is empty."""
-    if not name:
-        yield
-        return
-    before = os.environ.get("HITSR_FAST_CPU_ISA")
-    os.environ["HITSR_FAST_CPU_ISA"] = name
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["HITSR_FAST_CPU_ISA"]
-        else:
-            os.environ["HITSR_FAST_CPU_ISA"] = before
+def _prepared_call(case: NearestCodeCase, inputs: Inputs) -> Call:
+    codes = prepare_codebook(inputs[1], metric=case.metric)
+    return lambda: nearest_code(inputs[0], codes, metric=case.metric)
+
+
+def _ops(case: NearestCodeCase, inputs: Inputs) -> list[OpCall]:
+    return [("nearest_code", (*inputs, [], "", case.metric))]
 
 
 def _peer(name: str, prepare: Callable[[Tensor], Search], **options: Any) -> Provider[NearestCodeCase]:
@@ -259,13 +215,8 @@ def _scores_per_turn(case: NearestCodeCase, target: str) -> int:
 BENCHMARK = Benchmark(
     op="nearest_code",
     providers=(
-        _peer("torch", _torch, unavailable=_only(), version=package_version("torch")),
-        _peer(
-            "torch.compile",
-            _torch_compile,
-            unavailable=_only(missing_compiler),
-            version=package_version("torch"),
-        ),
+        _peer("torch", _torch, unavailable=_only()),
+        _peer("torch.compile", _torch_compile, unavailable=_only(missing_compiler)),
         _peer(
             "faiss-cpu",
             _faiss(),
@@ -296,26 +247,21 @@ BENCHMARK = Benchmark(
             # It has no setting of its own: it counts on OMP_NUM_THREADS, which the harness checks.
             set_threads=lambda threads: int(os.environ["OMP_NUM_THREADS"]),
         ),
-        _ours("reference"),
-        _ours("cpu"),
-        _ours("cpu", prepared=True),
-        _ours("cpu", "avx512_bf16"),
-        _ours("cpu", "avx512"),
-        _ours("cpu", "avx2"),
-        _ours("cpu", "portable"),
-        _ours("triton"),
-        _ours("triton", prepared=True),
+        *our_backends(_our_call, _ops, ("reference", "cpu", "triton")),
+        ours("cpu", _prepared_call, _ops, variant="prepared"),
+        ours("triton", _prepared_call, _ops, variant="prepared"),
+        *(ours("cpu", _our_call, _ops, isa=isa) for isa in ("avx512_bf16", "avx512", "avx2", "portable")),
     ),
     cases=(
-        NearestCodeCase(65536, 4096, 32),
+        NearestCodeCase(65536, _HIT.K, _HIT.C),
         NearestCodeCase(16384, 16384, 32),
-        NearestCodeCase(65536, 1024, 8),
-        NearestCodeCase(65536, 1024, 8, G=4),
-        NearestCodeCase(3452, 4096, 32),
+        NearestCodeCase(65536, _HITOK.K, _HITOK.C),
+        NearestCodeCase(65536, _HITOK.K, _HITOK.C, _HITOK.G),
+        NearestCodeCase(_HIT.tokens, _HIT.K, _HIT.C),
     ),
     quick=(NearestCodeCase(300, 130, 8), NearestCodeCase(100, 70, 32, G=2)),
     audit=AuditPlan(
-        cases=(NearestCodeCase(65536, 4096, 32), NearestCodeCase(65536, 1024, 8)),
+        cases=(NearestCodeCase(65536, _HIT.K, _HIT.C), NearestCodeCase(65536, _HITOK.K, _HITOK.C)),
         launch=_compile_triton,
         loops={
             "_nearest_code_screen_kernel": ScoreLoop(

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, ScoreLoop, package_version
-from benchmarks._providers import missing_compiler
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Inputs, Provider, ScoreLoop
+from benchmarks._providers import OpCall, compiled, missing_compiler, our_backends, ours
 from benchmarks.peers.var_quantizer import EagerQuantizer
-from hitsr_fast import __version__
-from hitsr_fast.dispatch import operations, use_backend
-from hitsr_fast.models.hit_var import load_pretrained
+from benchmarks.shapes import MODELS
+from hitsr_fast.models import HitVar
 from hitsr_fast.ops import (
     phi_table,
     prepare_codebook,
@@ -27,17 +26,10 @@ from hitsr_fast.ops import (
 )
 from hitsr_fast.ops import residual_quantize_triton as triton
 from hitsr_fast.ops.nearest_code_triton import padded_channels
-from hitsr_fast.pipeline import find_weights
 
 Task = Literal["encode", "pyramid", "decode", "steps", "train"]
-Inputs = tuple[Tensor, ...]
 
 PHIS, RATIO = 4, 0.5
-SCALES = {
-    "4..32": (4, 6, 8, 10, 14, 16, 20, 24, 28, 32),  # HIT-VAR
-    "2..16": (2, 3, 4, 5, 7, 8, 10, 12, 14, 16),  # hit-tiny
-    "1..8": (1, 2, 3, 4, 6, 8),  # a quick run
-}
 USED_OPS: dict[Task, tuple[str, ...]] = {
     "encode": ("residual_quantize",),
     "pyramid": ("residual_quantize",),
@@ -74,17 +66,17 @@ class QuantizerCase(Case):
 
     task: Task
     B: int
-    K: int = 4096
-    C: int = 32
-    scales: str = "4..32"
+    K: int = MODELS["hit-d16"].K
+    C: int = MODELS["hit-d16"].C
+    model: str = "hit-d16"
 
     @property
     def sides(self) -> tuple[int, ...]:
-        return SCALES[self.scales]
+        return MODELS[self.model].scales
 
     @property
     def lengths(self) -> list[int]:
-        return [side * side for side in self.sides]
+        return MODELS[self.model].lengths
 
     @property
     def target_sizes(self) -> tuple[int, ...]:
@@ -121,7 +113,7 @@ class QuantizerCase(Case):
         """Codebook, phi_weight and phi_bias; then indices for those that decode, or a latent a target."""
         torch.backends.cudnn.allow_tf32 = False  # or phi would not be computed in float32
         generator = torch.Generator().manual_seed(0)
-        bank = _hit_tiny_bank() if self.scales == "2..16" else _random_bank(self.K, self.C, generator)
+        bank = _hit_tiny_bank() if self.model == "hit-tiny" else _random_bank(self.K, self.C, generator)
         indices = torch.randint(self.K, (self.B, sum(self.lengths)), generator=generator)
         if self.task in ("decode", "steps"):
             return tuple(tensor.to(device) for tensor in (*bank, indices))
@@ -175,7 +167,7 @@ def _random_bank(K: int, C: int, generator: torch.Generator) -> Inputs:
 
 @functools.cache
 def _hit_tiny_bank() -> Inputs:
-    quantizer = load_pretrained(find_weights("hit-tiny")).tokenizer.quantize
+    quantizer = HitVar.from_pretrained("hit-tiny", dtype=torch.float32).tokenizer.quantize
     return tuple(p.detach() for p in (quantizer.codebook, quantizer.phi_weight, quantizer.phi_bias))
 
 
@@ -201,9 +193,9 @@ def _loss(maps: list[Tensor], latents: list[Tensor]) -> Tensor:
 def eager_call(
     case: QuantizerCase,
     inputs: Inputs,
-    compiled: Callable[..., Callable[..., object]] = lambda function: function,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda function: function,
 ) -> Call:
-    """A call of the eager loop; `compiled` is put on what a user would compile: the pass, or the one step."""
+    """A call of the eager loop; `wrap` is put on what a user would compile: the pass, or the one step."""
     codebook, weight, bias, *given = inputs
     eager = EagerQuantizer(codebook, weight, bias, case.sides, ratio=RATIO)
     sizes = [(side, side) for side in case.sides]
@@ -225,7 +217,7 @@ def eager_call(
         return eager.step(scale, f_hat, eager.lookup(indices, sizes[scale]))
 
     if case.task == "steps":
-        advance, codes = compiled(step), given[0].split(case.lengths, dim=1)
+        advance, codes = wrap(step), given[0].split(case.lengths, dim=1)
 
         def steps() -> Result:
             f_hat = codebook.new_zeros(case.B, case.C, *sizes[-1])
@@ -234,21 +226,20 @@ def eager_call(
 
         return torch.no_grad()(steps)
     if case.task == "train":
-        tokenize, parameters = compiled(pyramid), list(eager.parameters())
+        tokenize, parameters = wrap(pyramid), list(eager.parameters())
 
         def train() -> Result:
             found = tokenize(*given)
             return found._replace(gradients=torch.autograd.grad(_loss(found.maps, given), parameters))
 
         return train
-    run = compiled({"encode": encode, "pyramid": pyramid, "decode": decode}[case.task])
+    run = wrap({"encode": encode, "pyramid": pyramid, "decode": decode}[case.task])
     return torch.no_grad()(lambda: run(*given))
 
 
 def compiled_call(case: QuantizerCase, inputs: Inputs) -> Call:
     """The same under `torch.compile`."""
-    torch.compiler.reset()  # each case has shapes of its own, and their number is limited
-    call = eager_call(case, inputs, functools.partial(torch.compile, fullgraph=True, dynamic=False))
+    call = eager_call(case, inputs, compiled)
 
     def run() -> object:
         with torch._dynamo.config.patch(recompile_limit=64):  # each of the sampler's steps is a graph
@@ -285,8 +276,8 @@ def _no_graphs(case: QuantizerCase, inputs: Inputs) -> str | None:
 # --- the ops
 
 
-def our_call(case: QuantizerCase, inputs: Inputs, backend: str | None, prepare: bool) -> Call:
-    """A call of the ops on a backend, or on the one that is chosen where it is None."""
+def our_call(case: QuantizerCase, inputs: Inputs, *, prepare: bool = False) -> Call:
+    """A call of the ops, with the codebook packed before where asked for."""
     codebook, weight, bias, *given = inputs
     bank, sides, phi_index = (codebook, weight, bias), case.sides, case.phi_index
     prepared = prepare_codebook(codebook) if prepare else None
@@ -340,34 +331,24 @@ def our_call(case: QuantizerCase, inputs: Inputs, backend: str | None, prepare: 
     task = tasks[case.task]
 
     def call() -> Result:
-        with use_backend(backend), torch.set_grad_enabled(case.task == "train"):
+        with torch.set_grad_enabled(case.task == "train"):
             return task()
 
     return call
 
 
-def _ours(backend: str | None, *, prepare: bool = False) -> Provider[QuantizerCase]:
-    def unavailable(case: QuantizerCase, inputs: Inputs) -> str | None:
-        if prepare and case.task not in ("encode", "pyramid"):
-            return "each step changes the codebook" if case.task == "train" else "no codebook is searched"
-        if backend == "triton" and inputs[0].device.type == "cpu":
-            return "Triton's interpreter is not worth timing"
-        for op, arguments in _op_arguments(case, inputs):
-            reason = backend and operations()[op].reasons(*arguments)[backend]
-            if reason:
-                return f"{op}: {reason}"
+def _cannot_prepare(case: QuantizerCase, inputs: Inputs) -> str | None:
+    if case.task in ("encode", "pyramid"):
         return None
-
-    return Provider(
-        name=(backend or "auto") + (":prepared" if prepare else ""),
-        build=lambda case, inputs: our_call(case, inputs, backend, prepare),
-        unavailable=unavailable,
-        version=lambda: __version__,
-        ours=True,
-    )
+    return "each step changes the codebook" if case.task == "train" else "no codebook is searched"
 
 
-def _op_arguments(case: QuantizerCase, inputs: Inputs) -> Iterator[tuple[str, tuple[object, ...]]]:
+def _prepared(backend: str) -> Provider[QuantizerCase]:
+    build = functools.partial(our_call, prepare=True)
+    return ours(backend, build, _op_arguments, variant="prepared", unavailable=_cannot_prepare)
+
+
+def _op_arguments(case: QuantizerCase, inputs: Inputs) -> list[OpCall]:
     """The ops that a task calls, with arguments as they get them."""
     bank = codebook, weight, bias = inputs[:3]
     scales = [side for side in case.sides for _ in range(2)]
@@ -375,14 +356,13 @@ def _op_arguments(case: QuantizerCase, inputs: Inputs) -> Iterator[tuple[str, tu
     z = codebook.new_zeros(case.B, case.C, side, side)
     indices = torch.zeros(case.B, sum(case.lengths), dtype=torch.int64, device=z.device)
     first, asked = indices[:, : case.lengths[0]], (False, False)
-    arguments: dict[str, tuple[object, ...]] = {
+    arguments: dict[str, tuple[Any, ...]] = {
         "residual_quantize": (z, *bank, [], "", scales, phi_index, RATIO, None, "l2", *asked),
         "residual_decode": (indices, *bank, scales, phi_index, [side, side], RATIO, *asked),
         "residual_decode_backward": (z, z[None][:0], indices, codebook, weight, scales, phi_index, RATIO),
         "residual_step": (z, first, codebook, weight[0], bias[0], scales[:2], scales[2:4], RATIO),
     }
-    for op in USED_OPS[case.task]:
-        yield op, arguments[op]
+    return [(op, arguments[op]) for op in USED_OPS[case.task]]
 
 
 def _compile_triton(case: QuantizerCase) -> object:
@@ -402,33 +382,20 @@ def _scores_per_turn(case: QuantizerCase, target: str) -> int:
 BENCHMARK = Benchmark(
     op="residual_quantize",
     providers=(
-        Provider("eager", eager_call, lambda case, inputs: None, package_version("torch")),
-        Provider("torch.compile", compiled_call, missing_compiler, package_version("torch")),
-        Provider("eager:cuda-graph", graphed_call, _no_graphs, package_version("torch")),
-        _ours("reference"),
-        _ours("cpu"),
-        _ours("cpu", prepare=True),
-        _ours("triton"),
-        _ours("triton", prepare=True),
-        _ours("cuda"),
-        _ours("cuda", prepare=True),
-        _ours(None),
+        Provider("eager", eager_call),
+        Provider("torch.compile", compiled_call, missing_compiler),
+        Provider("eager:cuda-graph", graphed_call, _no_graphs),
+        *our_backends(our_call, _op_arguments, ("reference", "cpu", "triton", "cuda", None)),
+        *(_prepared(backend) for backend in ("cpu", "triton", "cuda")),
     ),
     cases=(
-        QuantizerCase("encode", 1),
-        QuantizerCase("encode", 8),
-        QuantizerCase("encode", 16),
-        QuantizerCase("encode", 64),
-        QuantizerCase("encode", 384),
+        *(QuantizerCase("encode", B) for B in (1, 8, 16, 64, 384)),
         QuantizerCase("pyramid", 4),
         QuantizerCase("decode", 16),
         QuantizerCase("steps", 1),
-        QuantizerCase("train", 16, scales="2..16"),
+        QuantizerCase("train", 16, model="hit-tiny"),
     ),
-    quick=tuple(
-        QuantizerCase(task, 2, K=130, C=8, scales="1..8")
-        for task in ("encode", "pyramid", "decode", "steps", "train")
-    ),
+    quick=tuple(QuantizerCase(task, 2, MODELS["toy"].K, MODELS["toy"].C, "toy") for task in USED_OPS),
     audit=AuditPlan(
         cases=(QuantizerCase("encode", 64), QuantizerCase("encode", 1)),
         launch=_compile_triton,

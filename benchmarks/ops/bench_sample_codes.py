@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, package_version
-from benchmarks._providers import OpCall, missing_compiler, ours
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Inputs, Provider
+from benchmarks._providers import OpCall, compiled, missing_compiler, our_backends
+from benchmarks.shapes import MODELS
 from hitsr_fast.ops import sample_codes, sample_codes_triton
 
-Inputs = tuple[Tensor, ...]
-
 GUIDANCE = 1.5
+
+Task = Literal["greedy", "sampled", "guided", "nucleus", "plain"]
+_TASKS: tuple[Task, ...] = get_args(Task)
+
+_HIT = MODELS["hit-d16"]
+_FIRST, _LAST = _HIT.lengths[0], _HIT.lengths[-1]
 
 
 @dataclass(frozen=True)
@@ -26,9 +31,9 @@ class SamplingCase(Case):
             logits. nucleus: top-p 0.96 alone. plain: no filter.
     """
 
-    task: Literal["greedy", "sampled", "guided", "nucleus", "plain"]
+    task: Task
     N: int
-    V: int = 4096
+    V: int = _HIT.K
 
     @property
     def top_k(self) -> int:
@@ -94,13 +99,12 @@ def eager_call(case: SamplingCase, inputs: Inputs) -> Call:
 
 def compiled_call(case: SamplingCase, inputs: Inputs) -> Call:
     """The same under `torch.compile`."""
-    torch.compiler.reset()
-    return torch.compile(eager_call(case, inputs), fullgraph=True, dynamic=False)
+    return compiled(eager_call(case, inputs))
 
 
-def our_draw(case: SamplingCase, inputs: Inputs) -> Tensor:
-    """A call of the op, with the same seed each time."""
-    return sample_codes(
+def _our_call(case: SamplingCase, inputs: Inputs) -> Call:
+    """The op, with the same seed each time."""
+    return lambda: sample_codes(
         inputs[0],
         uncond_logits=inputs[1] if case.task == "guided" else None,
         guidance=GUIDANCE if case.task == "guided" else 0.0,
@@ -113,10 +117,6 @@ def our_draw(case: SamplingCase, inputs: Inputs) -> Tensor:
 def _ops(case: SamplingCase, inputs: Inputs) -> list[OpCall]:
     state = torch.zeros(2, dtype=torch.int64, device=inputs[0].device)
     return [("sample_codes", (inputs[0], None, state, 0.0, case.top_k, case.top_p, 1.0))]
-
-
-def _ours(backend: str | None) -> Provider[SamplingCase]:
-    return ours(backend, lambda case, inputs: lambda: our_draw(case, inputs), _ops)
 
 
 def _launch(case: SamplingCase) -> None:
@@ -135,30 +135,18 @@ def _launch(case: SamplingCase) -> None:
 BENCHMARK = Benchmark(
     op="sample_codes",
     providers=(
-        Provider("eager", eager_call, lambda case, inputs: None, package_version("torch")),
-        Provider("torch.compile", compiled_call, missing_compiler, package_version("torch")),
-        _ours("reference"),
-        _ours("cpu"),
-        _ours("triton"),
-        _ours(None),
+        Provider("eager", eager_call),
+        Provider("torch.compile", compiled_call, missing_compiler),
+        *our_backends(_our_call, _ops),
     ),
     cases=(
-        SamplingCase("greedy", 1024),
-        SamplingCase("sampled", 16),
-        SamplingCase("sampled", 1024),
-        SamplingCase("guided", 1024),
-        SamplingCase("nucleus", 1024),
-        SamplingCase("plain", 1024),
+        SamplingCase("greedy", _LAST),
+        SamplingCase("sampled", _FIRST),
+        *(SamplingCase(task, _LAST) for task in _TASKS[1:]),
     ),
-    quick=(
-        SamplingCase("greedy", 3, V=1000),
-        SamplingCase("sampled", 3, V=1000),
-        SamplingCase("guided", 3, V=1000),
-        SamplingCase("nucleus", 3, V=1000),
-        SamplingCase("plain", 3, V=1000),
-    ),
+    quick=tuple(SamplingCase(task, 3, V=1000) for task in _TASKS),
     audit=AuditPlan(
-        cases=(SamplingCase("greedy", 1024), SamplingCase("guided", 1024)),
+        cases=(SamplingCase("greedy", _LAST), SamplingCase("guided", _LAST)),
         launch=_launch,
     ),
 )

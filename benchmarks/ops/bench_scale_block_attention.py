@@ -12,22 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Provider, ScoreLoop, package_version
-from benchmarks._providers import OpCall, missing_compiler, ours
-from hitsr_fast import __version__
+from benchmarks._harness import AuditPlan, Benchmark, Call, Case, Inputs, Provider, ScoreLoop
+from benchmarks._providers import OpCall, compiled, missing_compiler, our_backends
+from benchmarks.shapes import MODELS
 from hitsr_fast.ops import scale_block_attention
 from hitsr_fast.ops import scale_block_attention_triton as triton
-from hitsr_fast.ops.nearest_code_cpu import instruction_sets
 from hitsr_fast.reference.scale_block_attention import scale_block_attention as reference
 from hitsr_fast.reference.scale_block_attention import scale_block_attention_backward
 
-Inputs = tuple[Tensor, ...]  # q, k, v and the gradient of the output, (B, T, NH, D)
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # of (B, T, NH, D)
-
-BLOCKS = {
-    "hit": (1040, 36, 64, 100, 196, 256, 400, 576, 784, 1024),  # HIT-VAR, its prefix with the first scale
-    "tiny": (20, 9, 16),  # a quick run
-}
 
 
 class Result(NamedTuple):
@@ -55,13 +48,13 @@ class AttentionCase(Case):
     task: Literal["forward", "train"]
     dtype: str
     B: int = 1
-    NH: int = 16
-    D: int = 64
-    blocks: str = "hit"
+    NH: int = MODELS["hit-d16"].heads
+    D: int = MODELS["hit-d16"].D
+    model: str = "hit-d16"
 
     @property
     def lengths(self) -> list[int]:
-        return list(BLOCKS[self.blocks])
+        return MODELS[self.model].blocks
 
     @property
     def items(self) -> int:
@@ -75,10 +68,10 @@ class AttentionCase(Case):
     @property
     def scores(self) -> int:
         """Pairs of a query and a key that it sees."""
-        pairs = sum(length * end for length, end in zip(self.lengths, accumulate(self.lengths), strict=True))
-        return self.B * self.NH * pairs
+        return self.B * self.NH * MODELS[self.model].pairs
 
     def inputs(self, device: torch.device) -> Inputs:
+        """q, k, v and the gradient of the output, `(B, T, NH, D)`."""
         generator = torch.Generator().manual_seed(0)
         shape = (self.B, sum(self.lengths), self.NH, self.D)
         dtype = getattr(torch, self.dtype)
@@ -169,13 +162,12 @@ def _call_per_scale(case: AttentionCase, inputs: Inputs) -> Call:
 
 
 def _flex(case: AttentionCase, inputs: Inputs) -> Call:
-    torch.compiler.reset()  # each case has shapes of its own, and their number is limited
     block, T = _block_of_token(case, inputs[0].device), sum(case.lengths)
     mask = create_block_mask(
         lambda b, h, q, k: block[q] >= block[k], None, None, T, T, device=str(inputs[0].device)
     )
-    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
-    return _call(case, inputs, _heads_first(lambda q, k, v: compiled(q, k, v, block_mask=mask)))
+    function = compiled(flex_attention)
+    return _call(case, inputs, _heads_first(lambda q, k, v: function(q, k, v, block_mask=mask)))
 
 
 def _no_flex(case: AttentionCase, inputs: Inputs) -> str | None:
@@ -197,13 +189,6 @@ def _ops(case: AttentionCase, inputs: Inputs) -> list[OpCall]:
         ("scale_block_attention", (q, k, v, case.lengths, scale)),
         ("scale_block_attention_backward", (grad, q, k, v, grad, grad, case.lengths, scale)),
     ]
-
-
-def _ours(backend: str) -> Provider[AttentionCase]:
-    def version() -> str:
-        return f"{__version__} {instruction_sets()[0] if backend == 'cpu' else ''}".strip()
-
-    return ours(backend, _our_call, _ops, version)
 
 
 def _compile_triton(case: AttentionCase) -> None:
@@ -234,24 +219,13 @@ def _score_loop(kernel: str, products: int) -> ScoreLoop[AttentionCase]:
     return ScoreLoop(lambda case: case.scores, per_turn, tensor_flops, exponentials=1)
 
 
-def _peer(
-    name: str,
-    build: Callable[[AttentionCase, Inputs], Call],
-    unavailable: Callable[[AttentionCase, Inputs], str | None] = lambda case, inputs: None,
-) -> Provider[AttentionCase]:
-    return Provider(name=name, build=build, unavailable=unavailable, version=package_version("torch"))
-
-
 BENCHMARK = Benchmark(
     op="scale_block_attention",
     providers=(
-        _peer("sdpa:dense-mask", _dense_mask),
-        _peer("sdpa:per-scale", _call_per_scale),
-        _peer("flex-attention", _flex, _no_flex),
-        _ours("reference"),
-        _ours("cpu"),
-        _ours("triton"),
-        _ours("flash_attn"),
+        Provider("sdpa:dense-mask", _dense_mask),
+        Provider("sdpa:per-scale", _call_per_scale),
+        Provider("flex-attention", _flex, _no_flex),
+        *our_backends(_our_call, _ops, ("reference", "cpu", "triton", "flash_attn")),
     ),
     cases=(
         AttentionCase("forward", "float32"),
@@ -259,7 +233,7 @@ BENCHMARK = Benchmark(
         AttentionCase("train", "float32"),
     ),
     quick=tuple(
-        AttentionCase(task, dtype, NH=2, D=16, blocks="tiny")
+        AttentionCase(task, dtype, NH=2, D=16, model="toy")
         for task, dtype in (("forward", "float32"), ("forward", "bfloat16"), ("train", "float32"))
     ),
     audit=AuditPlan(

@@ -243,19 +243,7 @@ class VAR(nn.Module):
         top_p: float = 0.0,
         more_smooth: bool = False,
     ) -> Tensor:
-        """Sample images.
-
-        Args:
-            B: how many.
-            label_B: class of all, or of each `(B,)`; below 0 for none; None draws them.
-            g_seed: of the random numbers; None goes on with PyTorch's own.
-            cfg: guidance at the last scale, rising linearly from 0 at the first.
-            top_k, top_p: filters of the logits; 0 keeps all.
-            more_smooth: mixtures of codes, by Gumbel noise, instead of codes.
-
-        Returns:
-            `(B, 3, H, W)` in [0, 1].
-        """
+        """VAR's own sampler: images `(B, 3, H, W)` in [0, 1]; `cfg` is that of the last scale."""
         rng = None if g_seed is None else self.rng.manual_seed(g_seed)
         if label_B is None:
             label_B = torch.multinomial(self.uniform_prob, B, replacement=True, generator=rng).reshape(B)

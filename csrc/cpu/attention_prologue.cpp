@@ -1,52 +1,43 @@
 // CPU backend of attention_prologue: the loop over tokens.
-#include "cpu/attention_prologue.h"
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "check.h"
 #include "cpu/instruction_sets.h"
+#include "tensor.h"
 
 namespace hitsr_fast {
 namespace {
 
-using prologue::Steps;
-
 constexpr int64_t kSmallestShare = 16384;  // values that are worth a thread
 
+// What happens to q, k or v of one token.
+struct Steps {
+  const float* bias;    // [heads * D], or null
+  bool norm;            // each head is brought to length one,
+  const float* scale;   // and then multiplied: [heads], or null
+  const float* rotary;  // [D / 2][2], or null
+};
+
+// from: [heads][D]. Head h goes to `to + h * stride`. memory: [heads * (D + 1)] floats.
 template <typename T, typename U>
-decltype(&prologue::portable::part<T, U>) kernel_of(const std::string& isa) {
-#if defined(__x86_64__)
-  if (isa == "amx_bf16" || isa == "avx512_bf16" || isa == "avx512") return prologue::avx512::part<T, U>;
-  if (isa == "avx2") return prologue::avx2::part<T, U>;
-#endif
-  return prologue::portable::part<T, U>;
-}
+using Part = void (*)(
+    const T* from, const Steps& steps, int64_t heads, int64_t D, float* memory, U* to, int64_t stride);
 
-void check_values(const at::Tensor& values, const char* name) {
-  check_cpu(values, name);
-  const auto dtype = values.scalar_type();
-  TORCH_CHECK_TYPE(
-      dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, name,
-      ": expected dtype float16, bfloat16 or float32, found ", dtype);
-}
+#define HITSR_OP attention_prologue
+#include "cpu/foreach_isa.h"
 
-void check_cache(const at::Tensor& cache, const at::Tensor& qkv, const at::Tensor& like, int64_t start, const char* name) {
-  check_values(cache, name);
+void check_cache(const Tensor& cache, const Tensor& qkv, const Tensor& like, int64_t start, const char* name) {
+  check_cpu(cache, name);
   check_dtype(cache, like.scalar_type(), name);
-  TORCH_CHECK_VALUE(
+  HITSR_CHECK(
       cache.dim() == 4 && cache.sizes() == like.sizes() && cache.size(0) == qkv.size(0) &&
           3 * cache.size(2) * cache.size(3) == qkv.size(2),
       name, ": expected shape (B, Tmax, NH, D) for qkv of ", qkv.sizes(), ", found ", cache.sizes());
-  TORCH_CHECK_VALUE(
+  HITSR_CHECK(
       cache.size(3) <= 1 || cache.stride(3) == 1, name, ": expected a stride of 1 over D, found strides ", cache.strides());
-  TORCH_CHECK_VALUE(
+  HITSR_CHECK(
       start >= 0 && start + qkv.size(1) <= cache.size(1), "start: expected 0 to ", cache.size(1) - qkv.size(1), ", found ",
       start);
 }
@@ -54,41 +45,29 @@ void check_cache(const at::Tensor& cache, const at::Tensor& qkv, const at::Tenso
 // So many values, of any floating dtype and strides, as floats in a row; or nothing.
 class Floats {
  public:
-  Floats(const std::optional<at::Tensor>& values, int64_t count, const char* name) {
+  Floats(const std::optional<Tensor>& values, int64_t count, const char* name) {
     if (!values.has_value()) return;
     check_cpu(*values, name);
-    TORCH_CHECK_VALUE(values->numel() == count, name, ": expected ", count, " values, found ", values->numel());
-    values_ = values->to(at::kFloat).contiguous();
-    data = static_cast<const float*>(values_.data_ptr());
+    HITSR_CHECK(values->numel() == count, name, ": expected ", count, " values, found ", values->numel());
+    values_ = in_a_row(*values, ScalarType::Float);
+    first = data<const float>(values_);
   }
 
-  const float* data = nullptr;
+  const float* first = nullptr;
 
  private:
-  at::Tensor values_;
+  Tensor values_;
 };
-
-template <typename F>
-void with_dtype(const at::Tensor& values, const F& run) {
-  switch (values.scalar_type()) {
-    case at::kFloat:
-      return run(float{});
-    case at::kHalf:
-      return run(Half{});
-    default:
-      return run(Bfloat16{});
-  }
-}
 
 // The tokens of a call, from qkv to q and the caches.
 template <typename T, typename U>
 class Tokens {
  public:
   Tokens(
-      const at::Tensor& qkv, const at::Tensor& q, const at::Tensor& k_cache, const at::Tensor& v_cache, int64_t start,
+      const Tensor& qkv, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, int64_t start,
       const std::string& isa)
-      : L(q.size(1)), heads(q.size(2)), D(q.size(3)), start(start), to_query(kernel_of<T, T>(isa)),
-        to_cache(kernel_of<T, U>(isa)), qkv(data<const T>(qkv)), q(data<T>(q)), k_cache(k_cache), v_cache(v_cache) {}
+      : L(q.size(1)), heads(q.size(2)), D(q.size(3)), start(start), to_query(HITSR_SELECT(isa, kPart<T, T>)),
+        to_cache(HITSR_SELECT(isa, kPart<T, U>)), qkv(data<const T>(qkv)), q(data<T>(q)), k_cache(k_cache), v_cache(v_cache) {}
 
   // bias, scale, rotary: of the whole call, or null. memory: [heads * (D + 1)] floats.
   void operator()(int64_t row, const float* bias, const float* scale, const float* rotary, float* memory) const {
@@ -101,51 +80,50 @@ class Tokens {
     const bool norm = scale != nullptr;
     to_query(from, steps(0, norm, scale, turn), heads, D, memory, q + row * width, D);
     to_cache(
-        from + width, steps(1, norm, nullptr, turn), heads, D, memory, row_of(k_cache, image, token), k_cache.stride(2));
+        from + width, steps(1, norm, nullptr, turn), heads, D, memory, k_cache.row(image, start + token), k_cache.head);
     to_cache(
-        from + 2 * width, steps(2, false, nullptr, nullptr), heads, D, memory, row_of(v_cache, image, token),
-        v_cache.stride(2));
+        from + 2 * width, steps(2, false, nullptr, nullptr), heads, D, memory, v_cache.row(image, start + token),
+        v_cache.head);
   }
 
  private:
-  template <typename V>
-  static V* data(const at::Tensor& tensor) {
-    return static_cast<V*>(tensor.data_ptr());
-  }
+  struct Cache {
+    U* first;
+    int64_t image, token, head;  // strides
 
-  U* row_of(const at::Tensor& cache, int64_t image, int64_t token) const {
-    return data<U>(cache) + image * cache.stride(0) + (start + token) * cache.stride(1);
-  }
+    explicit Cache(const Tensor& cache)
+        : first(data<U>(cache)), image(cache.stride(0)), token(cache.stride(1)), head(cache.stride(2)) {}
+    U* row(int64_t b, int64_t t) const { return first + b * image + t * token; }
+  };
 
   int64_t L, heads, D, start;
-  decltype(kernel_of<T, T>("")) to_query;
-  decltype(kernel_of<T, U>("")) to_cache;
+  Part<T, T> to_query;
+  Part<T, U> to_cache;
   const T* qkv;
   T* q;
-  const at::Tensor &k_cache, &v_cache;
+  Cache k_cache, v_cache;
 };
 
-at::Tensor attention_prologue(
-    const at::Tensor& given, const at::Tensor& k_cache, const at::Tensor& v_cache, int64_t start,
-    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& q_scale,
-    const std::optional<at::Tensor>& rotary, const std::string& isa) {
-  check_values(given, "qkv");
-  TORCH_CHECK_VALUE(given.dim() == 3, "qkv: expected shape (B, L, 3 * NH * D), found ", given.sizes());
-  const at::Tensor qkv = given.contiguous();
+Tensor attention_prologue(
+    const Tensor& given, const Tensor& k_cache, const Tensor& v_cache, int64_t start,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& q_scale,
+    const std::optional<Tensor>& rotary, const std::string& isa) {
+  check_cpu(given, "qkv");
+  HITSR_CHECK(given.dim() == 3, "qkv: expected shape (B, L, 3 * NH * D), found ", given.sizes());
+  const Tensor qkv = in_a_row(given, given.scalar_type());
   check_cache(k_cache, qkv, k_cache, start, "k_cache");
   check_cache(v_cache, qkv, k_cache, start, "v_cache");
   const int64_t B = qkv.size(0), L = qkv.size(1), heads = k_cache.size(2), D = k_cache.size(3);
-  TORCH_CHECK_VALUE(!rotary.has_value() || D % 2 == 0, "rotary: expected an even D, found ", D);
+  HITSR_CHECK(!rotary.has_value() || D % 2 == 0, "rotary: expected an even D, found ", D);
   const Floats biases(bias, 3 * heads * D, "bias"), scales(q_scale, heads, "q_scale"), turns(rotary, L * D, "rotary");
-  const at::Tensor q = at::empty({B, L, heads, D}, qkv.options());
-  const std::string set = isa_by_name(isa).name;
+  const Tensor q = empty({B, L, heads, D}, qkv.scalar_type());
   const int64_t share = std::max<int64_t>(kSmallestShare / std::max<int64_t>(qkv.size(2), 1), 1);
-  with_dtype(qkv, [&](auto value) {
-    with_dtype(k_cache, [&](auto cached) {
-      const Tokens<decltype(value), decltype(cached)> tokens(qkv, q, k_cache, v_cache, start, set);
-      at::parallel_for(0, B * L, share, [&](int64_t begin, int64_t end) {
+  visit_dtype(qkv, "qkv", [&](auto value) {
+    visit_dtype(k_cache, "k_cache", [&](auto cached) {
+      const Tokens<decltype(value), decltype(cached)> tokens(qkv, q, k_cache, v_cache, start, isa);
+      torch::stable::parallel_for(0, B * L, share, [&](int64_t begin, int64_t end) {
         std::vector<float> memory(static_cast<size_t>(heads * (D + 1)));
-        for (int64_t row = begin; row < end; ++row) tokens(row, biases.data, scales.data, turns.data, memory.data());
+        for (int64_t row = begin; row < end; ++row) tokens(row, biases.first, scales.first, turns.first, memory.data());
       });
     });
   });
@@ -154,11 +132,12 @@ at::Tensor attention_prologue(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
-  library.def(
+STABLE_TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
+  define(
+      library,
       "_attention_prologue(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, int start, Tensor? bias, Tensor? q_scale, "
       "Tensor? rotary, str isa) -> Tensor",
-      &attention_prologue);
+      TORCH_BOX(&attention_prologue));
 }
 
 }  // namespace hitsr_fast

@@ -1,9 +1,5 @@
-// The kernel of attention_prologue, once for each instruction set. The loops are plain, for the compiler to turn into
-// vectors; `omp simd` lets it order a sum as it likes.
-//
-// As in nearest_code_search.h, what is shared has internal linkage and nothing is a template of the standard library.
-
-#include "cpu/floats16_inline.h"
+// The kernel of attention_prologue (foreach_isa.h). The loops are plain, for the compiler to turn into vectors; `omp simd`
+// lets it order a sum as it likes.
 
 template <typename T, typename U>
 void part(const T* from, const Steps& steps, int64_t heads, int64_t D, float* memory, U* to, int64_t stride) {
@@ -47,11 +43,5 @@ void part(const T* from, const Steps& steps, int64_t heads, int64_t D, float* me
   }
 }
 
-#define HITSR_PROLOGUE_INSTANCES(T)                                                              \
-  template void part(const T*, const Steps&, int64_t, int64_t, float*, float*, int64_t);         \
-  template void part(const T*, const Steps&, int64_t, int64_t, float*, Half*, int64_t);          \
-  template void part(const T*, const Steps&, int64_t, int64_t, float*, Bfloat16*, int64_t);
-HITSR_PROLOGUE_INSTANCES(float)
-HITSR_PROLOGUE_INSTANCES(Half)
-HITSR_PROLOGUE_INSTANCES(Bfloat16)
-#undef HITSR_PROLOGUE_INSTANCES
+template <typename T, typename U>
+constexpr Part<T, U> kPart = part<T, U>;

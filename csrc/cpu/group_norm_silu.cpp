@@ -1,18 +1,14 @@
 // CPU backend of group_norm_silu: blocks of a map in parallel, once for the moments and once for the result.
-#include "cpu/group_norm_silu.h"
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include <algorithm>
-#include <cmath>
 #include <string>
 #include <vector>
 
-#include "check.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu/instruction_sets.h"
-#include "cpu/large_pages.h"
+#include "tensor.h"
 
 namespace hitsr_fast {
 namespace {
@@ -21,28 +17,36 @@ constexpr int64_t kBlock = 16384;         // values that are read twice for thei
 constexpr int64_t kMostPixels = 512;      // that one channel's sum in a block runs over
 constexpr int64_t kSmallestShare = 8192;  // values that are worth a thread
 
+// Moments are the mean of some values, and the sum of the squares of their deviations from it. A value x becomes
+// silu((x - mean) * factor + offset).
 template <typename T>
 struct Kernels {
-  decltype(&group_norm::portable::moments_of_pixels<T>) moments_of_pixels;
-  decltype(&group_norm::portable::moments_of_run<T>) moments_of_run;
-  decltype(&group_norm::portable::apply_to_pixels<T>) apply_to_pixels;
-  decltype(&group_norm::portable::apply_to_run<T>) apply_to_run;
+  // Of x [pixels][groups][width], for each group. memory: [3 * groups * width] floats.
+  void (*moments_of_pixels)(
+      const T* x, int64_t pixels, int64_t groups, int64_t width, float* memory, float* mean, float* squares);
+  // Of x [count].
+  void (*moments_of_run)(const T* x, int64_t count, float* mean, float* squares);
+  // Of x [pixels][C]. mean, factor, offset: [C].
+  void (*apply_to_pixels)(
+      const T* x, const float* mean, const float* factor, const float* offset, int64_t pixels, int64_t C, T* out);
+  // Of x [count].
+  void (*apply_to_run)(const T* x, float mean, float factor, float offset, int64_t count, T* out);
 };
 
-template <typename T>
-Kernels<T> kernels_of(const std::string& isa) {
-#if defined(__x86_64__)
-  if (isa == "amx_bf16" || isa == "avx512_bf16" || isa == "avx512") {
-    using namespace group_norm::avx512;
-    return {moments_of_pixels<T>, moments_of_run<T>, apply_to_pixels<T>, apply_to_run<T>};
-  }
-  if (isa == "avx2") {
-    using namespace group_norm::avx2;
-    return {moments_of_pixels<T>, moments_of_run<T>, apply_to_pixels<T>, apply_to_run<T>};
-  }
+#define HITSR_OP group_norm_silu
+#include "cpu/foreach_isa.h"
+
+// Asks Linux to back a new tensor's memory with pages of 2 MiB, if the system leaves that to programs ("madvise").
+// Glibc takes a block of 32 MiB or more from the system each time, and to fault it in by pages of 4 KiB takes longer
+// than to write it. It is advice: that the system does not follow it is no error.
+void advise_large_pages(const Tensor& tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{2} << 20, kLeast = uintptr_t{32} << 20;
+  const auto from = reinterpret_cast<uintptr_t>(tensor.data_ptr()), size = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  if (size < kLeast) return;
+  const uintptr_t begin = (from + kPage - 1) / kPage * kPage, end = (from + size) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
-  using namespace group_norm::portable;
-  return {moments_of_pixels<T>, moments_of_run<T>, apply_to_pixels<T>, apply_to_run<T>};
 }
 
 // Maps, cut into blocks of a size that does not depend on the number of threads: of an image's P pixels if they are
@@ -52,7 +56,7 @@ struct Maps {
   bool channels_last;
   int64_t step, blocks;  // pixels or values of a block, and how many there are of an image or group
 
-  Maps(const at::Tensor& x, int64_t groups, bool channels_last)
+  Maps(const Tensor& x, int64_t groups, bool channels_last)
       : B(x.size(0)), C(x.size(1)), P(x.size(2) * x.size(3)), groups(groups), width(C / groups),
         channels_last(channels_last),
         step(channels_last ? std::clamp<int64_t>(kBlock / C, 1, kMostPixels) : kBlock),
@@ -66,7 +70,7 @@ struct Maps {
 template <typename F>
 void for_each(int64_t count, int64_t values, const F& task) {
   const int64_t share = std::max<int64_t>(kSmallestShare / std::max<int64_t>(values, 1), 1);
-  at::parallel_for(0, count, share, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, count, share, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) task(i);
   });
 }
@@ -157,65 +161,49 @@ void apply(const Maps& maps, const Kernels<T>& kernels, const Coefficients& foun
 }
 
 // Of any floating dtype and strides, as floats in a row.
-at::Tensor floats_of(const at::Tensor& values, int64_t C, const char* name) {
+Tensor floats_of(const Tensor& values, int64_t C, const char* name) {
   check_cpu(values, name);
-  TORCH_CHECK_VALUE(
-      values.dim() == 1 && values.size(0) == C, name, ": expected shape (", C, "), found ", values.sizes());
-  return values.to(at::kFloat).contiguous();
+  check_shape(values, {C}, name);
+  return in_a_row(values, ScalarType::Float);
 }
 
 template <typename T>
 void run(
-    const at::Tensor& x, const at::Tensor& out, const Maps& maps, const at::Tensor& weight, const at::Tensor& bias,
-    double eps, const std::string& isa) {
-  const Kernels<T> kernels = kernels_of<T>(isa);
-  const T* const from = static_cast<const T*>(x.const_data_ptr());
-  const Moments moments = measure(maps, kernels, from);
-  const auto* const factors = static_cast<const float*>(weight.const_data_ptr());
-  const auto* const offsets = static_cast<const float*>(bias.const_data_ptr());
-  const Coefficients found = join(maps, moments, factors, offsets, eps);
-  apply(maps, kernels, found, from, static_cast<T*>(out.data_ptr()));
+    const Tensor& x, const Tensor& out, const Maps& maps, const Tensor& weight, const Tensor& bias, double eps,
+    const std::string& isa) {
+  const Kernels<T>& kernels = HITSR_SELECT(isa, kKernels<T>);
+  const Moments moments = measure(maps, kernels, data<const T>(x));
+  const Coefficients found = join(maps, moments, data<const float>(weight), data<const float>(bias), eps);
+  apply(maps, kernels, found, data<const T>(x), data<T>(out));
 }
 
 // x is read as it lies if its channels or its pixels lie in a row, and copied otherwise.
-at::Tensor group_norm_silu(
-    const at::Tensor& given, const at::Tensor& weight, const at::Tensor& bias, int64_t groups, double eps,
+Tensor group_norm_silu(
+    const Tensor& given, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
     const std::string& isa) {
   check_cpu(given, "x");
-  TORCH_CHECK_VALUE(given.dim() == 4, "x: expected shape (B, C, H, W), found ", given.sizes());
+  HITSR_CHECK(given.dim() == 4, "x: expected shape (B, C, H, W), found ", given.sizes());
   const int64_t C = given.size(1), P = given.size(2) * given.size(3);
-  TORCH_CHECK_VALUE(
+  HITSR_CHECK(
       groups > 0 && C > 0 && C % groups == 0, "groups: expected a divisor of C = ", C, ", found ", groups);
   const bool channels_last = C > 1 && P > 1 && given.stride(1) == 1;
-  const auto format = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  const at::Tensor x = given.contiguous(format), out = at::empty_like(x, format);
-  const at::Tensor weights = floats_of(weight, C, "weight"), biases = floats_of(bias, C, "bias");
+  const auto format =
+      channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
+  const Tensor x = torch::stable::contiguous(given, format), out = torch::stable::empty_like(x);
+  const Tensor weights = floats_of(weight, C, "weight"), biases = floats_of(bias, C, "bias");
   if (out.numel() == 0) return out;
   advise_large_pages(out);
   const Maps maps(x, groups, channels_last);
-  const std::string set = isa_by_name(isa).name;
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      run<float>(x, out, maps, weights, biases, eps, set);
-      break;
-    case at::kHalf:
-      run<Half>(x, out, maps, weights, biases, eps, set);
-      break;
-    case at::kBFloat16:
-      run<Bfloat16>(x, out, maps, weights, biases, eps, set);
-      break;
-    default:
-      TORCH_CHECK_TYPE(false, "x: expected dtype float16, bfloat16 or float32, found ", x.scalar_type());
-  }
+  visit_dtype(x, "x", [&](auto value) { run<decltype(value)>(x, out, maps, weights, biases, eps, isa); });
   return out;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
-  library.def(
-      "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, str isa) -> Tensor",
-      &group_norm_silu);
+STABLE_TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
+  define(
+      library, "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, str isa) -> Tensor",
+      TORCH_BOX(&group_norm_silu));
 }
 
 }  // namespace hitsr_fast

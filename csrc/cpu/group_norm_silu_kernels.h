@@ -1,13 +1,7 @@
-// The kernels of group_norm_silu, once for each instruction set, whose file defines Isa, `fused` (a * b + c) and
-// `quotient`. Most loops are plain, for the compiler to turn into vectors; `omp simd` lets it order a sum as it likes.
-//
-// As in nearest_code_search.h, what is shared has internal linkage and nothing is a template of the standard library.
+// The kernels of group_norm_silu (foreach_isa.h). Most loops are plain, for the compiler to turn into vectors; `omp simd`
+// lets it order a sum as it likes.
 
-#include "cpu/floats16_inline.h"
-
-namespace {
-
-#include "cpu/power_of_two.h"
+#include "cpu/vectors/power_of_two.h"
 
 constexpr int64_t kRoom = 2048;  // floats between two loops, in the nearest cache
 
@@ -30,15 +24,13 @@ constexpr bool kPrecise<Bfloat16> = false;
 // left, so that the power stays below 2^127.
 template <typename T>
 inline void silu(float* values, int64_t count) {
-  for (int64_t i = count; i % Isa::kLanes != 0; ++i) values[i] = 0;
-  for (int64_t i = 0; i < count; i += Isa::kLanes) {
-    const auto y = Isa::maximum(Isa::fill(-87.0f), Isa::load(values + i));  // in this order NaN stays NaN
-    const auto power = power_of_two<kPrecise<T> ? 6 : 3>(y * Isa::fill(-1.44269504088896341f));
-    Isa::store(values + i, quotient<kPrecise<T>>(y, Isa::fill(1) + power));
+  for (int64_t i = count; i % Vectors::kLanes != 0; ++i) values[i] = 0;
+  for (int64_t i = 0; i < count; i += Vectors::kLanes) {
+    const auto y = Vectors::maximum(Vectors::fill(-87.0f), Vectors::load(values + i));  // in this order NaN stays NaN
+    const auto power = power_of_two<kPrecise<T> ? 6 : 3>(y * Vectors::fill(-1.44269504088896341f));
+    Vectors::store(values + i, Vectors::quotient<kPrecise<T>>(y, Vectors::fill(1) + power));
   }
 }
-
-}  // namespace
 
 template <typename T>
 void moments_of_pixels(
@@ -68,7 +60,7 @@ void moments_of_pixels(
       const float p = wide(a[i]) - centre[i], q = wide(b[i]) - centre[i];
       const float r = wide(c[i]) - centre[i], s = wide(d[i]) - centre[i];
       rest[i] += (p + q) + (r + s);
-      square[i] += fused(p, p, q * q) + fused(r, r, s * s);
+      square[i] += Vectors::fused(p, p, q * q) + Vectors::fused(r, r, s * s);
     }
   }
   for (int64_t pixel = whole; pixel < pixels; ++pixel) {
@@ -76,7 +68,7 @@ void moments_of_pixels(
     for (int64_t c = 0; c < C; ++c) {
       const float deviation = wide(x[pixel * C + c]) - centre[c];
       rest[c] += deviation;
-      square[c] = fused(deviation, deviation, square[c]);
+      square[c] = Vectors::fused(deviation, deviation, square[c]);
     }
   }
   for (int64_t group = 0; group < groups; ++group, centre += width, rest += width, square += width) {
@@ -125,7 +117,7 @@ void apply_to_pixels(
         fetch<true>(out + at + 2 * rows * C, bytes);
 #pragma omp simd
         for (int64_t c = 0; c < channels; ++c) {
-          to[c] = fused(wide(from[c]) - mean[first + c], factor[first + c], offset[first + c]);
+          to[c] = Vectors::fused(wide(from[c]) - mean[first + c], factor[first + c], offset[first + c]);
         }
       }
       silu<T>(room, count * channels);
@@ -147,19 +139,12 @@ void apply_to_run(const T* x, float mean, float factor, float offset, int64_t co
     fetch<false>(x + at + 2 * kRoom, bytes);
     fetch<true>(out + at + 2 * kRoom, bytes);
 #pragma omp simd
-    for (int64_t i = 0; i < values; ++i) room[i] = fused(wide(x[at + i]) - mean, factor, offset);
+    for (int64_t i = 0; i < values; ++i) room[i] = Vectors::fused(wide(x[at + i]) - mean, factor, offset);
     silu<T>(room, values);
 #pragma omp simd
     for (int64_t i = 0; i < values; ++i) narrow(room[i], out + at + i);
   }
 }
 
-#define HITSR_GROUP_NORM_INSTANCES(T)                                                                      \
-  template void moments_of_pixels(const T*, int64_t, int64_t, int64_t, float*, float*, float*);            \
-  template void moments_of_run(const T*, int64_t, float*, float*);                                         \
-  template void apply_to_pixels(const T*, const float*, const float*, const float*, int64_t, int64_t, T*); \
-  template void apply_to_run(const T*, float, float, float, int64_t, T*);
-HITSR_GROUP_NORM_INSTANCES(float)
-HITSR_GROUP_NORM_INSTANCES(Half)
-HITSR_GROUP_NORM_INSTANCES(Bfloat16)
-#undef HITSR_GROUP_NORM_INSTANCES
+template <typename T>
+constexpr Kernels<T> kKernels{moments_of_pixels<T>, moments_of_run<T>, apply_to_pixels<T>, apply_to_run<T>};

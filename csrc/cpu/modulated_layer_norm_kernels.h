@@ -1,9 +1,5 @@
-// The kernels of modulated_layer_norm and gated_residual, once for each instruction set. The loops are plain, for the
-// compiler to turn into vectors; `omp simd` lets it order a sum as it likes.
-//
-// As in nearest_code_search.h, what is shared has internal linkage and nothing is a template of the standard library.
-
-#include "cpu/floats16_inline.h"
+// The kernels of modulated_layer_norm and gated_residual (foreach_isa.h). The loops are plain, for the compiler to turn
+// into vectors; `omp simd` lets it order a sum as it likes.
 
 template <typename T, typename R>
 void norm(
@@ -83,17 +79,5 @@ void residual_backward(
   }
 }
 
-#define HITSR_ADALN_FORWARD(T, R)                                                                                    \
-  template void norm(const T*, const float*, const float*, float, int64_t, int64_t, float*, R*, float*, float*);     \
-  template void residual(const T*, const R*, const float*, int64_t, int64_t, T*);
-#define HITSR_ADALN_BACKWARD(T)                                                                                      \
-  template void norm_backward(                                                                                       \
-      const T*, const T*, const float*, const float*, const float*, int64_t, int64_t, float*, T*, float*, float*);   \
-  template void residual_backward(const T*, const T*, const float*, int64_t, int64_t, T*, float*);
-HITSR_ADALN_FORWARD(float, float)
-HITSR_ADALN_FORWARD(float, Bfloat16)
-HITSR_ADALN_FORWARD(Bfloat16, Bfloat16)
-HITSR_ADALN_BACKWARD(float)
-HITSR_ADALN_BACKWARD(Bfloat16)
-#undef HITSR_ADALN_FORWARD
-#undef HITSR_ADALN_BACKWARD
+template <typename S, typename R>
+constexpr Kernels<S, R> kKernels{norm<S, R>, norm_backward<S>, residual<S, R>, residual_backward<S>};

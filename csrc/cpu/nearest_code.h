@@ -1,27 +1,16 @@
-// What the parts of the CPU backend of nearest_code share. docs/ops/nearest_code.md derives the bounds.
+// Packed codebooks of the CPU backend of nearest_code, and what searches them. docs/ops/nearest_code.md derives the bounds.
 #pragma once
 
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
+#include <memory>
+#include <string>
+#include <vector>
 
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <limits>
-#include <new>
+#include "tensor.h"
 
 namespace hitsr_fast::nearest {
 
 // Codes that are screened and re-checked together: a class. The exact layout is [class][C][kClass].
 constexpr int64_t kClass = 16;
-
-// Screen steps of AMX: a tile register holds this many pairs of channels. More channels come in whole tiles.
-constexpr int64_t kTileSteps = 16;
-constexpr int64_t tile_steps(int64_t channels) {
-  const int64_t steps = (channels + 1) / 2;
-  return steps <= kTileSteps ? steps : (steps + kTileSteps - 1) / kTileSteps * kTileSteps;
-}
 
 // A codebook of one group, packed for one instruction set.
 //
@@ -62,19 +51,19 @@ class Searcher {
   virtual int64_t search(const Rows<T>& rows, int64_t begin, int64_t end, int64_t* indices) = 0;
 };
 
-// For up to `rows` rows at a time as fits; the caller owns it, and the codebook must outlive it.
-#define HITSR_NEAREST_SEARCHER(isa)                            \
-  namespace isa {                                              \
-  template <typename T>                                        \
-  Searcher<T>* make_searcher(const Codebook&, int64_t rows);   \
-  }
-HITSR_NEAREST_SEARCHER(portable)
-#if defined(__x86_64__)
-HITSR_NEAREST_SEARCHER(avx2)
-HITSR_NEAREST_SEARCHER(avx512)
-HITSR_NEAREST_SEARCHER(avx512_bf16)
-HITSR_NEAREST_SEARCHER(amx_bf16)
-#endif
-#undef HITSR_NEAREST_SEARCHER
+// The parts of a codebook (G, K, C) of float16, bfloat16 or float32, packed for an instruction set.
+std::vector<Tensor> pack(const Tensor& codebook, bool cosine, const std::string& isa);
+
+// The same as each group's Codebook, which points into the parts. Throws if they were not made for such a codebook:
+// they would be read out of bounds.
+std::vector<Codebook> codebooks(
+    const std::vector<Tensor>& parts, int64_t G, int64_t K, int64_t C, bool cosine, const std::string& isa);
+
+// For up to `rows` rows at a time as fits. The codebook must outlive it.
+template <typename T>
+std::unique_ptr<Searcher<T>> make_searcher(const std::string& isa, const Codebook& book, int64_t rows);
+
+// Add to the count of rows that were searched in full, since the process began; what it is then.
+int64_t count_full_scans(int64_t more);
 
 }  // namespace hitsr_fast::nearest

@@ -1,17 +1,9 @@
-// The kernels of residual_quantize, once for each instruction set: a file that includes this defines, in a namespace of its
-// own and compiled for that instruction set, `struct Isa` with
-//
-//   kLanes    floats in a vector
-//   kPlaces   of a map that are convolved together, a divisor of kPlacesAtATime
-//   Scores    a vector, and load, store, fill and fused of plain_lanes.h.
-//
-// As in nearest_code_search.h, everything has internal linkage and nothing is a template of the standard library.
+// The kernels of residual_quantize (foreach_isa.h).
 
-namespace {
-
-using Scores = typename Isa::Scores;
+using Isa = Vectors;
+using Scores = Isa::Scores;
 constexpr int64_t kLanes = Isa::kLanes;
-constexpr int kPlaces = Isa::kPlaces;
+constexpr int kPlaces = Isa::kRegisters / 4;  // of a map that are convolved together
 static_assert(kPlacesAtATime % kPlaces == 0);
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -130,8 +122,6 @@ inline void finish_row(
   }
 }
 
-}  // namespace
-
 void pool(
     const Geometry& map, const float* from, int64_t height, int64_t width, int64_t begin, int64_t end, float* rows) {
   const int64_t place = map.channels_stride;
@@ -174,3 +164,5 @@ void spread(
     }
   }
 }
+
+constexpr Kernels kKernels{kLanes, pool, spread};

@@ -1,38 +1,49 @@
-// CPU backend of sample_codes: the loop over rows, and each row's random numbers.
-#include "cpu/sample_codes.h"
-
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
+// CPU backend of sample_codes: the loop over rows, and each row's random numbers. docs/ops/sample_codes.md has the
+// definition.
 #include <algorithm>
 #include <optional>
+#include <string>
 #include <vector>
 
-#include "check.h"
 #include "cpu/instruction_sets.h"
+#include "tensor.h"
 
 namespace hitsr_fast {
 namespace {
 
-using sampling::Fraction;
-
 constexpr int64_t kSmallestShare = 4096;  // logits that are worth a thread
 
-struct Kernels {
-  decltype(&sampling::portable::largest) largest;
-  decltype(&sampling::portable::draw) draw;
+// Of 2^-62: a share of a sum of weights.
+struct Fraction {
+  int64_t high, low;  // 31 bits each
 };
 
-Kernels kernels_of(const std::string& isa) {
-#if defined(__x86_64__)
-  if (isa == "amx_bf16" || isa == "avx512_bf16" || isa == "avx512") {
-    return {sampling::avx512::largest, sampling::avx512::draw};
-  }
-  if (isa == "avx2") return {sampling::avx2::largest, sampling::avx2::draw};
-#endif
-  return {sampling::portable::largest, sampling::portable::draw};
-}
+struct Options {
+  float cond, uncond;  // factors of the two logits: 1 + guidance and guidance
+  float scale;         // log2(e) / temperature
+  int64_t top_k;       // 0: all
+  bool top_p;
+  Fraction dropped;    // 1 - top_p
+};
+
+// Memory of one thread, [V] each.
+struct Workspace {
+  int32_t* keys;
+  int32_t* places;
+  int32_t* weights;
+};
+
+struct Kernels {
+  // Index of the first of the largest logits of a row. uncond_logits: null without guidance.
+  int64_t (*largest)(const Options&, const float* logits, const float* uncond_logits, int64_t V, const Workspace&);
+  // Index that a random fraction draws from a row.
+  int64_t (*draw)(
+      const Options&, const float* logits, const float* uncond_logits, int64_t V, const Fraction& random,
+      const Workspace&);
+};
+
+#define HITSR_OP sample_codes
+#include "cpu/foreach_isa.h"
 
 // Two words of a row's block of Philox 4x32-10 (Salmon et al., SC 2011), 31 bits of each.
 Fraction random_fraction(uint64_t seed, uint64_t offset, uint64_t row) {
@@ -52,42 +63,42 @@ Fraction random_fraction(uint64_t seed, uint64_t offset, uint64_t row) {
 }
 
 // logits, uncond_logits: float32 (N, V), contiguous. dropped: 1 - top_p in units of 2^-62; negative: no top-p.
-at::Tensor sample_codes(
-    const at::Tensor& logits, const std::optional<at::Tensor>& uncond_logits, const std::optional<at::Tensor>& state,
+Tensor sample_codes(
+    const Tensor& logits, const std::optional<Tensor>& uncond_logits, const std::optional<Tensor>& state,
     double guidance, int64_t top_k, int64_t dropped, double scale, const std::string& isa) {
   check_cpu(logits, "logits");
-  check_dtype(logits, at::kFloat, "logits");
+  check_dtype(logits, ScalarType::Float, "logits");
   check_contiguous(logits, "logits");
-  TORCH_CHECK_VALUE(
+  HITSR_CHECK(
       logits.dim() == 2 && logits.size(1) >= 1 && logits.size(1) <= 1 << 20,
       "logits: expected shape (N, V) with V from 1 to 2^20, found ", logits.sizes());
   const int64_t N = logits.size(0), V = logits.size(1);
   const float* uncond = nullptr;
   if (uncond_logits) {
     check_cpu(*uncond_logits, "uncond_logits");
-    check_dtype(*uncond_logits, at::kFloat, "uncond_logits");
+    check_dtype(*uncond_logits, ScalarType::Float, "uncond_logits");
     check_contiguous(*uncond_logits, "uncond_logits");
-    TORCH_CHECK_VALUE(
-        uncond_logits->sizes() == logits.sizes(), "uncond_logits: expected shape ", logits.sizes(), ", found ",
-        uncond_logits->sizes());
-    uncond = uncond_logits->const_data_ptr<float>();
+    check_shape(*uncond_logits, logits.sizes(), "uncond_logits");
+    uncond = data<const float>(*uncond_logits);
   }
   uint64_t seed = 0, offset = 0;
   if (state) {
-    check_dtype(*state, at::kLong, "state");
-    seed = static_cast<uint64_t>((*state)[0].item<int64_t>());
-    offset = static_cast<uint64_t>((*state)[1].item<int64_t>());
+    check_dtype(*state, ScalarType::Long, "state");
+    check_cpu(*state, "state");
+    check_shape(*state, {2}, "state");
+    seed = static_cast<uint64_t>(data<const int64_t>(*state)[0]);
+    offset = static_cast<uint64_t>(data<const int64_t>(*state)[state->stride(0)]);
   }
-  const sampling::Options options{
+  const Options options{
       static_cast<float>(1 + guidance), static_cast<float>(guidance), static_cast<float>(scale), top_k, dropped >= 0,
       {dropped >> 31, dropped & 0x7fffffff}};
-  const Kernels kernels = kernels_of(isa_by_name(isa).name);
-  const at::Tensor codes = at::empty({N}, logits.options().dtype(at::kLong));
-  const float* first = logits.const_data_ptr<float>();
-  int64_t* out = codes.data_ptr<int64_t>();
-  at::parallel_for(0, N, std::max<int64_t>(kSmallestShare / V, 1), [&](int64_t begin, int64_t end) {
+  const Kernels& kernels = HITSR_SELECT(isa, kKernels);
+  const Tensor codes = empty({N}, ScalarType::Long);
+  const float* first = data<const float>(logits);
+  int64_t* out = data<int64_t>(codes);
+  torch::stable::parallel_for(0, N, std::max<int64_t>(kSmallestShare / V, 1), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> memory(static_cast<size_t>(3 * V));
-    const sampling::Workspace work{memory.data(), memory.data() + V, memory.data() + 2 * V};
+    const Workspace work{memory.data(), memory.data() + V, memory.data() + 2 * V};
     for (int64_t row = begin; row < end; ++row) {
       const float* other = uncond == nullptr ? nullptr : uncond + row * V;
       if (!state) {
@@ -103,11 +114,12 @@ at::Tensor sample_codes(
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
-  library.def(
+STABLE_TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
+  define(
+      library,
       "_sample_codes(Tensor logits, Tensor? uncond_logits, Tensor? state, float guidance, int top_k, int dropped, "
       "float scale, str isa) -> Tensor",
-      &sample_codes);
+      TORCH_BOX(&sample_codes));
 }
 
 }  // namespace hitsr_fast

@@ -1,10 +1,6 @@
-// The kernels of sample_codes, once for each instruction set. The loops are plain, for the compiler to turn into vectors:
-// all but a few float operations a logit are on integers, in which it may order sums as it likes. Those few round as the
-// definition's do, one by one: setup.py forbids to contract them.
-//
-// As in nearest_code_search.h, everything has internal linkage and nothing is a template of the standard library.
-
-namespace {
+// The kernels of sample_codes (foreach_isa.h). The loops are plain, for the compiler to turn into vectors: all but a few
+// float operations a logit are on integers, in which it may order sums as it likes. Those few round as the definition's
+// do, one by one: setup.py forbids to contract them.
 
 constexpr int32_t kMagnitude = 0x7fffffff;
 constexpr int32_t kInfinity = 0x7f800000;
@@ -132,8 +128,6 @@ inline int64_t find(const int32_t* weights, int64_t n, int64_t target) {
   return begin;
 }
 
-}  // namespace
-
 int64_t largest(
     const Options& options, const float* logits, const float* uncond_logits, int64_t V, const Workspace& work) {
   const int32_t most = guide(options, logits, uncond_logits, V, work.keys);
@@ -169,3 +163,5 @@ int64_t draw(
   const int64_t place = find(weights, n, share(total, random));
   return some ? work.places[place] : place;
 }
+
+constexpr Kernels kKernels{largest, draw};

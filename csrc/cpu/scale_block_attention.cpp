@@ -1,28 +1,19 @@
 // CPU backend of scale_block_attention: packs a few heads at a time, then shares their tiles of queries out to threads.
-// Where a head is one task anyway, as while sampling, its task packs the keys as they are needed.
-#include "cpu/scale_block_attention.h"
-
-#include <ATen/ATen.h>
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
+// Where a head is one task anyway, as while sampling, its task packs the keys as they are needed. The backward, in
+// float32, takes one head a thread, whose tiles of queries are walked in order, so that the sums of keys and values are
+// the same for any number of threads.
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <vector>
 
-#include "check.h"
 #include "cpu/instruction_sets.h"
-#include "cpu/nearest_code_book.h"
-#include "cpu/scale_block_attention_pack.h"
+#include "cpu/scale_block_attention_layouts.h"
 
 namespace hitsr_fast {
 namespace {
-
-using namespace attention;
 
 // Heads that are packed together: tokens often lie a page apart, and all heads of one are then read while the processor
 // knows the page.
@@ -32,28 +23,21 @@ constexpr int64_t kTasksOfAThread = 4;  // at least, between two times of packin
 constexpr int64_t kKeysAtATime = 8 * kBlockKeys;
 constexpr double kLog2E = 1.44269504088896340736;
 
-struct Kernel {
+struct Kernels {
   Format format;
   void (*attend)(const Task&);
+  void (*differentiate)(const BackwardTask&);  // null for the layouts of AMX
 };
 
-Kernel kernel_of(const std::string& name, at::ScalarType dtype) {
-  const std::string isa = isa_by_name(name).name;  // which this machine has
-#if defined(__x86_64__)
-  if (isa == "amx_bf16" && dtype == at::kBFloat16) return {amx_bf16::kFormat, amx_bf16::attend};
-  if (isa == "amx_bf16" || isa == "avx512_bf16" || isa == "avx512") {
-    return {avx512::kFormat, avx512::attend};
-  }
-  if (isa == "avx2") return {avx2::kFormat, avx2::attend};
-#endif
-  return {portable::kFormat, portable::attend};
-}
+#define HITSR_OP scale_block_attention
+#define HITSR_AMX_BF16
+#include "cpu/foreach_isa.h"
 
 // A task for each of [0, count), taken by whichever thread is free: none of their results depends on which.
 template <typename F>
 void share_out(int64_t count, const F& task) {
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), count), 1, [&](int64_t, int64_t) {
+  torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), count), 1, [&](int64_t, int64_t) {
     task([&] { return next.fetch_add(1, std::memory_order_relaxed); });
   });
 }
@@ -62,8 +46,8 @@ template <typename T, typename E>
 class Attention {
  public:
   Attention(
-      const Kernel& kernel, const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef block_lengths,
-      float scale, const at::Tensor& out, const at::Tensor& lse)
+      const Kernels& kernel, const Tensor& q, const Tensor& k, const Tensor& v, Shape block_lengths,
+      float scale, const Tensor& out, const Tensor& lse)
       : kernel_(kernel),
         q_(q),
         k_(k),
@@ -78,8 +62,8 @@ class Attention {
         padded_(round_up(D_, kernel.format.channels)),
         spans_(spans_of(block_lengths, keys_ - L_, most_)),
         packer_(kernel.format, padded_),
-        out_(out.data_ptr<T>()),
-        lse_(lse.data_ptr<float>()) {}
+        out_(data<T>(out)),
+        lse_(data<float>(lse)) {}
 
   void run() const {
     if (spans_.size() > 1) {
@@ -129,18 +113,18 @@ class Attention {
     Span span_{};
   };
 
-  Tokens<T> tokens(const at::Tensor& tensor, int64_t head) const {
+  Tokens<T> tokens(const Tensor& tensor, int64_t head) const {
     return Tokens<T>(tensor, head / NH_, head % NH_);
   }
 
   void pack_first() const {
     const int64_t whole = round_up(keys_, kBlockKeys), tasks = static_cast<int64_t>(spans_.size());
-    const int64_t busy = round_up(kTasksOfAThread * at::get_num_threads(), tasks) / tasks;  // heads that keep all threads so
+    const int64_t busy = round_up(kTasksOfAThread * torch::stable::get_num_threads(), tasks) / tasks;  // heads that keep all threads so
     const int64_t together = std::min(std::max(kHeadsAtATime, busy), heads_);
     const Buffer<E> keys(together * whole * padded_), values(together * whole * padded_);
     for (int64_t head = 0; head < heads_; head += together) {
       const int64_t count = std::min(together, heads_ - head);
-      at::parallel_for(0, whole / kBlockKeys, 1, [&](int64_t first, int64_t last) {
+      torch::stable::parallel_for(0, whole / kBlockKeys, 1, [&](int64_t first, int64_t last) {
         for (int64_t begin = first * kBlockKeys; begin < last * kBlockKeys; begin += kBlockKeys) {
           const int64_t given = std::min(keys_ - begin, kBlockKeys);
           for (int64_t n = 0; n < count; ++n) {
@@ -182,8 +166,8 @@ class Attention {
     });
   }
 
-  const Kernel kernel_;
-  const at::Tensor q_, k_, v_;
+  const Kernels& kernel_;
+  const Tensor &q_, &k_, &v_;
   const float scale_;
   const int64_t L_, NH_, D_, heads_, keys_, most_, padded_;
   const std::vector<Span> spans_;
@@ -194,38 +178,151 @@ class Attention {
 
 // q: (B, L, NH, D) and its blocks, of which the last one sees all of k and v, and each other one what the next one does
 // but for a key a token of that. Any strides. -> out, lse (B, NH, L).
-std::tuple<at::Tensor, at::Tensor> scale_block_attention(
-    const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, at::IntArrayRef block_lengths, double softmax_scale,
+std::tuple<Tensor, Tensor> scale_block_attention(
+    const Tensor& q, const Tensor& k, const Tensor& v, Shape block_lengths, double softmax_scale,
     const std::string& isa) {
   check_cpu(q, "q");
   const int64_t total = std::accumulate(block_lengths.begin(), block_lengths.end(), int64_t{0});
-  TORCH_CHECK_VALUE(total == q.size(1), "block_lengths: expected ", q.size(1), " tokens, found ", total);
-  TORCH_CHECK_VALUE(
+  HITSR_CHECK(total == q.size(1), "block_lengths: expected ", q.size(1), " tokens, found ", total);
+  HITSR_CHECK(
       q.size(1) == 0 || k.size(1) - q.size(1) + block_lengths[0] > 0, "k: expected keys for the first block, found ",
       k.size(1), " tokens");
-  TORCH_CHECK_VALUE(k.sizes() == v.sizes(), "v: expected shape ", k.sizes(), ", found ", v.sizes());
-  const at::Tensor out = at::empty(q.sizes(), q.options());
-  const at::Tensor lse = at::empty({q.size(0), q.size(2), q.size(1)}, q.options().dtype(at::kFloat));
+  HITSR_CHECK(k.sizes() == v.sizes(), "v: expected shape ", k.sizes(), ", found ", v.sizes());
+  const Tensor out = empty(q.sizes(), q.scalar_type());
+  const Tensor lse = empty({q.size(0), q.size(2), q.size(1)}, ScalarType::Float);
   if (lse.numel() == 0) return {out, lse};
-  const Kernel kernel = kernel_of(isa, q.scalar_type());
   const auto scale = static_cast<float>(softmax_scale);
-  if (kernel.format.tiles) {
-    Attention<at::BFloat16, uint16_t>(kernel, q, k, v, block_lengths, scale, out, lse).run();
+  const Kernels& bfloat16 = HITSR_SELECT(isa, kBfloat16);
+  if (q.scalar_type() == ScalarType::BFloat16 && bfloat16.format.tiles) {
+    Attention<Bfloat16, uint16_t>(bfloat16, q, k, v, block_lengths, scale, out, lse).run();
   } else {
-    AT_DISPATCH_SWITCH(q.scalar_type(), "scale_block_attention", HITSR_DISPATCH_CASES([&] {
-      Attention<scalar_t, float>(kernel, q, k, v, block_lengths, scale, out, lse).run();
-    }));
+    visit_dtype(q, "q", [&](auto value) {
+      const Kernels& kernels = HITSR_SELECT(isa, kFloat);
+      Attention<decltype(value), float>(kernels, q, k, v, block_lengths, scale, out, lse).run();
+    });
   }
   return {out, lse};
 }
 
+// What all heads share, and the memory of one thread.
+class BackwardWorker {
+ public:
+  BackwardWorker(const Kernels& kernel, int64_t T, int64_t D, Shape block_lengths, float scale)
+      : kernel_(kernel),
+        format_(kernel.format),
+        D_(D),
+        padded_(round_up(D, 32)),
+        tokens_(round_up(T, kBlockKeys)),
+        most_(kMostTiles * format_.queries),
+        scale_(scale),
+        spans_(spans_of(block_lengths, 0, most_)),
+        keys_(tokens_ * padded_),
+        values_(tokens_ * padded_),
+        key_rows_(tokens_ * padded_),
+        grad_keys_(tokens_ * padded_),
+        grad_values_(tokens_ * padded_),
+        queries_(most_ * padded_),
+        grads_(most_ * padded_),
+        query_rows_(most_ * padded_),
+        grad_rows_(most_ * padded_),
+        grad_queries_(most_ * padded_),
+        lse_(most_),
+        delta_(most_),
+        scratch_(scratch_floats(format_.queries, padded_)) {}
+
+  using Head = Tokens<float>;
+
+  // Outputs are (T, D) with `stride` floats from one token to the next.
+  void differentiate(
+      const Head& grad, const Head& q, const Head& k, const Head& v, const Head& out, const float* lse, int64_t stride,
+      float* grad_q, float* grad_k, float* grad_v) const {
+    const Packer<float, float> packer(format_, padded_);
+    packer.keys(k, tokens_, keys_.at(0));
+    packer.keys(v, tokens_, values_.at(0));
+    packer.values(k, tokens_, key_rows_.at(0));
+    std::fill_n(grad_keys_.at(0), tokens_ * padded_, 0.0f);
+    std::fill_n(grad_values_.at(0), tokens_ * padded_, 0.0f);
+    for (const Span& span : spans_) {
+      const int64_t whole = round_up(span.count, format_.queries);
+      const Head queries = q.part(span.first, span.count), grads = grad.part(span.first, span.count);
+      packer.queries(queries, whole, false, queries_.at(0));
+      packer.queries(grads, whole, false, grads_.at(0));
+      packer.rows(queries, whole, query_rows_.at(0));
+      packer.rows(grads, whole, grad_rows_.at(0));
+      std::fill_n(grad_queries_.at(0), whole * padded_, 0.0f);
+      for (int64_t n = 0; n < whole; ++n) {
+        *lse_.at(n) = n < span.count ? lse[span.first + n] * 1.44269504088896341f : 0;
+        double sum = 0;
+        for (int64_t d = 0; n < span.count && d < D_; ++d) {
+          sum += static_cast<double>(grads.row(n)[d * grads.channel_stride]) *
+                 out.row(span.first + n)[d * out.channel_stride];
+        }
+        *delta_.at(n) = static_cast<float>(sum);
+      }
+      kernel_.differentiate(
+          {queries_.at(0), grads_.at(0), query_rows_.at(0), grad_rows_.at(0), keys_.at(0), values_.at(0),
+           key_rows_.at(0), lse_.at(0), delta_.at(0), span.count, span.visible, padded_, scale_, scratch_.at(0),
+           grad_queries_.at(0), grad_keys_.at(0), grad_values_.at(0)});
+      for (int64_t n = 0; n < span.count; ++n) {
+        const int64_t tile = n / format_.queries, q_lane = n % format_.queries;
+        const float* from = grad_queries_.at(tile * format_.queries * padded_ + q_lane);
+        for (int64_t d = 0; d < D_; ++d) grad_q[(span.first + n) * stride + d] = from[d * format_.queries];
+      }
+    }
+    for (int64_t n = 0; n < k.count; ++n) {
+      std::copy_n(grad_keys_.at(n * padded_), D_, grad_k + n * stride);
+      std::copy_n(grad_values_.at(n * padded_), D_, grad_v + n * stride);
+    }
+  }
+
+ private:
+  const Kernels& kernel_;
+  const Format format_;
+  const int64_t D_, padded_, tokens_, most_;
+  const float scale_;
+  const std::vector<Span> spans_;
+  const Buffer<float> keys_, values_, key_rows_, grad_keys_, grad_values_;
+  const Buffer<float> queries_, grads_, query_rows_, grad_rows_, grad_queries_, lse_, delta_, scratch_;
+};
+
+// All (B, T, NH, D) of any strides, lse (B, NH, T) -> gradients in q, k and v.
+std::tuple<Tensor, Tensor, Tensor> scale_block_attention_backward(
+    const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+    const Tensor& lse, Shape block_lengths, double softmax_scale, const std::string& isa) {
+  check_cpu(q, "q");
+  for (const Tensor* tensor : {&grad, &q, &k, &v, &out, &lse}) {
+    check_dtype(*tensor, ScalarType::Float, "grad, q, k, v, out, lse");
+  }
+  const int64_t B = q.size(0), T = q.size(1), NH = q.size(2), D = q.size(3);
+  const Tensor grad_q = empty(q.sizes(), q.scalar_type()), grad_k = empty(q.sizes(), ScalarType::Float);
+  const Tensor grad_v = empty(q.sizes(), ScalarType::Float), logs = in_a_row(lse, ScalarType::Float);
+  const Kernels& kernel = HITSR_SELECT(isa, kFloat);
+  torch::stable::parallel_for(0, B * NH, 1, [&](int64_t first, int64_t last) {
+    const BackwardWorker worker(kernel, T, D, block_lengths, static_cast<float>(softmax_scale));
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t b = i / NH, h = i % NH, to = (b * T * NH + h) * D;
+      const auto head = [&](const Tensor& tensor) { return Tokens<float>(tensor, b, h); };
+      worker.differentiate(
+          head(grad), head(q), head(k), head(v), head(out), data<const float>(logs) + i * T, NH * D,
+          data<float>(grad_q) + to, data<float>(grad_k) + to, data<float>(grad_v) + to);
+    }
+  });
+  return {grad_q, grad_k, grad_v};
+}
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
-  library.def(
+STABLE_TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
+  define(
+      library,
       "_scale_block_attention(Tensor q, Tensor k, Tensor v, int[] block_lengths, float softmax_scale, str isa) "
       "-> (Tensor, Tensor)",
-      &scale_block_attention);
+      TORCH_BOX(&scale_block_attention));
+  define(
+      library,
+      "_scale_block_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+      "int[] block_lengths, float softmax_scale, str isa) -> (Tensor, Tensor, Tensor)",
+      TORCH_BOX(&scale_block_attention_backward));
 }
 
 }  // namespace hitsr_fast

@@ -32,13 +32,7 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be valid in the locale's encoding
             stream.reconfigure(errors="surrogateescape" if stream is sys.stdout else "backslashreplace")
     try:
-        command: Command = tyro.cli(
-            Command,
-            prog="hitsr-fast",
-            description="Image super-resolution by next-scale prediction.",
-            args=args,
-        )
-        code = command.run()
+        code = _parse(args).run()
         sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -47,3 +41,17 @@ def main(args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 141
     sys.exit(code)
+
+
+def _parse(args: list[str] | None) -> Command:
+    try:
+        command: Command = tyro.cli(
+            Command,
+            prog="hitsr-fast",
+            description="Image super-resolution by next-scale prediction.",
+            args=args,
+        )
+    except ValueError as error:  # a value that its configuration does not take
+        print(f"hitsr-fast: {error}", file=sys.stderr)
+        sys.exit(2)
+    return command

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-if TYPE_CHECKING:
-    import torch
+from hitsr_fast.cli.options import ModelOptions
 
-    from hitsr_fast.evaluate import EvalSet, HitSRMethod, Report
+if TYPE_CHECKING:
+    from hitsr_fast.evaluate import EvalSet, Report
 
 
 @dataclass(frozen=True)
@@ -37,41 +37,20 @@ class Eval:
     model: tuple[str, ...] = ("hit-tiny",)
     """Models to compare with bicubic: packaged names, local folders or hub ids. --model alone: none."""
 
-    scales: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
-    """Scales to score."""
+    scales: tuple[int, ...] = (1, 2, 4)
+    """Scales to score, out of 1, 2 and 4."""
 
     out: tuple[Path, ...] = ()
     """Files to save the table to: .json (with every image), .csv or .md."""
 
     degrade: bool = False
-    """Make the LR images from the HR images by the Real-ESRGAN degradation."""
-
-    seed: int = 0
-    """Seed of the degradation, and of the models' draws where top-k is not 1."""
-
-    class_id: Literal[0, 1] = 0
-    """Class the models are told: 0 for photos as they come, 1 for inputs that were only made smaller."""
-
-    guidance: float = 0.0
-    """Classifier-free guidance of the models; 0 is none."""
-
-    top_k: int = 1
-    """Models draw among that many codes; 1 takes the likeliest, 0 draws among all."""
-
-    top_p: float = 1.0
-    """Models draw among the likeliest codes of that total probability."""
-
-    colour_fix: bool = True
-    """Models take colours (the low frequencies) from the input."""
-
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where models and metrics run."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """In which models compute; auto is bfloat16 where the device multiplies it in hardware, else float32."""
+    """Make the LR images from the HR images by the Real-ESRGAN degradation, with the seed."""
 
     limit: int | None = None
     """Use the first images of each set only."""
+
+    # Without a name of its own its fields are options of the command.
+    how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
     def run(self) -> int:
         """Evaluate, print and save; return the exit code: 0, or 2 when the input is at fault."""
@@ -95,8 +74,8 @@ class Eval:
     def _sets(self) -> list[EvalSet]:
         from hitsr_fast.evaluate import EvaluationError, find_set
 
-        if self.seed < 0:
-            raise EvaluationError(f"--seed: expected at least 0, found {self.seed}")
+        if self.how.seed < 0:
+            raise EvaluationError(f"--seed: expected at least 0, found {self.how.seed}")
         if self.limit is not None and self.limit < 1:
             raise EvaluationError(f"--limit: expected at least 1, found {self.limit}")
         folders: list[tuple[str, Path, Path | None]] = []
@@ -112,7 +91,7 @@ class Eval:
             folders.append((name, Path(hr), Path(lr) if lr else None))
         if not folders:
             raise EvaluationError("nothing to evaluate: give --hr or --set")
-        seed = self.seed if self.degrade else None
+        seed = self.how.seed if self.degrade else None
         return [find_set(name, hr, lr, degrade_seed=seed, limit=self.limit) for name, hr, lr in folders]
 
     def _evaluate(self, sets: list[EvalSet]) -> Report:
@@ -122,21 +101,24 @@ class Eval:
         from rich.progress import Progress
 
         from hitsr_fast import __version__
-        from hitsr_fast.dispatch import forced_backend
-        from hitsr_fast.evaluate import Bicubic, EvaluationError, Method, evaluate
+        from hitsr_fast.evaluate import Bicubic, EvaluationError, HitSRMethod, Method, evaluate
         from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
         from hitsr_fast.pipeline import pick_device
 
         # Before the models are loaded: what is missing is said at once.
         require_weights(weights_path())
+        methods: list[Method] = [Bicubic()]
         try:
-            forced_backend()
-            device = pick_device(self.device)
-            methods: list[Method] = [Bicubic(), *(self._load(model, device) for model in self.model)]
+            device = pick_device(self.how.device)
+            options = self.how.upscale_options(scales=self.scales)
+            for name in self.model:
+                model = self.how.load(name)
+                model.plan(1, 1, options)  # options that do not suit the model are an error before the work
+                methods.append(HitSRMethod(name, model, options))
         except ValueError as error:
             raise EvaluationError(str(error)) from error
-        kept = ("degrade", "seed", "class_id", "guidance", "top_k", "top_p", "colour_fix", "dtype")
-        settings = {name: getattr(self, name) for name in kept}
+        settings = {"degrade": self.degrade, "dtype": self.how.dtype} | asdict(options)
+        settings |= settings.pop("sampling")
         settings |= {"device": device.type, "hitsr_fast": __version__, "torch": torch.__version__}
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -148,23 +130,6 @@ class Eval:
             report = evaluate(sets, methods, scales=self.scales, device=device, progress=step)
         return replace(report, settings=settings)
 
-    def _load(self, model: str, device: torch.device) -> HitSRMethod:
-        import torch
-
-        from hitsr_fast.evaluate import HitSRMethod
-        from hitsr_fast.pipeline import HitSR, UpscaleOptions
-
-        options = UpscaleOptions(
-            seed=self.seed,
-            class_id=self.class_id,
-            guidance=self.guidance,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            colour_fix=self.colour_fix,
-        )
-        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
-        return HitSRMethod(model, HitSR.from_pretrained(model, device, dtype), options)
-
 
 def _print(report: Report) -> None:
     """Print the means as a table, then the notes."""
@@ -172,9 +137,9 @@ def _print(report: Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from hitsr_fast.evaluate import format_mean
+    from hitsr_fast.evaluate import COLUMNS, format_mean
 
-    table = Table("set", "scale", "method", "images", "PSNR-Y", "SSIM-Y", "LPIPS")
+    table = Table(*COLUMNS)
     for column in table.columns[3:]:
         column.justify = "right"
     for score in report.means():

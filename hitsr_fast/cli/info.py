@@ -20,7 +20,7 @@ class Info:
         """Print, and return the exit code 0."""
         import torch
 
-        from hitsr_fast import __version__, dispatch, env, extension
+        from hitsr_fast import __version__, backends, dispatch, env, extension
 
         _section("versions")
         _row("hitsr_fast", __version__)
@@ -38,6 +38,13 @@ class Info:
             if reason is None:
                 reason = ", ".join(f"{key} {value}" for key, value in extension.build_info(module).items())
             _row(f"hitsr_fast.{module}", reason)
+
+        if extension.unavailable() is None:
+            _section("instruction sets of the CPU's kernels; one that is missing takes the next lower")
+            _row("this machine", ", ".join(backends.instruction_sets()))
+            _row("active", backends.active_instruction_set())
+            for name, sets in backends.kernel_sets().items():
+                _row(name, ", ".join(sets))
 
         _section("settings")
         _row("HITSR_FAST_BACKEND", env.backend() or "not set")

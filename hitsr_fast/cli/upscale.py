@@ -1,15 +1,16 @@
-"""`hitsr-fast upscale`: image files in, their x1, x2 and x4 out."""
+"""`hitsr-fast upscale`: image files in, their restored and enlarged versions out."""
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from hitsr_fast.cli.options import ModelOptions
 from hitsr_fast.imaging.io import MAX_PIXELS, Format, ImageFileError, read_picture
 from hitsr_fast.imaging.writing import picture_writers
 
@@ -33,8 +34,8 @@ class Upscale:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder for the outputs; made if it is not there."""
 
-    scales: tuple[Literal[1, 2, 4], ...] = (1, 2, 4)
-    """Which outputs to write."""
+    scales: tuple[int, ...] | None = None
+    """Factors of the outputs to write; all that the model has by default."""
 
     format: Format = "png"
     """File format of the outputs. png and tiff keep 16 bits and are written row by row; jpg and webp are held
@@ -43,44 +44,20 @@ class Upscale:
     model: str = "hit-tiny"
     """Packaged model, local folder, or hub id (with the `hub` extra)."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto is cuda where there is a device."""
-
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """To compute in; auto is bfloat16 where the device multiplies it in hardware, else float32."""
-
-    tile: int | None = None
-    """Side of a tile in input pixels; only the model's own is possible."""
-
     overlap: int | None = None
     """Input pixels that neighbouring tiles share at least; a quarter of a tile by default."""
 
     batch: int | None = None
     """Tiles run at once; by default so many that their largest outputs are 2 megapixels, at most 32."""
 
-    seed: int = 0
-    """Of the draws, where top-k is not 1."""
-
-    guidance: float = 0.0
-    """Classifier-free guidance; 0 is none."""
-
-    top_k: int = 1
-    """Draw among that many codes; 1 takes the likeliest, 0 draws among all."""
-
-    top_p: float = 1.0
-    """Draw among the likeliest codes of that total probability."""
-
-    colour_fix: bool = True
-    """Take colours (the low frequencies) from the input."""
-
-    class_id: Literal[0, 1] = 0
-    """Class the model is told: 0 for photos as they come, 1 for inputs that were only made smaller."""
-
     max_pixels: int = MAX_PIXELS
     """Refuse larger inputs."""
 
     overwrite: bool = False
     """Replace outputs that exist already."""
+
+    # Without a name of its own its fields are options of the command.
+    how: Annotated[ModelOptions, tyro.conf.arg(name="")] = field(default_factory=ModelOptions)
 
     def run(self) -> int:
         """Do it; the exit code."""
@@ -92,33 +69,17 @@ class Upscale:
         if os.path.isfile(self.output):
             return _complain(console, f"{self.output}: is a file; the outputs need a folder")
 
-        import torch
-
-        from hitsr_fast.dispatch import BackendUnavailableError, forced_backend
+        from hitsr_fast.dispatch import BackendUnavailableError
         from hitsr_fast.imaging.sources import find_jobs
-        from hitsr_fast.pipeline import HitSR, UpscaleOptions
 
-        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         try:
-            options = UpscaleOptions(
-                scales=self.scales,
-                tile=self.tile,
-                overlap=self.overlap,
-                batch=self.batch,
-                seed=self.seed,
-                guidance=self.guidance,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                colour_fix=self.colour_fix,
-                class_id=self.class_id,
-            )
-            forced_backend()
-            sr = HitSR.from_pretrained(self.model, self.device, dtype)
+            options = self.how.upscale_options(scales=self.scales, overlap=self.overlap, batch=self.batch)
+            sr = self.how.load(self.model)
             sr.plan(1, 1, options)  # options that do not suit the model are one error, not one for each image
         except ValueError as error:
             return _complain(console, str(error))
 
-        jobs, errors = find_jobs(self.inputs, self.output, self.scales, self.format)
+        jobs, errors = find_jobs(self.inputs, self.output, options.factors(sr.model), self.format)
         for fault in errors:
             _complain(console, str(fault))
         if jobs:

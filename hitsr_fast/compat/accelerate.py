@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,29 @@ Model = TypeVar("Model", bound=nn.Module)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ARGUMENTS = ["B", "label_B", "g_seed", "cfg", "top_k", "top_p", "more_smooth"]
-_REPLACED = ("autoregressive_infer_cfg", "undo", "vae_quant_proxy")
+
+# What is read of a VAR, of each block and of its tokenizer; what is not called must not be a subclass's own.
+_MODEL = """autoregressive_infer_cfg blocks class_emb head.bias head_nm.ada_lin head_nm.ln_wo_grad lvl_1L
+    lvl_embed num_classes patch_nums pos_1LC pos_start rng shared_ada_lin uniform_prob vae_proxy
+    vae_quant_proxy word_embed"""
+_BLOCK = """attn.attn_l2_norm attn.mat_qkv attn.num_heads attn.proj.bias attn.q_bias attn.scale attn.v_bias
+    attn.zero_k_bias ffn.act ffn.fc1.bias ffn.fc2.bias ln_wo_grad shared_aln"""
+_TOKENIZER = """fhat_to_img quantize.Cvae quantize.beta quantize.ema_vocab_hit_SV quantize.embedding.weight
+    quantize.prog_si quantize.quant_resi quantize.quant_resi_ratio quantize.record_hit quantize.using_znorm
+    quantize.v_patch_nums quantize.vocab_size"""
+_MODEL_KINDS = {"head": nn.Linear, "head_nm.ln_wo_grad": nn.LayerNorm}
+_BLOCK_KINDS: dict[str, type] = {
+    **dict.fromkeys(("attn.mat_qkv", "attn.proj", "ffn.fc1", "ffn.fc2"), nn.Linear),
+    "ffn.act": nn.GELU,
+    "ln_wo_grad": nn.LayerNorm,
+}
+_BLOCK_VALUES: dict[str, object] = {
+    "attn.mat_qkv.bias": None,
+    "ffn.act.approximate": "tanh",
+    "ln_wo_grad.elementwise_affine": False,
+}
+_MAX_SCALE = math.log(100)
+_COMMON = ("attn.num_heads", "attn.scale", "attn.attn_l2_norm", "ln_wo_grad.eps")  # one value for all blocks
 
 
 def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
@@ -37,32 +59,37 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
             converted copy of them is kept.
 
     Returns:
-        The same instance. `model.undo()`, or `undo(model)`, makes it again what it was.
+        The same instance. `model.undo()`, `undo(model)`, or the end of a `with` block that it opens, makes it
+        again what it was.
 
     Raises:
-        TypeError: the model is not known; the message lists what was looked for and not found.
+        TypeError: the model is not known; the message lists what was looked for and not found, or what a
+            subclass computes in its own way.
         ValueError: dtype is not one of those, or model and tokenizer have different scales.
 
     Notes:
-        Accelerated once more, a model takes the new dtype; one `undo` ends it.
-        While sampling, blocks and head are read and not called: no hook of theirs runs, no `forward` or
-        `get_logits` of a subclass counts, and training mode drops nothing.
+        Accelerated once more, a model takes the new dtype; one `undo` ends it. Until then its class is a
+        subclass of its own, with the same name.
+        While sampling, blocks and head are read and not called: no hook of theirs runs, and training mode
+        drops nothing.
         Source: VAR (arXiv 2404.02905), the interface of its released code.
 
     Example:
-        >>> from benchmarks.peers.var_autoencoder import VQVAE
-        >>> from benchmarks.peers.var_model import VAR
-        >>> vae = VQVAE(vocab_size=16, z_channels=4, ch=32, ch_mult=(1, 1), v_patch_nums=(1, 2))
-        >>> var = VAR(vae, num_classes=10, depth=1, embed_dim=32, num_heads=2, patch_nums=(1, 2)).eval()
-        >>> theirs = var.autoregressive_infer_cfg(B=2, label_B=3, cfg=1.5, top_k=1)
-        >>> ours = accelerate(var).autoregressive_infer_cfg(B=2, label_B=3, cfg=1.5, top_k=1)
-        >>> torch.testing.assert_close(ours, theirs)
-        >>> var.undo()
+        With `var` an instance of VAR's class::
+
+            with accelerate(var) as fast:
+                images = fast.autoregressive_infer_cfg(B=8, label_B=207, cfg=1.5, top_k=900, top_p=0.96)
+
+        Other models are refused:
+
+        >>> accelerate(torch.nn.Linear(2, 2))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        TypeError: model: expected VAR's `VAR`, found Linear. Looked for and not found: ...
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))} or None, found {dtype}")
-    if (known := _acceleration(model)) is not None:
-        known.undo()
+    if isinstance(model, _Accelerated):
+        model.undo()
     _expect_var(model)
     _Acceleration(model, dtype)
     return model
@@ -77,46 +104,74 @@ def undo(model: nn.Module) -> None:
     Raises:
         ValueError: it is not accelerated.
     """
-    known = _acceleration(model)
-    if known is None:
+    if not isinstance(model, _Accelerated):
         raise ValueError("model: expected one that `accelerate` returned, found that it is not accelerated")
-    known.undo()
+    model.undo()
+
+
+class _Accelerated:
+    """What an accelerated model's class has before its own: `with` looks nowhere else."""
+
+    _acceleration: _Acceleration
+
+    @property
+    def autoregressive_infer_cfg(self) -> Callable[..., Tensor]:
+        """See `VarSampler`."""
+        return self._acceleration.sampler.autoregressive_infer_cfg
+
+    def undo(self) -> None:
+        """See `accelerate`."""
+        self._acceleration.undo()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if isinstance(self, _Accelerated):  # else it was undone within
+            self.undo()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return _new, (type(self).__mro__[2],), *reduced[2:]
+
+
+@functools.cache
+def _accelerated(cls: Any) -> Any:
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (_Accelerated, cls), names)
+
+
+def _new(cls: type) -> Any:
+    """What a copy or a pickle of an accelerated instance of a class starts from."""
+    return object.__new__(_accelerated(cls))
 
 
 class _Acceleration:
     """What was changed in a model, and how it was before."""
 
     def __init__(self, model: Any, dtype: torch.dtype | None) -> None:
-        self.model = model
-        self.before = {name: vars(model)[name] for name in _REPLACED if name in vars(model)}
+        self.model, self.proxy = model, model.vae_quant_proxy
         tokenizer = model.vae_proxy[0]
         quantizer = tokenizer.quantize
-        _expect_tokenizer(model.patch_nums, quantizer, model.vae_quant_proxy[0])
+        _expect_tokenizer(model.patch_nums, quantizer, self.proxy[0])
         # Two models may share a tokenizer: the first one to come changes it, and changes it back.
         self.quantizer = None if isinstance(quantizer, VectorQuantizer2) else quantizer
         if self.quantizer is not None:
             tokenizer.quantize = _same_quantizer(self.quantizer)
         model.vae_quant_proxy = (tokenizer.quantize,)
-        model.autoregressive_infer_cfg = VarSampler(model, dtype).autoregressive_infer_cfg
-        model.undo = self.undo
+        self.sampler = VarSampler(model, dtype)
+        model._acceleration = self
+        model.__class__ = _accelerated(model.__class__)
 
     def undo(self) -> None:
         """Put everything back; the quantizer keeps the tensors that it shares."""
-        tokenizer = self.model.vae_proxy[0]
+        model, tokenizer = self.model, self.model.vae_proxy[0]
         if self.quantizer is not None:
             _share(tokenizer.quantize, self.quantizer)
             tokenizer.quantize = self.quantizer
-        for name in _REPLACED:
-            if name in self.before:
-                setattr(self.model, name, self.before[name])
-            else:
-                delattr(self.model, name)
-
-
-def _acceleration(model: object) -> _Acceleration | None:
-    """What accelerates a model now, if anything does."""
-    owner = getattr(getattr(model, "undo", None), "__self__", None)
-    return owner if isinstance(owner, _Acceleration) else None
+        model.vae_quant_proxy = self.proxy
+        model.__class__ = type(model).__mro__[2]
+        del model._acceleration
 
 
 def _same_quantizer(theirs: Any) -> VectorQuantizer2:
@@ -149,152 +204,6 @@ def _share(source: nn.Module, target: nn.Module) -> None:
         setattr(target.get_submodule(path), leaf, tensor)
 
 
-class _Part(NamedTuple):
-    """An attribute that VAR's class has: its path, what it is in words, and whether a value is that."""
-
-    path: str
-    kind: str
-    fits: Callable[[Any], bool]
-
-    def missing(self, owner: Any, prefix: str) -> Iterator[str]:
-        """This part in words, where an object does not have it."""
-        value = owner
-        for name in self.path.split("."):
-            if not hasattr(value, name):
-                break
-            value = getattr(value, name)
-        else:
-            if self.fits(value):
-                return
-        yield f"{prefix}{self.path} ({self.kind})"
-
-
-def _kind(kind: type | tuple[type, ...], words: str) -> Callable[[str], list[_Part]]:
-    """Parts of a kind by their names."""
-
-    def parts(names: str) -> list[_Part]:
-        return [_Part(name, words, lambda value: isinstance(value, kind)) for name in names.split()]
-
-    return parts
-
-
-def _plain_linear(names: str, *, bias: bool) -> list[_Part]:
-    """Parts whose weights are read instead of calling them: a subclass might compute something else."""
-    kind = f"torch.nn.Linear, no subclass, {'with' if bias else 'without'} bias"
-    return [
-        _Part(name, kind, lambda value: type(value) is nn.Linear and (value.bias is not None) == bias)
-        for name in names.split()
-    ]
-
-
-_module = _kind(nn.Module, "a module")
-_tensor = _kind(Tensor, "a tensor")
-_number = _kind((int, float), "a number")
-_flag = _kind((bool, int), "a bool")
-_plain_norm = _Part(
-    "ln_wo_grad",
-    "torch.nn.LayerNorm without affine part",
-    lambda value: type(value) is nn.LayerNorm and not value.elementwise_affine,
-)
-_gelu = _Part(
-    "ffn.act", "torch.nn.GELU, tanh", lambda value: type(value) is nn.GELU and value.approximate == "tanh"
-)
-
-_MODEL = [
-    _Part(
-        "autoregressive_infer_cfg",
-        f"a method with the arguments {', '.join(_ARGUMENTS)}",
-        lambda value: callable(value) and list(inspect.signature(value).parameters) == _ARGUMENTS,
-    ),
-    *_kind((tuple, list), "sides of the scales")("patch_nums"),
-    *_number("num_classes"),
-    *_kind(torch.Generator, "a torch.Generator")("rng"),
-    *_tensor("uniform_prob lvl_1L pos_start pos_1LC"),
-    *_module("class_emb lvl_embed word_embed shared_ada_lin head_nm head_nm.ada_lin"),
-    _plain_norm._replace(path="head_nm.ln_wo_grad"),
-    *_plain_linear("head", bias=True),
-    _Part(
-        "blocks",
-        "a torch.nn.ModuleList, not empty",
-        lambda value: isinstance(value, nn.ModuleList) and len(value) > 0,
-    ),
-    _Part(
-        "vae_proxy", "a tuple of the tokenizer", lambda value: isinstance(value, tuple) and len(value) == 1
-    ),
-    _Part(
-        "vae_quant_proxy",
-        "a tuple of its quantizer",
-        lambda value: isinstance(value, tuple) and len(value) == 1,
-    ),
-]
-_BLOCK = [
-    *_plain_linear("attn.mat_qkv", bias=False),
-    *_plain_linear("attn.proj ffn.fc1 ffn.fc2", bias=True),
-    *_tensor("attn.q_bias attn.zero_k_bias attn.v_bias"),
-    *_number("attn.num_heads attn.scale"),
-    *_flag("attn.attn_l2_norm shared_aln"),
-    _gelu,
-    _plain_norm,
-]
-_L2_NORM = [
-    *_tensor("attn.scale_mul_1H11"),
-    _Part(
-        "attn.max_scale_mul",
-        "log 100",
-        lambda value: isinstance(value, float) and abs(value - math.log(100)) < 1e-6,
-    ),
-]
-# One value serves all blocks.
-_COMMON = ["attn.num_heads", "attn.scale", "attn.attn_l2_norm", "ln_wo_grad.eps"]
-_TOKENIZER = [
-    *_module("quantize"),
-    _Part("fhat_to_img", "a method", callable),
-]
-_QUANTIZER = [
-    *_number("vocab_size Cvae beta quant_resi_ratio prog_si record_hit"),
-    *_flag("using_znorm"),
-    *_kind((tuple, list), "sides of the scales")("v_patch_nums"),
-    *_module("embedding quant_resi"),
-    *_tensor("embedding.weight ema_vocab_hit_SV"),
-]
-
-
-def _as_in(first: Any) -> list[_Part]:
-    """What other blocks share with the first."""
-
-    def part(path: str) -> _Part:
-        expected = operator.attrgetter(path)(first)
-        return _Part(path, f"{expected}, as in blocks[0]", lambda value: value == expected)
-
-    return [part(path) for path in _COMMON]
-
-
-def _missing(model: Any) -> Iterator[str]:
-    """What makes a VAR and is not there, in words."""
-
-    def look(parts: list[_Part], owner: Any, prefix: str = "") -> Iterator[str]:
-        for part in parts:
-            yield from part.missing(owner, prefix)
-
-    top = list(look(_MODEL, model))
-    yield from top
-    for i, block in enumerate(getattr(model, "blocks", ())):
-        prefix = f"blocks[{i}]."
-        own = list(look(_BLOCK, block, prefix))
-        if getattr(getattr(block, "attn", None), "attn_l2_norm", False):
-            own += look(_L2_NORM, block, prefix)
-        shared = getattr(block, "shared_aln", False)
-        own += look(_tensor("ada_gss") if shared else _module("ada_lin"), block, prefix)
-        if not own:
-            own += look(_as_in(model.blocks[0]), block, prefix)
-        yield from own
-        if own:
-            return  # the others miss the same
-    if not top:
-        yield from look(_TOKENIZER, model.vae_proxy[0], "vae_proxy[0].")
-        yield from look(_QUANTIZER, getattr(model.vae_proxy[0], "quantize", None), "vae_proxy[0].quantize.")
-
-
 def _expect_var(model: Any) -> None:
     """A model that is known, or an error."""
     name = type(model).__name__
@@ -303,6 +212,60 @@ def _expect_var(model: Any) -> None:
     missing = "; ".join(_missing(model))
     if missing:
         raise TypeError(f"model: expected VAR's `VAR`, found {name}. Looked for and not found: {missing}")
+
+
+def _missing(model: Any) -> list[str]:
+    """What makes a VAR and is not there, in words: of model, first block that misses something, tokenizer."""
+    values: dict[str, object] = {"head_nm.ln_wo_grad.elementwise_affine": False}
+    if missing := _unlike(model, _MODEL, _MODEL_KINDS, values, ("get_logits", "head_nm.forward")):
+        return missing
+    if list(inspect.signature(model.autoregressive_infer_cfg).parameters) != _ARGUMENTS:
+        return [f"autoregressive_infer_cfg (a method with the arguments {', '.join(_ARGUMENTS)})"]
+    for name in ("blocks", "vae_proxy", "vae_quant_proxy"):
+        if len(getattr(model, name)) == 0:
+            return [f"{name} (not empty)"]
+    for i, block in enumerate(model.blocks):
+        names = f"{_BLOCK} {'ada_gss' if _value(block, 'shared_aln') else 'ada_lin'}"
+        if _value(block, "attn.attn_l2_norm"):
+            names += " attn.scale_mul_1H11 attn.max_scale_mul"
+        values = _BLOCK_VALUES | {name: _value(model.blocks[0], name) for name in _COMMON}
+        missing = _unlike(block, names, _BLOCK_KINDS, values, ("forward", "attn.forward", "ffn.forward"))
+        if abs((_value(block, "attn.max_scale_mul") or _MAX_SCALE) - _MAX_SCALE) > 1e-6:
+            missing.append("attn.max_scale_mul (log 100)")
+        if missing:
+            return [f"blocks[{i}].{part}" for part in missing]
+    return [f"vae_proxy[0].{part}" for part in _unlike(model.vae_proxy[0], _TOKENIZER, {}, {}, ())]
+
+
+def _unlike(
+    owner: Any,
+    names: str,
+    kinds: Mapping[str, type],
+    values: Mapping[str, object],
+    methods: Sequence[str],
+) -> list[str]:
+    """Attributes that are not there, or else those that are not as they are in VAR, in words."""
+    return [name for name in names.split() if _value(owner, name) is None] or [
+        *(
+            f"{name} (torch.nn.{kind.__name__}, no subclass)"
+            for name, kind in kinds.items()
+            if type(_value(owner, name)) is not kind
+        ),
+        *(f"{name} ({value})" for name, value in values.items() if _value(owner, name) != value),
+        *(f"{name} (no subclass's)" for name in methods if _overridden(owner, name)),
+    ]
+
+
+def _value(owner: Any, path: str) -> Any:
+    """Of an attribute of an attribute; None where there is none."""
+    return functools.reduce(lambda found, name: getattr(found, name, None), path.split("."), owner)
+
+
+def _overridden(owner: Any, path: str) -> bool:
+    """Whether a subclass has a method, which is not called, of its own."""
+    *parts, method = path.split(".")
+    classes = type(_value(owner, ".".join(parts)) if parts else owner).__mro__
+    return sum(method in vars(cls) for cls in classes if cls is not nn.Module) > 1
 
 
 def _expect_tokenizer(scales: Sequence[int], quantizer: Any, proxy: Any) -> None:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hitsr_fast.compat.phi_bank import PhiBank
 from hitsr_fast.nn import ResidualQuantizer
-from hitsr_fast.nn.phi_bank import stacked
-from hitsr_fast.nn.residual_quantizer import Scale, pair
-from hitsr_fast.ops import Metric, nearest_code, residual_decode, residual_step
+from hitsr_fast.ops import Metric, nearest_code
+from hitsr_fast.pyramid import Scale, ScalePyramid, Size
 
 
 class VectorQuantizer2(ResidualQuantizer):
@@ -51,20 +51,29 @@ class VectorQuantizer2(ResidualQuantizer):
     ) -> None:
         if v_patch_nums is None:
             raise ValueError("v_patch_nums: expected the scales, found None")
+        self._shared = share_quant_resi > 0  # read while the parameters are made
         super().__init__(
             vocab_size,
             Cvae,
-            v_patch_nums,
+            ScalePyramid(v_patch_nums),
             metric="cosine" if using_znorm else "l2",
             commitment=beta,
             phi_ratio=abs(quant_resi) if abs(quant_resi) > 1e-6 else 0.0,
-            share_phi=share_quant_resi,
-            separate_phi=default_qresi_counts or None,
+            num_phi=share_quant_resi or default_qresi_counts or len(v_patch_nums),
         )
         self.vocab_size = vocab_size
         self.Cvae = Cvae
         self.quant_resi_ratio = quant_resi
         self.prog_si = -1  # last scale of a progressive training; -1 for none
+
+    def _make_parameters(self, codebook_size: int, code_dim: int) -> None:
+        # In VAR's order, so that one seed gives both the same weights.
+        self.quant_resi = PhiBank(code_dim, self.phi_ratio, self.num_phi, self._shared)
+        self.embedding = nn.Embedding(codebook_size, code_dim)
+
+    def _parameters_as_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        codebook = self.embedding.weight
+        return codebook, *self.quant_resi.stacked(codebook)
 
     @property
     def using_znorm(self) -> bool:
@@ -85,11 +94,11 @@ class VectorQuantizer2(ResidualQuantizer):
 
     @property
     def v_patch_nums(self) -> tuple[Scale, ...]:
-        return self.scales
+        return self.pyramid.scales
 
     @v_patch_nums.setter
     def v_patch_nums(self, value: Sequence[Scale]) -> None:
-        self.scales = tuple(value)
+        self.pyramid = ScalePyramid(value)
 
     def eini(self, eini: float) -> None:
         """Draw the codebook: truncated normal of deviation `eini`, or, below 0, uniform up to |eini| / K."""
@@ -109,7 +118,7 @@ class VectorQuantizer2(ResidualQuantizer):
         self, f_BChw: Tensor, ret_usages: bool = False
     ) -> tuple[Tensor, list[float] | None, Tensor]:
         """The training pass: straight-through `f_hat`, usages in percent or None, mean loss of the scales."""
-        self._expect_full_size(f_BChw, self.scales)
+        self._expect_full_size(f_BChw, self.pyramid)
         out = super().forward(f_BChw)
         return out.reconstruction, self.usage(f_BChw) if ret_usages else None, out.loss
 
@@ -120,19 +129,9 @@ class VectorQuantizer2(ResidualQuantizer):
         if not all_to_max_scale:
             return self._grown(ms_h_BChw, last_one)
         rows = torch.cat([h.flatten(2).transpose(1, 2) for h in ms_h_BChw], dim=1)
-        B, T, C = rows.shape
-        # A row is its own code: the maps may hold any values.
-        indices = torch.arange(B * T, device=rows.device).view(B, T)
-        out = residual_decode(
-            indices,
-            *self._bank_of(rows.reshape(-1, C)),
-            scales=self.scales,
-            phi_index=self.phi_index(len(self.scales)),
-            size=pair(self.scales[-1]),
-            phi_ratio=self.phi_ratio,
-            per_scale=not last_one,
-        )
-        return out.reconstruction if out.reconstructions is None else _each(out.reconstructions)
+        sizes = self.pyramid.sizes
+        out = self.bank().decode(rows, sizes, sizes[-1], per_scale=not last_one)
+        return out.reconstruction if out.reconstructions is None else [*out.reconstructions]
 
     def f_to_idxBl_or_fhat(
         self,
@@ -149,16 +148,15 @@ class VectorQuantizer2(ResidualQuantizer):
             v_patch_nums: other scales than the module's own.
             noise_std: Switti's: the pooled rows are shrunk, and noise of this deviation is added to them.
         """
-        scales = self.scales if v_patch_nums is None else tuple(v_patch_nums)
-        self._expect_full_size(f_BChw, scales)
-        steps = len(scales) if self.prog_si < 0 else self.prog_si + 1
+        pyramid = self._pyramid(v_patch_nums)
+        self._expect_full_size(f_BChw, pyramid)
+        steps = len(pyramid.sizes) if self.prog_si < 0 else self.prog_si + 1
         if noise_std is not None:
-            indices, maps = self._with_noise(f_BChw.detach(), scales, steps, noise_std)
+            indices, maps = self._with_noise(f_BChw.detach(), pyramid, steps, noise_std)
         else:
-            out = self.quantize(f_BChw.detach(), scales=scales, steps=steps, per_scale=to_fhat)
-            lengths = [h * w for h, w in map(pair, scales[:steps])]
-            indices = [found.contiguous() for found in out.indices.split(lengths, dim=1)]
-            maps = [] if out.reconstructions is None else _each(out.reconstructions)
+            out = self.quantize(f_BChw.detach(), scales=pyramid.sizes, steps=steps, per_scale=to_fhat)
+            indices = split_scales(out.indices, pyramid)
+            maps = [] if out.reconstructions is None else [*out.reconstructions]
         return [f_hat.to(f_BChw.dtype) for f_hat in maps] if to_fhat else indices
 
     def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
@@ -167,7 +165,7 @@ class VectorQuantizer2(ResidualQuantizer):
         Args:
             gt_ms_idx_Bl: indices `(B, h * w)` of the scales; those of the last one feed nothing.
         """
-        return self._teacher_inputs([indices.long() for indices in gt_ms_idx_Bl], self.scales)
+        return self._teacher_inputs([indices.long() for indices in gt_ms_idx_Bl], self.pyramid)
 
     def idxBl_to_switti_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
         """`idxBl_to_var_input` by the name that Switti gives it."""
@@ -188,124 +186,82 @@ class VectorQuantizer2(ResidualQuantizer):
             `f_hat`, and the next scale's input `(B, C, h2, w2)`; `f_hat` again after the last scale.
         """
         B, C, h, w = h_BChw.shape
+        following = None if si == SN - 1 else self.pyramid.sizes[si + 1]
         if B == 0:
-            last = si == SN - 1
-            return f_hat, f_hat if last else f_hat.new_empty(0, C, *pair(self.scales[si + 1]))
-        rows, weight, bias = self._bank_of(h_BChw.permute(0, 2, 3, 1).reshape(-1, C))
-        phi = self.phi_index(SN)[si]
-        indices = torch.arange(B * h * w, device=rows.device).view(B, -1)
-        following = None if si == SN - 1 else pair(self.scales[si + 1])
-        tensors = (rows, weight, bias, f_hat)
+            return f_hat, f_hat if following is None else f_hat.new_empty(0, C, *following)
+        rows, bank = h_BChw.flatten(2).transpose(1, 2), self.bank(scales=SN)
+        tensors = (rows, *bank[1:3], f_hat)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            step = residual_decode(
-                indices,
-                rows,
-                weight,
-                bias,
-                scales=[(h, w)],
-                phi_index=[phi],
-                size=f_hat.shape[2:],
-                phi_ratio=self.phi_ratio,
-            )
-            f_hat.add_(step.reconstruction)
+            own = bank._replace(phi_index=bank.phi_index[si:])
+            f_hat.add_(own.decode(rows, [(h, w)], f_hat.shape[2:]).reconstruction)
             return f_hat, f_hat if following is None else F.interpolate(f_hat, size=following, mode="area")
-        wide = f_hat.to(torch.promote_types(rows.dtype, torch.float32))
-        pooled = residual_step(
-            wide,
-            indices,
-            rows,
-            weight[phi],
-            bias[phi],
-            scale=(h, w),
-            next_scale=following,
-            phi_ratio=self.phi_ratio,
-        )
+        wide = f_hat.to(torch.promote_types(torch.promote_types(rows.dtype, bank[1].dtype), torch.float32))
+        pooled = bank.step(wide, rows, si, (h, w), following)
         if wide is not f_hat:
             f_hat.copy_(wide)
         return f_hat, f_hat if following is None else pooled.to(f_hat.dtype)
 
-    def _bank_of(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows as a codebook, with the phis, all in the wider dtype of the two."""
-        weight, bias = stacked(self.quant_resi, self.embedding.weight)
-        dtype = torch.promote_types(rows.dtype, weight.dtype)
-        return rows.to(dtype), weight.to(dtype), bias.to(dtype)
+    def _pyramid(self, v_patch_nums: Sequence[Scale] | None) -> ScalePyramid:
+        return self.pyramid if v_patch_nums is None else ScalePyramid(v_patch_nums)
 
-    def _expect_full_size(self, f: Tensor, scales: Sequence[Scale]) -> None:
-        if tuple(f.shape[2:]) != pair(scales[-1]):
-            raise ValueError(
-                f"f_BChw: expected the size of the last scale, {pair(scales[-1])}, found {tuple(f.shape[2:])}"
-            )
+    def _expect_full_size(self, f: Tensor, pyramid: ScalePyramid) -> None:
+        size, found = pyramid.sizes[-1], tuple(f.shape[2:])
+        if found != size:
+            raise ValueError(f"f_BChw: expected the size of the last scale, {size}, found {found}")
 
     def _grown(self, maps: Sequence[Tensor], last_one: bool) -> list[Tensor] | Tensor:
         """`f_hat` enlarged from scale to scale: an experiment of VAR's, which no model is trained for."""
         f_hats: list[Tensor] = []
-        positions = max(len(self.scales) - 1, 1)
+        sizes = self.pyramid.sizes
         f_hat = torch.zeros(maps[0].shape, device=maps[0].device)
-        for scale, (h, size) in enumerate(zip(maps, map(pair, self.scales), strict=True)):
+        for scale, (h, size) in enumerate(zip(maps, sizes, strict=True)):
             if f_hats:
                 f_hat = F.interpolate(f_hats[-1], size=size, mode="bicubic")
-            f_hats.append(f_hat + self.quant_resi[scale / positions](h))
+            f_hats.append(f_hat + self.quant_resi[scale / max(len(sizes) - 1, 1)](h))
         return f_hats[-1] if last_one else f_hats
 
     def _with_noise(
-        self, f: Tensor, scales: Sequence[Scale], steps: int, noise_std: float
+        self, f: Tensor, pyramid: ScalePyramid, steps: int, noise_std: float
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Indices and `f_hat` of each scale; the noise takes the scales apart."""
-        bank, phi_index = self.bank(), self.phi_index(len(scales))
-        codes = self._prepared(self.embedding.weight, metric=self.metric) or self.embedding.weight
-        size, f_hat = f.shape[2:], torch.zeros_like(f)
+        bank = self.bank(scales=len(pyramid.sizes))
+        codes = self._prepared(bank.codebook, metric=self.metric) or bank.codebook
+        f_hat = torch.zeros_like(f)
         indices, maps = [], []
-        for scale, (h, w) in enumerate(map(pair, scales[:steps])):
-            residual = f - f_hat.detach()
-            pooled = residual if (h, w) == tuple(size) else F.interpolate(residual, size=(h, w), mode="area")
+        for scale, size in enumerate(pyramid.sizes[:steps]):
+            pooled = F.interpolate(f - f_hat.detach(), size=size, mode="area")
             rows = pooled.permute(0, 2, 3, 1).reshape(-1, f.shape[1])
             rows = math.sqrt(1 - noise_std**2) * rows + noise_std * torch.randn_like(rows)
-            found = nearest_code(rows, codes, metric=self.metric).view(len(f), -1)
-            step = residual_decode(
-                found,
-                *bank,
-                scales=[(h, w)],
-                phi_index=[phi_index[scale]],
-                size=size,
-                phi_ratio=self.phi_ratio,
-            )
-            f_hat = f_hat + step.reconstruction
-            indices.append(found)
+            indices.append(nearest_code(rows, codes, metric=self.metric).view(len(f), -1))
+            own = bank._replace(phi_index=bank.phi_index[scale:])
+            f_hat = f_hat + own.decode(indices[-1], [size], f.shape[2:]).reconstruction
             maps.append(f_hat)
         return indices, maps
 
-    def _teacher_inputs(self, given: Sequence[Tensor], scales: Sequence[Scale]) -> Tensor | None:
-        fed = len(scales) - 1 if self.prog_si < 0 else min(self.prog_si, len(scales) - 1)
+    def _teacher_inputs(self, given: Sequence[Tensor], pyramid: ScalePyramid) -> Tensor | None:
+        sizes = pyramid.sizes
+        fed = len(sizes) - 1 if self.prog_si < 0 else min(self.prog_si, len(sizes) - 1)
         if fed == 0:
             return None
-        sizes = [pair(scale) for scale in scales]
-        h, w = sizes[fed]
-        nothing = given[0].new_zeros(
-            given[0].shape[0], h * w
-        )  # the scale that is fed last feeds nothing itself
-        bank = self.bank()
-        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bank)
-        out = residual_decode(
-            torch.cat([*given[:fed], nothing], dim=1),
-            *bank,
-            scales=sizes[: fed + 1],
-            phi_index=self.phi_index(len(sizes))[: fed + 1],
-            size=sizes[-1],
-            phi_ratio=self.phi_ratio,
-            inputs=not differentiable,
-            per_scale=differentiable,
+        # The scale that is fed last feeds nothing itself.
+        codes = torch.cat([*given[:fed], given[0].new_zeros(len(given[0]), pyramid.lengths[fed])], dim=1)
+        bank = self.bank(scales=len(sizes))
+        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bank[:3])
+        out = bank.decode(
+            codes, sizes[: fed + 1], sizes[-1], return_inputs=not differentiable, per_scale=differentiable
         )
         if out.reconstructions is None:
             return out.inputs
         return pooled_rows(out.reconstructions[:-1], sizes[1 : fed + 1])
 
 
-def pooled_rows(maps: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:
+def pooled_rows(maps: Tensor, sizes: Sequence[Size]) -> Tensor:
     """Each map of `(S, B, C, H, W)` pooled to a size of its own, as rows `(B, T, C)`; differentiable."""
     pooled = [F.interpolate(m, size=size, mode="area") for m, size in zip(maps, sizes, strict=True)]
     return torch.cat([m.flatten(2).transpose(1, 2) for m in pooled], dim=1)
 
 
-def _each(maps: Tensor) -> list[Tensor]:
-    """The maps `(B, C, H, W)` of `(S, B, C, H, W)`, any of which may be written to."""
-    return [maps[scale] for scale in range(maps.shape[0])]
+def split_scales(indices: Tensor, pyramid: ScalePyramid) -> list[Tensor]:
+    """`(B, T)` of some first scales as `(B, h * w)` of each, contiguous."""
+    steps = pyramid.ends.index(indices.shape[1]) + 1
+    return [part.contiguous() for part in indices.split(pyramid.lengths[:steps], dim=1)]

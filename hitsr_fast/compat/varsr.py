@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.compat import var
-from hitsr_fast.nn.residual_quantizer import Scale, pair
-from hitsr_fast.ops import residual_decode, residual_quantize
+from hitsr_fast.pyramid import Scale
 
 
 class VectorQuantizer2(var.VectorQuantizer2):
@@ -35,29 +34,22 @@ class VectorQuantizer2(var.VectorQuantizer2):
             The list of `(B, h * w)`, or of `(B, C, H, W)`, with the residual before the last scale, as rows
             `(B, H * W, C)`, at its end; and the list of the indices.
         """
-        scales = self.scales if v_patch_nums is None else tuple(v_patch_nums)
-        self._expect_full_size(f_BChw, scales)
+        pyramid = self._pyramid(v_patch_nums)
+        self._expect_full_size(f_BChw, pyramid)
         if self.prog_si >= 0:
             raise ValueError(f"prog_si: expected -1, for the last scale is asked for, found {self.prog_si}")
-        codebook, weight, bias = self.bank()
-        f = f_BChw.detach()
-        out = residual_quantize(
-            f,
-            codebook,
-            torch.cat([weight, _identity(weight)]),
-            torch.cat([bias, torch.zeros_like(bias[:1])]),
-            scales=scales,
-            phi_index=[*self.phi_index(len(scales))[:-1], len(weight)],
-            phi_ratio=self.phi_ratio,
-            metric=self.metric,
-            prepared=self._prepared(codebook, metric=self.metric),
-            per_scale=True,
+        f, bank = f_BChw.detach(), self.bank(scales=len(pyramid.sizes))
+        without_last_phi = bank._replace(
+            phi_weight=torch.cat([bank.phi_weight, _identity(bank.phi_weight)]),
+            phi_bias=torch.cat([bank.phi_bias, torch.zeros_like(bank.phi_bias[:1])]),
+            phi_index=(*bank.phi_index[:-1], len(bank.phi_weight)),
         )
+        prepared = self._prepared(bank.codebook, metric=self.metric)
+        out = without_last_phi.quantize(f, pyramid.sizes, prepared=prepared, per_scale=True)
         assert out.reconstructions is not None
-        lengths = [h * w for h, w in map(pair, scales)]
-        indices = [found.contiguous() for found in out.indices.split(lengths, dim=1)]
-        f_hats = [out.reconstructions[scale].to(f.dtype) for scale in range(len(scales))]
-        left = f - f_hats[-2] if len(scales) > 1 else f
+        indices = var.split_scales(out.indices, pyramid)
+        f_hats = [f_hat.to(f.dtype) for f_hat in out.reconstructions]
+        left = f - f_hats[-2] if len(f_hats) > 1 else f
         rows = left.flatten(2).transpose(1, 2).contiguous()
         return [*(f_hats if to_fhat else indices), rows], indices
 
@@ -65,26 +57,18 @@ class VectorQuantizer2(var.VectorQuantizer2):
         self, gt_ms_idx_Bl: Sequence[Tensor], v_patch_nums: Sequence[Scale] | None = None
     ) -> Tensor | None:
         """As in VAR, for other scales if they are given."""
-        return self._teacher_inputs(gt_ms_idx_Bl, self.scales if v_patch_nums is None else v_patch_nums)
+        return self._teacher_inputs(gt_ms_idx_Bl, self._pyramid(v_patch_nums))
 
     def idxBl_to_input(
         self, gt_ms_idx_Bl: Sequence[Tensor], v_patch_nums: Sequence[Scale] | None = None
     ) -> Tensor | None:
         """`f_hat` after each scale, pooled to the size of that scale: `(B, T, C)`."""
-        scales = self.scales if v_patch_nums is None else tuple(v_patch_nums)
-        steps = len(scales) if self.prog_si < 0 else min(self.prog_si, len(scales))
+        sizes = self._pyramid(v_patch_nums).sizes
+        steps = len(sizes) if self.prog_si < 0 else min(self.prog_si, len(sizes))
         if steps == 0:
             return None
-        sizes = [pair(scale) for scale in scales]
-        out = residual_decode(
-            torch.cat([*gt_ms_idx_Bl[:steps]], dim=1),
-            *self.bank(),
-            scales=sizes[:steps],
-            phi_index=self.phi_index(len(sizes))[:steps],
-            size=sizes[-1],
-            phi_ratio=self.phi_ratio,
-            per_scale=True,
-        )
+        codes = torch.cat([*gt_ms_idx_Bl[:steps]], dim=1)
+        out = self.bank(scales=len(sizes)).decode(codes, sizes[:steps], sizes[-1], per_scale=True)
         assert out.reconstructions is not None
         return var.pooled_rows(out.reconstructions, sizes[:steps])
 

@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hitsr_fast.checks import check_number
 from hitsr_fast.data.blur_kernels import KERNEL_SHAPES, gaussian_kernel, sinc_kernel
 from hitsr_fast.data.degradation_config import (
     REAL_ESRGAN_X4PLUS,
     DegradationConfig,
     OrderConfig,
-    check_probability,
 )
 from hitsr_fast.data.jpeg import jpeg
 
@@ -122,7 +122,7 @@ def lr_pair(
     """
     _check_images(hr, scale)
     _check_key(seed, first_index)
-    check_probability("clean_prob", clean_prob)
+    check_number("clean_prob", clean_prob, 0, 1)
     images, classes = [], []
     for index, image in enumerate(torch.split(hr, 1), start=first_index):
         if np.random.default_rng((seed, index, _CLASS_STREAM)).random() < clean_prob:

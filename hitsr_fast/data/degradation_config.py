@@ -6,26 +6,22 @@ import math
 from dataclasses import dataclass, field
 from typing import Final
 
+from hitsr_fast.configs import Config, Share
 from hitsr_fast.data.blur_kernels import KERNEL_SHAPES
 
 
-def check_probability(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}: expected a probability in [0, 1], found {value}")
-
-
-def check_distribution(name: str, values: tuple[float, ...]) -> None:
+def _check_distribution(name: str, values: tuple[float, ...]) -> None:
     if min(values) < 0 or not math.isclose(sum(values), 1, abs_tol=1e-6):
         raise ValueError(f"{name}: expected probabilities that sum to 1, found {values}")
 
 
 @dataclass(frozen=True)
-class OrderConfig:
+class OrderConfig(Config):
     """One order of the degradation: blur, resize, noise, JPEG. Ranges are (low, high)."""
 
-    blur_prob: float = 1.0
+    blur_prob: Share = 1.0
     """Probability of blurring at all."""
-    sinc_prob: float = 0.1
+    sinc_prob: Share = 0.1
     """Probability that the blur kernel is a sinc filter rather than a Gaussian-like one."""
     sigma_range: tuple[float, float] = (0.2, 3.0)
     """Standard deviation of the Gaussian-like kernels, in pixels."""
@@ -33,21 +29,20 @@ class OrderConfig:
     """Probabilities of resizing up, down, not at all."""
     resize_range: tuple[float, float] = (0.15, 1.5)
     """Smallest factor when resizing down, largest when resizing up."""
-    gaussian_noise_prob: float = 0.5
+    gaussian_noise_prob: Share = 0.5
     """Probability of Gaussian noise; Poisson noise otherwise."""
     gaussian_noise_range: tuple[float, float] = (1.0, 30.0)
     """Standard deviation of Gaussian noise, in 8-bit levels."""
     poisson_scale_range: tuple[float, float] = (0.05, 3.0)
     """Strength of Poisson noise; 1 is the photon noise of as many photons as the image has levels."""
-    gray_noise_prob: float = 0.4
+    gray_noise_prob: Share = 0.4
     """Probability that the noise is the same in all channels."""
     jpeg_range: tuple[int, int] = (30, 95)
     """JPEG quality, both ends included."""
 
     def __post_init__(self) -> None:
-        for name in ("blur_prob", "sinc_prob", "gaussian_noise_prob", "gray_noise_prob"):
-            check_probability(name, getattr(self, name))
-        check_distribution("resize_probs", self.resize_probs)
+        super().__post_init__()
+        _check_distribution("resize_probs", self.resize_probs)
         for name in (
             "sigma_range",
             "resize_range",
@@ -75,7 +70,7 @@ _X4PLUS_SECOND: Final = OrderConfig(
 
 
 @dataclass(frozen=True)
-class DegradationConfig:
+class DegradationConfig(Config):
     """The whole degradation; the defaults are Real-ESRGAN's x4plus."""
 
     first: OrderConfig = field(default_factory=OrderConfig)
@@ -90,16 +85,16 @@ class DegradationConfig:
     """Shape of the generalized Gaussians; half of the draws lie below 1."""
     plateau_beta_range: tuple[float, float] = (1.0, 2.0)
     """Shape of the plateau kernels; half of the draws are the lower end."""
-    final_sinc_prob: float = 0.8
+    final_sinc_prob: Share = 0.8
     """Probability of a sinc filter at the end."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.kernel_probs) != len(KERNEL_SHAPES):
             raise ValueError(
                 f"kernel_probs: expected {len(KERNEL_SHAPES)} numbers, found {len(self.kernel_probs)}"
             )
-        check_distribution("kernel_probs", self.kernel_probs)
-        check_probability("final_sinc_prob", self.final_sinc_prob)
+        _check_distribution("kernel_probs", self.kernel_probs)
         if not self.kernel_sizes or any(size < 1 or size % 2 == 0 for size in self.kernel_sizes):
             raise ValueError(f"kernel_sizes: expected positive odd integers, found {self.kernel_sizes}")
         for name in ("generalized_beta_range", "plateau_beta_range"):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from hitsr_fast.configs import Config, Count, Range, Share
 
 
 @dataclass(frozen=True)
-class ReconstructionLossConfig:
+class ReconstructionLossConfig(Config):
     """Weights of the terms.
 
     HIT-VAR's own decoder loss is L2 + 5 LPIPS (section 4.1, backbone unstated): `pixel="l2"`, `vgg=5`,
@@ -25,8 +27,8 @@ class ReconstructionLossConfig:
     """
 
     pixel: Literal["l1", "l2"] = "l1"
-    alex: float = 0.3
-    vgg: float = 0.3
-    vgg_share: float = 0.25
-    crop: int = 64
-    jitter: int = 8
+    alex: Annotated[float, Range(0)] = 0.3
+    vgg: Annotated[float, Range(0)] = 0.3
+    vgg_share: Share = 0.25
+    crop: Count = 64
+    jitter: Annotated[int, Range(0)] = 8

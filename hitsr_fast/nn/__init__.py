@@ -1,5 +1,6 @@
 """Modules on the ops."""
 
-from hitsr_fast.nn.residual_quantizer import ResidualQuantizer, TrainedQuantization
+from hitsr_fast.nn.bank import QuantizerBank, ReconstructionWalk
+from hitsr_fast.nn.quantizer import ResidualQuantizer, TrainedQuantization
 
-__all__ = ["ResidualQuantizer", "TrainedQuantization"]
+__all__ = ["QuantizerBank", "ReconstructionWalk", "ResidualQuantizer", "TrainedQuantization"]

@@ -93,39 +93,33 @@ class Mid(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution: residual blocks, with attention at the coarsest, then the change of resolution."""
+    """One resolution: residual blocks, with attention at the coarsest, then the change of resolution.
 
-    def __init__(self, widths: list[tuple[int, int]], attention: bool) -> None:
+    Args:
+        widths: In and out of each residual block.
+        attention: Whether this is the coarsest.
+        change: `Downsample` or `Upsample`, if the resolution changes; the module has its name.
+    """
+
+    def __init__(
+        self,
+        widths: list[tuple[int, int]],
+        attention: bool,
+        change: type[Downsample] | type[Upsample] | None,
+    ) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResidualBlock(i, o) for i, o in widths)
         self.attn = nn.ModuleList(SpatialAttention(o) for _, o in widths if attention)
+        self.change = "" if change is None else change.__name__.lower()
+        if change is not None:
+            self.add_module(self.change, change(widths[-1][1]))
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
             x = block(x)
             if len(self.attn):
                 x = self.attn[i](x)
-        return x
-
-
-class DownLevel(Level):
-    def __init__(self, widths: list[tuple[int, int]], attention: bool, downsample: bool) -> None:
-        super().__init__(widths, attention)
-        self.downsample = Downsample(widths[-1][1]) if downsample else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.downsample(super().forward(x))
-        return out
-
-
-class UpLevel(Level):
-    def __init__(self, widths: list[tuple[int, int]], attention: bool, upsample: bool) -> None:
-        super().__init__(widths, attention)
-        self.upsample = Upsample(widths[-1][1]) if upsample else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.upsample(super().forward(x))
-        return out
+        return getattr(self, self.change)(x) if self.change else x
 
 
 class Encoder(nn.Module):
@@ -158,7 +152,7 @@ class Encoder(nn.Module):
         for i, out in enumerate(levels):
             last = i == len(levels) - 1
             widths = [(width, out)] + [(out, out)] * (residual_blocks - 1)
-            self.down.append(DownLevel(widths, attention=last, downsample=not last))
+            self.down.append(Level(widths, attention=last, change=None if last else Downsample))
             width = out
         self.mid = Mid(width)
         self.norm_out = NormSiLU(width)
@@ -201,10 +195,10 @@ class Decoder(nn.Module):
         lr_width = levels[min(1, len(levels) - 1)]
         self.conv_in = nn.Conv2d(code_dim, width, 3, padding=1)
         self.mid = Mid(width)
-        up: list[UpLevel] = []
+        up: list[nn.Module] = []
         for i in reversed(range(len(levels))):
             widths = [(width, levels[i])] + [(levels[i], levels[i])] * residual_blocks
-            up.insert(0, UpLevel(widths, attention=i == len(levels) - 1, upsample=i > 0))
+            up.insert(0, Level(widths, i == len(levels) - 1, Upsample if i > 0 else None))
             width = levels[i]
         self.up = nn.ModuleList(up)
         self.norm_out = NormSiLU(width)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,35 +18,11 @@ from hitsr_fast.ops import attention_prologue, cached_attention, gated_residual,
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class KVCache:
-    """Keys and values of all layers, preallocated and written in place by `attention_prologue`.
+class KVCache(NamedTuple):
+    """Keys and values of all layers, `(layers, B, T, NH, D)`, which `attention_prologue` writes in place."""
 
-    Args:
-        layers: Number of blocks.
-        batch: Sequences.
-        tokens: Room for this many tokens a sequence.
-        heads: Attention heads.
-        head_dim: Width of a head.
-        dtype: Of keys and values.
-        device: Where they are.
-
-    Attributes:
-        k, v: `(layers, B, T, NH, D)`; what has not been written yet is not initialised.
-    """
-
-    def __init__(
-        self,
-        layers: int,
-        batch: int,
-        tokens: int,
-        heads: int,
-        head_dim: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self.k = torch.empty(layers, batch, tokens, heads, head_dim, dtype=dtype, device=device)
-        self.v = torch.empty_like(self.k)
+    k: Tensor
+    v: Tensor
 
     def first(self, batch: int) -> KVCache:
         """The first `batch` sequences, in the same memory.
@@ -55,22 +32,11 @@ class KVCache:
             ValueError: There are not so many.
         """
         check_integer("batch", batch, 0, self.k.shape[1], "B")
-        part = object.__new__(KVCache)
-        part.k, part.v = self.k[:, :batch], self.v[:, :batch]
-        return part
+        return KVCache(self.k[:, :batch], self.v[:, :batch])
 
 
-class CachedBlock(nn.Module):
-    """One AdaLN block of VAR without its AdaLN linear; weights are buffers, shared where the dtype is equal.
-
-    Args:
-        block: A block with VAR's names: `attn.mat_qkv`, `attn.q_bias`, `attn.v_bias`, `attn.proj`,
-            `ffn.fc1`, `ffn.fc2`, and `attn.scale_mul_1H11` where q and k are normalised.
-        heads: Attention heads.
-        softmax_scale: Factor of the scores.
-        dtype: Of the weights.
-        eps: Of the layer norms.
-    """
+class CachedBlock(NamedTuple):
+    """Weights of one AdaLN block of VAR, without its AdaLN linear."""
 
     qkv_weight: Tensor
     qkv_bias: Tensor
@@ -80,60 +46,58 @@ class CachedBlock(nn.Module):
     fc1_bias: Tensor
     fc2_weight: Tensor
     fc2_bias: Tensor
-    q_scale: Tensor | None
+    q_scale: Tensor | None  # float32; None where q and k are not normalised
 
-    def __init__(
-        self, block: Any, heads: int, softmax_scale: float, dtype: torch.dtype, eps: float = 1e-6
-    ) -> None:
-        super().__init__()
-        self.heads, self.softmax_scale, self.eps = heads, softmax_scale, eps
+    @classmethod
+    def of(cls, block: Any, dtype: torch.dtype) -> CachedBlock:
+        """Weights in a dtype, shared where it is their own.
+
+        Args:
+            block: A block with VAR's names: `attn.mat_qkv`, `attn.q_bias`, `attn.v_bias`, `attn.proj`,
+                `ffn.fc1`, `ffn.fc2`, and `attn.scale_mul_1H11` where q and k are normalised.
+            dtype: Of the weights.
+        """
         attn, ffn = block.attn, block.ffn
-        zeros = torch.zeros_like(attn.q_bias)
-        weights = {
-            "qkv_weight": attn.mat_qkv.weight,
-            "qkv_bias": torch.cat([attn.q_bias, zeros, attn.v_bias]),
-            "proj_weight": attn.proj.weight,
-            "proj_bias": attn.proj.bias,
-            "fc1_weight": ffn.fc1.weight,
-            "fc1_bias": ffn.fc1.bias,
-            "fc2_weight": ffn.fc2.weight,
-            "fc2_bias": ffn.fc2.bias,
-        }
-        for name, weight in weights.items():
-            self.register_buffer(name, weight.detach().to(dtype), persistent=False)
+        weights = [attn.mat_qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])]
+        weights += [part for linear in (attn.proj, ffn.fc1, ffn.fc2) for part in (linear.weight, linear.bias)]
         log_scale = getattr(attn, "scale_mul_1H11", None)
         q_scale = None if log_scale is None else score_factor(log_scale.detach())
-        # None where there is no norm: the name is there on every block.
-        self.register_buffer("q_scale", q_scale, persistent=False)
+        return cls._make([*(weight.detach() for weight in weights), q_scale]).to(dtype)
 
-    def forward(self, x: Tensor, modulation: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> Tensor:
+    def to(self, dtype: torch.dtype) -> CachedBlock:
+        """The same in another dtype."""
+        *weights, q_scale = self
+        return CachedBlock._make([*(weight.to(dtype) for weight in weights), q_scale])
+
+    def run(
+        self, x: Tensor, modulation: Tensor, cache: tuple[Tensor, Tensor], start: int, body: CachedBody
+    ) -> Tensor:
         """The block's output for new tokens `x` `(B, L, C)` at places from `start` on.
 
         Args:
             x: Floating; in float32 it loses less from block to block.
             modulation: `(6, B, C)`, in VAR's order.
-            k_cache, v_cache: `(B, T, NH, D)`; rows from `start` on are written.
+            cache: Keys and values `(B, T, NH, D)`; rows from `start` on are written.
             start: Tokens before these.
+            body: Whose softmax scale and eps count.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind()
         dtype = self.qkv_weight.dtype
-        normed = modulated_layer_norm(x, scale1, shift1, eps=self.eps, out_dtype=dtype)
+        normed = modulated_layer_norm(x, scale1, shift1, eps=body.eps, out_dtype=dtype)
         qkv = F.linear(normed, self.qkv_weight)
-        q_scale = None if self.q_scale is None else self.q_scale.float()  # also after `.to(dtype)`
-        q = attention_prologue(qkv, k_cache, v_cache, start, bias=self.qkv_bias, q_scale=q_scale)
-        end = start + x.shape[1]
-        attended = cached_attention(q, k_cache, v_cache, end, softmax_scale=self.softmax_scale)
+        q = attention_prologue(qkv, *cache, start, bias=self.qkv_bias, q_scale=self.q_scale)
+        attended = cached_attention(q, *cache, start + x.shape[1], softmax_scale=body.softmax_scale)
         x = gated_residual(x, F.linear(attended.flatten(2), self.proj_weight, self.proj_bias), gamma1)
-        normed = modulated_layer_norm(x, scale2, shift2, eps=self.eps, out_dtype=dtype)
+        normed = modulated_layer_norm(x, scale2, shift2, eps=body.eps, out_dtype=dtype)
         hidden = linear_gelu(normed, self.fc1_weight, self.fc1_bias)
         return gated_residual(x, F.linear(hidden, self.fc2_weight, self.fc2_bias), gamma2)
 
 
-class CachedBody(nn.Module):
+class CachedBody:
     """VAR's stack of blocks, run on one scale's tokens after the other.
 
     Args:
-        blocks: See `CachedBlock`.
+        blocks: See `CachedBlock.of`.
         heads: Attention heads.
         softmax_scale: Factor of the scores.
         dtype: Of weights and cache.
@@ -148,24 +112,22 @@ class CachedBody(nn.Module):
         dtype: torch.dtype,
         eps: float = 1e-6,
     ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.blocks = nn.ModuleList(CachedBlock(block, heads, softmax_scale, dtype, eps) for block in blocks)
+        self.heads, self.softmax_scale, self.dtype, self.eps = heads, softmax_scale, dtype, eps
+        self.blocks = [CachedBlock.of(block, dtype) for block in blocks]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of weights and cache."""
-        return next(self.buffers()).dtype
+    def to(self, dtype: torch.dtype) -> CachedBody:
+        """The same in another dtype."""
+        other = copy.copy(self)
+        other.dtype, other.blocks = dtype, [block.to(dtype) for block in self.blocks]
+        return other
 
     def new_cache(self, batch: int, tokens: int) -> KVCache:
-        """A cache for `batch` sequences of up to `tokens` tokens."""
-        weight = next(self.buffers())
-        head_dim = weight.shape[1] // self.heads
-        return KVCache(
-            len(self.blocks), batch, tokens, self.heads, head_dim, dtype=weight.dtype, device=weight.device
-        )
+        """A cache for `batch` sequences of up to `tokens` tokens; what is not written is not initialised."""
+        weight = self.blocks[0].qkv_weight
+        shape = len(self.blocks), batch, tokens, self.heads, weight.shape[1] // self.heads
+        return KVCache(weight.new_empty(shape), weight.new_empty(shape))
 
-    def forward(self, x: Tensor, modulation: Tensor, cache: KVCache, start: int) -> Tensor:
+    def __call__(self, x: Tensor, modulation: Tensor, cache: KVCache, start: int) -> Tensor:
         """Output `(B, L, C)` for new tokens `x` `(B, L, C)`, which see the first `start` ones and themselves.
 
         Args:
@@ -187,7 +149,7 @@ class CachedBody(nn.Module):
         )
         check_shape("cache.k", cache.k, "layers B T NH D", layers=layers)
         for block, rows, k, v in zip(self.blocks, modulation, cache.k, cache.v, strict=True):
-            x = block(x, rows, k, v, start)
+            x = block.run(x, rows, (k, v), start, self)
         return x
 
 
@@ -207,12 +169,14 @@ def modulation_table(ada_lins: Sequence[nn.Module], vectors: Tensor) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`gelu(x W^T + b)` in GELU's tanh form; one call of oneDNN on CPUs, where the gelu alone costs more."""
     # PyTorch's compiler fuses by itself, and takes this call only with constant weights.
-    if (
-        _ONEDNN
-        and not torch.compiler.is_compiling()
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-    ):
+    if _ONEDNN and not torch.compiler.is_compiling() and x.device.type == "cpu" and _onednn_takes(x.dtype):
         fused: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
         return fused
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies `dtype` on this CPU; PyTorch's own calls ask it too and have another way."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

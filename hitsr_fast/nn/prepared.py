@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.checks import has_values
-from hitsr_fast.nn.versions import Version, version_of
+from hitsr_fast.nn.versions import Snapshot
 from hitsr_fast.ops import Metric, PreparedCodebook, prepare_codebook
 
 
 class _Entry(NamedTuple):
     prepared: PreparedCodebook
-    source: Tensor  # shares the parameter's memory, which so can't be given to another tensor
-    version: Version
+    source: Snapshot
 
 
 class CodebookCache:
@@ -51,9 +50,8 @@ class CodebookCache:
             return None
         entry = self._entry
         if entry is None or entry.prepared.metric != metric or _changed(codebook, entry):
-            source = codebook.detach()
-            entry = _Entry(prepare_codebook(source, metric=metric), source, version_of(codebook))
-            self._entry = entry
+            prepared = prepare_codebook(codebook.detach(), metric=metric)
+            entry = self._entry = _Entry(prepared, Snapshot(codebook))
         return entry.prepared
 
     def __getstate__(self) -> dict[str, None]:
@@ -62,8 +60,6 @@ class CodebookCache:
 
 def _changed(codebook: Tensor, entry: _Entry) -> bool:
     known = entry.prepared.codebook
-    if (codebook.shape, codebook.dtype, codebook.device) != (known.shape, known.dtype, known.device):
-        return True
-    if codebook.device.type == "cpu":
+    if codebook.device.type == "cpu" and (codebook.dtype, codebook.device) == (known.dtype, known.device):
         return not torch.equal(codebook, known)
-    return codebook.data_ptr() != entry.source.data_ptr() or version_of(codebook) != entry.version
+    return not entry.source.is_of(codebook)

@@ -1,71 +1,135 @@
-"""The multi-scale residual quantizer of VAR with HIT-VAR's hierarchical targets, on the `residual_*` ops."""
+"""`ResidualQuantizer`: VAR's multi-scale quantizer, with HIT-VAR's targets, as a layer to train."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from hitsr_fast.nn.bank import QuantizerBank
 from hitsr_fast.nn.prepared import CodebookCache
 from hitsr_fast.ops import (
+    Metric,
     ResidualDecoded,
+    ResidualQuantized,
     TokenizedPyramid,
     phi_table,
-    residual_decode,
-    residual_step,
     tokenize_pyramid,
 )
+from hitsr_fast.pyramid import Scale, ScalePyramid
 
 
-class PyramidGeometry(Protocol):
-    """What a quantizer must know of a tokenizer; `TokenizerConfig` explains and provides it."""
+class TrainedQuantization(NamedTuple):
+    """What `ResidualQuantizer` returns; see there."""
 
-    @property
-    def code_dim(self) -> int: ...
-    @property
-    def codebook_size(self) -> int: ...
-    @property
-    def scales(self) -> tuple[int, ...]: ...
-    @property
-    def target_sizes(self) -> tuple[int, ...]: ...
-    @property
-    def target_steps(self) -> tuple[int, ...]: ...
-    @property
-    def num_phi(self) -> int: ...
-    @property
-    def phi_ratio(self) -> float: ...
-    @property
-    def phi_indexing(self) -> Literal["global", "per_target"]: ...
+    reconstruction: Tensor
+    loss: Tensor
+    indices: Tensor
 
 
-class MultiScaleQuantizer(nn.Module):
-    """Codebook and phi bank, and the walks over the steps that use them.
+class ResidualQuantizer(nn.Module):
+    """Quantizes latents from coarse to fine, and lets the gradient through as if it had not.
 
-    Source: VAR, Algorithms 1 and 2; HIT-VAR, Algorithm 1 (hierarchical targets).
+    Calling it is the training pass. The other methods are the ops on its parameters.
+
+    Args:
+        codebook_size: K.
+        code_dim: C.
+        pyramid: scales, and the targets that the latents of `tokenize` have.
+        metric: of `nearest_code`.
+        commitment: weight of the loss that draws the latent to its codes.
+        phi_ratio: r of phi, from 0 to 1; 0 leaves phi out.
+        num_phi: number of phis; each scale uses the one nearest to its place.
+        phi_indexing: `"global"` counts a scale's place among all scales, `"per_target"` among its target's.
+        track_usage: count in training how often each code is hit.
+
+    Attributes:
+        codebook: `(K, C)`.
+        phi_weight: `(P, C, C, 3, 3)`.
+        phi_bias: `(P, C)`.
+        ema_vocab_hit_SV: `(S, K)` float32, how often training hit each code lately, if that is tracked.
+        record_hit: how often that was updated.
+
+    Notes:
+        Source: VAR (arXiv 2404.02905), Algorithms 1 and 2, and the training pass of its released quantizer;
+        HIT-VAR (arXiv 2506.04990), Algorithm 1, for the targets. `compat.VectorQuantizer2` has the names of
+        VAR's parameters. A state whose `ema_vocab_hit_SV` has another shape, as it is for other scales,
+        loads, and leaves the statistics here as they are.
     """
 
-    def __init__(self, config: PyramidGeometry) -> None:
+    ema_vocab_hit_SV: Tensor  # noqa: N815
+
+    def __init__(
+        self,
+        codebook_size: int,
+        code_dim: int,
+        pyramid: ScalePyramid,
+        *,
+        metric: Metric = "l2",
+        commitment: float = 0.25,
+        phi_ratio: float = 0.5,
+        num_phi: int = 4,
+        phi_indexing: Literal["global", "per_target"] = "global",
+        track_usage: bool = True,
+    ) -> None:
         super().__init__()
-        self.config = config
-        self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.code_dim))
-        self.phi_weight = nn.Parameter(torch.zeros(config.num_phi, config.code_dim, config.code_dim, 3, 3))
-        self.phi_bias = nn.Parameter(torch.zeros(config.num_phi, config.code_dim))
+        self.pyramid = pyramid
+        self.metric: Metric = metric
+        self.commitment = commitment
+        self.phi_ratio = phi_ratio
+        self.num_phi = num_phi
+        self.phi_indexing = phi_indexing
+        self.track_usage = track_usage
+        if track_usage:
+            self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(pyramid.scales), codebook_size))
+        self.record_hit = 0
         self._prepared = CodebookCache()
+        self._make_parameters(codebook_size, code_dim)
+
+    def _make_parameters(self, codebook_size: int, code_dim: int) -> None:
+        self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
+        self.phi_weight = nn.Parameter(torch.zeros(self.num_phi, code_dim, code_dim, 3, 3))
+        self.phi_bias = nn.Parameter(torch.zeros(self.num_phi, code_dim))
         nn.init.kaiming_uniform_(self.phi_weight.view(-1, *self.phi_weight.shape[2:]), a=5**0.5)
 
-    def phi_index(self, target: int) -> list[int]:
-        """Phi of each step of target number `target`."""
-        steps = self.config.target_steps[target]
-        if self.config.phi_indexing == "per_target":
-            return phi_table(steps, self.config.num_phi)
-        return phi_table(len(self.config.scales), self.config.num_phi)[:steps]
+    def _parameters_as_tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.codebook, self.phi_weight, self.phi_bias
 
-    def token_offset(self, steps: int) -> int:
-        """Number of tokens of the first `steps` steps."""
-        return sum(scale * scale for scale in self.config.scales[:steps])
+    def bank(self, target: int = -1, *, scales: int | None = None) -> QuantizerBank:
+        """The parameters as the ops take them, with the phi of each scale.
+
+        Args:
+            target: Number of the target whose scales they are.
+            scales: Their number, where they are other ones than the pyramid's.
+        """
+        steps = self.pyramid.steps[target] if scales is None else scales
+        own = scales is None and self.phi_indexing == "global"
+        phi_index = tuple(phi_table(len(self.pyramid.scales) if own else steps, self.num_phi)[:steps])
+        return QuantizerBank(*self._parameters_as_tensors(), phi_index, self.phi_ratio, self.metric)
+
+    def banks(self) -> list[QuantizerBank]:
+        """Of each target."""
+        return [self.bank(target) for target in range(len(self.pyramid.targets))]
+
+    def quantize(
+        self, z: Tensor, *, scales: Sequence[Scale] | None = None, steps: int | None = None, **options: Any
+    ) -> ResidualQuantized:
+        """`residual_quantize` of a latent `(B, C, H, W)`.
+
+        Args:
+            z: floating.
+            scales: other ones than the module's own.
+            steps: stop after so many of them, with the phis of the whole list.
+            options: `replay`, `return_inputs`, `per_scale` of the op.
+        """
+        sizes = self.pyramid.scales if scales is None else scales
+        bank = self.bank(scales=len(sizes))
+        prepared = self._prepared(bank.codebook, metric=self.metric)
+        return bank.quantize(z, sizes[:steps], prepared=prepared, **options)
 
     def tokenize(self, latents: Sequence[Tensor]) -> TokenizedPyramid:
         """Quantize the latents of all targets; each continues the tokens of the one before (Algorithm 1).
@@ -78,120 +142,155 @@ class MultiScaleQuantizer(nn.Module):
         """
         if not latents:
             raise ValueError("latents: expected at least one map, found none")
-        for target, latent in enumerate(latents):
-            size = self.config.target_sizes[target]
-            if latent.shape[-2:] != (size, size):
+        for target, (latent, size) in enumerate(zip(latents, self.pyramid.targets, strict=False)):
+            if latent.shape[-2:] != size:
                 raise ValueError(
-                    f"latents[{target}]: expected a map of side {size}, found {tuple(latent.shape[-2:])}"
+                    f"latents[{target}]: expected a map of size {size}, found {tuple(latent.shape[-2:])}"
                 )
+        banks = self.banks()
         return tokenize_pyramid(
             latents,
-            self.codebook,
-            self.phi_weight,
-            self.phi_bias,
-            scales=self.config.scales,
-            target_steps=self.config.target_steps,
-            phi_index=[self.phi_index(target) for target in range(len(self.config.target_steps))],
-            phi_ratio=self.config.phi_ratio,
-            prepared=self._prepared(self.codebook),
+            *banks[0][:3],
+            scales=self.pyramid.scales,
+            target_steps=self.pyramid.steps,
+            phi_index=[bank.phi_index for bank in banks],
+            phi_ratio=self.phi_ratio,
+            metric=self.metric,
+            prepared=self._prepared(banks[0].codebook, metric=self.metric),
         )
 
-    def reconstruct(self, indices: Tensor, target: int) -> Tensor:
-        """Latent `(B, C, h, w)` of tokens `(B, T)` at target number `target`; later tokens are left out."""
-        return self._decode(indices, self.config.target_steps[target], target).reconstruction
+    def decode(self, indices: Tensor, target: int = -1, **options: Any) -> ResidualDecoded:
+        """`residual_decode` of int64 indices `(B, T)` at the size of a target.
 
-    def _decode(self, indices: Tensor, steps: int, target: int, *, inputs: bool = False) -> ResidualDecoded:
-        return residual_decode(
-            indices[:, : self.token_offset(steps)],
-            self.codebook,
-            self.phi_weight,
-            self.phi_bias,
-            scales=self.config.scales[:steps],
-            phi_index=self.phi_index(target)[:steps],
-            size=self.config.target_sizes[target],
-            phi_ratio=self.config.phi_ratio,
-            inputs=inputs,
+        Args:
+            indices: of all scales, or of some first ones; those of later targets are left out.
+            target: its number, 0 the coarsest; by default the last.
+            options: `return_inputs`, `per_scale` of the op.
+        """
+        pyramid = self.pyramid
+        if indices.dim() != 2 or indices.shape[1] not in pyramid.ends:
+            raise ValueError(
+                f"indices: expected shape (B, T) with T one of {list(pyramid.ends)}, "
+                f"found {tuple(indices.shape)}"
+            )
+        steps = min(pyramid.ends.index(indices.shape[1]) + 1, pyramid.steps[target])
+        return self.bank(target).decode(
+            indices[:, : pyramid.ends[steps - 1]], pyramid.scales[:steps], pyramid.targets[target], **options
         )
 
     @torch.no_grad()
     def teacher_inputs(self, indices: Tensor, *, ar_grid: str = "target") -> Tensor:
-        """Inputs of the transformer under teacher forcing: `(B, T - tokens of step 0, C)`, float32 or wider.
+        """What teacher forcing feeds a model: `(B, T - h0 * w0, C)`, float32 or wider.
 
         Args:
-            indices: `(B, T)` int64.
-            ar_grid: `"target"` or `"full"`, see `TransformerConfig`.
+            indices: int64 `(B, T)`.
+            ar_grid: See `ReconstructionWalk`.
         """
-        targets = range(len(self.config.target_steps))
-        first = known = self.token_offset(1)
+        pyramid = self.pyramid
+        targets = range(len(pyramid.targets))
+        first = known = pyramid.lengths[0]
         segments = []
         for target in targets if ar_grid == "target" else targets[-1:]:
-            steps = self.config.target_steps[target]
-            inputs = self._decode(indices, steps, target, inputs=True).inputs
+            inputs = self.decode(indices, target, return_inputs=True).inputs
             assert inputs is not None
             segments.append(inputs[:, known - first :])  # those of the steps that this target owns
-            known = self.token_offset(steps)
+            known = first + inputs.shape[1]
         return torch.cat(segments, 1)
 
+    def forward(self, z: Tensor) -> TrainedQuantization:
+        """The training pass.
 
-class ReconstructionWalk:
-    """The reconstruction as it grows step by step: what the sampler and teacher forcing feed on.
+        Args:
+            z: floating, `(B, C, H, W)`.
 
-    With `ar_grid="target"` a step accumulates on the grid of its own target; when a target is complete its
-    reconstruction is kept in `finished` and the tokens so far are decoded again on the next target's grid, so
-    the map that conditions a step is the one whose residual was quantized at that step.
+        Returns:
+            reconstruction: `(B, C, H, W)`, float32 or wider; its gradient goes to z as it is.
+            loss: scalar, with Q_s the reconstruction after scale s, the mean over the scales of
+                `mse(Q_s, sg(z)) + commitment * mse(sg(Q_s), z)`; its gradient goes to codebook, phi and z.
+            indices: int64 `(B, T)`.
+
+        Notes:
+            In training mode the usage statistics are updated, summed over all processes where
+            `torch.distributed` runs.
+        """
+        z = z.to(torch.promote_types(next(self.parameters()).dtype, torch.float32))
+        out = self.quantize(z, per_scale=True)
+        assert out.reconstructions is not None
+        loss: Tensor = _ScaleLosses.apply(z, out.reconstructions, self.commitment)
+        reconstruction = (out.reconstruction.detach() - z.detach()) + z
+        if self.training and self.track_usage:
+            self._count(out.indices)
+        return TrainedQuantization(reconstruction, loss, out.indices)
+
+    def usage(self, z: Tensor) -> list[float]:
+        """Of each scale, the percentage of codes that training hits at least 8 % as often as chance would.
+
+        Args:
+            z: `(B, C, H, W)`, a batch of the size that each process trains on.
+        """
+        processes = torch.distributed.get_world_size() if _distributed() else 1
+        enough = processes * (z.numel() / z.shape[1]) / self.ema_vocab_hit_SV.shape[1] * 0.08
+        hits = self.ema_vocab_hit_SV[: len(self.pyramid.scales)]
+        return [share * 100 for share in (hits >= enough).float().mean(dim=1).tolist()]
+
+    def extra_repr(self) -> str:
+        return (
+            f"scales={self.pyramid.scales}, metric={self.metric}, commitment={self.commitment}, "
+            f"phi_ratio={self.phi_ratio}"
+        )
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the counter would compile anew each time
+    @torch.no_grad()
+    def _count(self, indices: Tensor) -> None:
+        """Update the usage statistics: a plain copy at the very first scale, then a moving average.
+
+        The counter that lets the average slow down ticks once a scale.
+        """
+        S, K = len(self.pyramid.scales), self.ema_vocab_hit_SV.shape[1]
+        lengths = self.pyramid.lengths
+        scale = torch.arange(S, device=indices.device).repeat_interleave(
+            torch.tensor(lengths, device=indices.device), output_size=self.pyramid.num_tokens
+        )
+        place = (indices + K * scale).flatten()
+        # A count in 16 bits would stop growing at a few hundred.
+        hits = torch.bincount(place, minlength=S * K).float().view(S, K)
+        if _distributed():
+            torch.distributed.all_reduce(hits)
+        ticks = range(self.record_hit, self.record_hit + S)
+        keep = hits.new_tensor([0.0 if t == 0 else 0.9 if t < 100 else 0.99 for t in ticks])[:, None]
+        take = hits.new_tensor([1.0 if t == 0 else 0.1 if t < 100 else 0.01 for t in ticks])[:, None]
+        average = self.ema_vocab_hit_SV[:S]
+        average.copy_(average.float() * keep + hits * take)
+        self.record_hit += S
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        key = prefix + "ema_vocab_hit_SV"
+        if key in state_dict and self.track_usage and state_dict[key].shape != self.ema_vocab_hit_SV.shape:
+            state_dict[key] = self.ema_vocab_hit_SV
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class _ScaleLosses(torch.autograd.Function):
+    """Mean over s of `mse(Q_s, sg(z)) + commitment * mse(sg(Q_s), z)`; the two terms share their differences.
+
+    Autograd would take each difference twice, and go over all S maps more than twice as often.
     """
 
-    def __init__(self, quantizer: MultiScaleQuantizer, batch: int, *, ar_grid: str = "target") -> None:
-        self.quantizer = quantizer
-        self.ar_grid = ar_grid
-        self.step = 0
-        self.finished: list[Tensor] = []
-        self._indices: list[Tensor] = []
-        self._last = len(quantizer.config.target_sizes) - 1
-        self._target = 0 if ar_grid == "target" else self._last
-        size = quantizer.config.target_sizes[self._target]
-        codebook = quantizer.codebook
-        dtype = torch.promote_types(codebook.dtype, torch.float32)
-        self._map = torch.zeros(batch, codebook.shape[1], size, size, dtype=dtype, device=codebook.device)
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, each: Tensor, commitment: float) -> Tensor:
+        """Of z `(B, C, H, W)` and Q `(S, B, C, H, W)`."""
+        ctx.save_for_backward(z, each)
+        ctx.commitment = commitment
+        errors = torch.stack([F.mse_loss(reconstruction, z) for reconstruction in each])
+        return errors.mean() * (1 + commitment)
 
-    def advance(self, indices: Tensor) -> Tensor:
-        """Add the tokens `(B, L)` of the current step; returns the next step's input map `(B, C, h, w)`.
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, each = ctx.saved_tensors
+        grad_each = (each - z).mul_(2 * grad / each.numel())
+        return grad_each.sum(dim=0) * -ctx.commitment, grad_each, None
 
-        After the last step the returned map is empty, `(B, C, 0, 0)`.
-        """
-        with torch.no_grad():  # not as a decorator, which the compiler does not see through here
-            return self._advanced(indices)
 
-    def _advanced(self, indices: Tensor) -> Tensor:
-        quantizer, config = self.quantizer, self.quantizer.config
-        step, scale = self.step, config.scales[self.step]
-        self._indices.append(indices)
-        self.step += 1
-        following = config.scales[self.step] if self.step < len(config.scales) else None
-        completed = config.target_steps.index(self.step) if self.step in config.target_steps else None
-        phi = quantizer.phi_index(self._target)[step]
-        crossing = self.ar_grid == "target" and completed is not None and following is not None
-        side = None if following is None or crossing else (following, following)
-        pooled = residual_step(
-            self._map,
-            indices,
-            quantizer.codebook,
-            quantizer.phi_weight[phi],
-            quantizer.phi_bias[phi],
-            scale=(scale, scale),
-            next_scale=side,
-            phi_ratio=config.phi_ratio,
-        )
-        if completed is not None:
-            self.finished.append(self._completed(completed))
-        if crossing and following is not None:
-            self._target += 1
-            decoded = quantizer._decode(torch.cat(self._indices, 1), self.step, self._target)
-            self._map = decoded.reconstruction
-            pooled = F.adaptive_avg_pool2d(self._map, following)
-        return pooled
-
-    def _completed(self, target: int) -> Tensor:
-        if target == self._target:
-            return self._map
-        return self.quantizer.reconstruct(torch.cat(self._indices, 1), target)
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

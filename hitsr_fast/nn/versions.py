@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Hashable
+from typing import Any
 
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 
-class Version(NamedTuple):
-    """Equal for a tensor at two times if nothing was written in between, but to its `.data`.
+class Snapshot:
+    """A tensor as it is now, to tell later whether it was written in between, but to its `.data`.
 
-    Attributes:
-        writes: PyTorch's count; 0 for inference tensors, whose writes nobody counts.
-        fused_steps: Steps of all fused optimizers so far, which PyTorch does not count as writes.
+    PyTorch counts the writes; not those of fused optimizers, whose steps are counted here.
     """
 
-    writes: int
-    fused_steps: int
+    def __init__(self, tensor: Tensor) -> None:
+        self._alias = tensor.detach()  # keeps the memory, which so can't be given to another tensor
+        self._state = _state(tensor)
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the same, unwritten; never of inference tensors, whose writes nobody counts."""
+        return not tensor.is_inference() and _state(tensor) == self._state
 
 
-def version_of(tensor: Tensor) -> Version:
-    """That of a tensor now."""
-    return Version(0 if tensor.is_inference() else tensor._version, _fused_steps.count)
+def _state(tensor: Tensor) -> tuple[Hashable, ...]:
+    writes = 0 if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), tensor.shape, tensor.dtype, tensor.device, writes, _fused_steps.count
 
 
 class _FusedSteps:

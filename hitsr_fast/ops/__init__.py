@@ -1,5 +1,6 @@
 """The public ops: each checks its arguments and calls `torch.ops.hitsr_fast.<op>`, which picks a backend."""
 
+from hitsr_fast.backends import active_instruction_set, instruction_sets, use_instruction_set
 from hitsr_fast.ops.attention_prologue import attention_prologue
 from hitsr_fast.ops.group_norm_silu import group_norm_silu
 from hitsr_fast.ops.modulated_layer_norm import gated_residual, modulated_layer_norm
@@ -23,10 +24,12 @@ __all__ = [
     "ResidualDecoded",
     "ResidualQuantized",
     "TokenizedPyramid",
+    "active_instruction_set",
     "attention_prologue",
     "cached_attention",
     "gated_residual",
     "group_norm_silu",
+    "instruction_sets",
     "modulated_layer_norm",
     "nearest_code",
     "nearest_phi",
@@ -38,4 +41,5 @@ __all__ = [
     "sample_codes",
     "scale_block_attention",
     "tokenize_pyramid",
+    "use_instruction_set",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.attention_prologue as reference
+from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native
 from hitsr_fast.checks import (
     FLOATING,
     check_apart,
@@ -16,8 +17,7 @@ from hitsr_fast.checks import (
     check_shape,
     check_tensor,
 )
-from hitsr_fast.dispatch import Backend, register
-from hitsr_fast.ops import attention_prologue_cpu as cpu
+from hitsr_fast.dispatch import op
 from hitsr_fast.ops import attention_prologue_triton as triton
 
 _FLOAT32 = (torch.float32,)
@@ -100,12 +100,7 @@ def attention_prologue(
         if D % 2 != 0:
             raise ValueError(f"rotary: expected caches of an even D, found {D}")
         check_shape("rotary", rotary, "L D/2 2", **{"L": L, "D/2": D // 2, "2": 2})
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad
-        for tensor in (qkv, k_cache, v_cache, bias, q_scale, rotary)
-    ):
-        raise RuntimeError("attention_prologue: has no gradient; call it under torch.no_grad()")
-    q: Tensor = torch.ops.hitsr_fast.attention_prologue(qkv, k_cache, v_cache, start, bias, q_scale, rotary)
+    q: Tensor = _prologue(qkv, k_cache, v_cache, start, bias, q_scale, rotary)
     return q
 
 
@@ -126,18 +121,20 @@ def _check(
     )
 
 
-def _fake(qkv: Tensor, k_cache: Tensor, *_rest: Any) -> Tensor:
-    return qkv.new_empty((*qkv.shape[:2], *k_cache.shape[2:]))
+def _dense_heads(qkv: Tensor, *caches_and_rest: Any) -> str | None:
+    for cache in caches_and_rest[:2]:
+        if cache.shape[3] > 1 and cache.stride(3) != 1:
+            return f"needs caches with a stride of 1 over D, found {cache.stride(3)}"
+    return None
 
 
-register(
+@op(
     "attention_prologue(Tensor qkv, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt start, Tensor? bias, "
     "Tensor? q_scale, Tensor? rotary) -> Tensor",
-    backends=[
-        Backend("triton", triton.attention_prologue_triton, triton.supports, triton.available),
-        Backend("cpu", cpu.attention_prologue_cpu, cpu.supports, cpu.available),
-        Backend("reference", reference.attention_prologue),
-    ],
-    fake=_fake,
+    reference=reference.attention_prologue,
+    triton=Launch(triton.attention_prologue_triton, limits=triton.LIMITS),
+    native=Native("_attention_prologue", dtypes=UP_TO_FLOAT32, unless=_dense_heads),
     check=_check,
 )
+def _prologue(qkv: Tensor, k_cache: Tensor, *_rest: Any) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:2], *k_cache.shape[2:]))

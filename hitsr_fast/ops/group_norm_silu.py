@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.group_norm_silu as reference
-from hitsr_fast.checks import FLOATING, check_shape, check_tensor
-from hitsr_fast.dispatch import Backend, register
-from hitsr_fast.ops import group_norm_silu_cpu as cpu
+from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native
+from hitsr_fast.checks import FLOATING, check_positive, check_shape, check_tensor
+from hitsr_fast.dispatch import op
 from hitsr_fast.ops import group_norm_silu_triton as triton
 
 
@@ -55,24 +55,16 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, eps
         check_shape(name, value, "C", C=C)
     if groups < 1 or C % groups != 0:
         raise ValueError(f"groups: expected a divisor of C = {C}, found {groups}")
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps: expected a finite value above 0, found {eps}")
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        raise RuntimeError("group_norm_silu: has no gradient; call it under torch.no_grad()")
-    out: Tensor = torch.ops.hitsr_fast.group_norm_silu(x, weight, bias, groups, eps)
+    check_positive("eps", eps)
+    out: Tensor = _group_norm_silu(x, weight, bias, groups, eps)
     return out
 
 
-def _fake(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=reference.memory_format(x))
-
-
-register(
+@op(
     "group_norm_silu(Tensor x, Tensor weight, Tensor bias, SymInt groups, float eps) -> Tensor",
-    backends=[
-        Backend("triton", triton.group_norm_silu_triton, triton.supports, triton.available),
-        Backend("cpu", cpu.group_norm_silu_cpu, cpu.supports, cpu.available),
-        Backend("reference", reference.group_norm_silu),
-    ],
-    fake=_fake,
+    reference=reference.group_norm_silu,
+    triton=Launch(triton.group_norm_silu_triton, limits=triton.LIMITS, unless=triton.unsupported),
+    native=Native("_group_norm_silu", dtypes=UP_TO_FLOAT32),
 )
+def _group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    return torch.empty_like(x, memory_format=reference.memory_format(x))

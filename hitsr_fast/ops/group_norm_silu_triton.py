@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from hitsr_fast import env
-from hitsr_fast.ops.nearest_code_triton import MAX_GROUPS, available
+from hitsr_fast.backends import MAX_GRID, Limit, cdiv
 from hitsr_fast.reference.group_norm_silu import memory_format
 
-__all__ = ["available", "group_norm_silu_triton", "supports"]
-
+LIMITS = (Limit("B", 0, MAX_GRID),)
 MAX_WIDTH = 4096  # channels of a group; those of one tile lie in a program's registers
 _VALUES = 4096  # of a tile
 _OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 
 
-def supports(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *_rest: Any) -> str | None:
+def unsupported(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> str | None:
     """Why a call with such arguments cannot run here, or None."""
-    if x.device.type != "cuda" and not env.triton_interpret():
-        return f"needs CUDA or HIP tensors, found {x.device.type}"
-    if torch.float64 in (x.dtype, weight.dtype, bias.dtype):
-        return "needs float16, bfloat16 or float32, found float64"
-    B, C = x.shape[:2]
-    if B > MAX_GROUPS:
-        return f"needs B of at most {MAX_GROUPS}, found {B}"
-    if C // groups > MAX_WIDTH:
-        return f"needs at most {MAX_WIDTH} channels in a group, found {C // groups}"
-    return None
+    width = x.shape[1] // groups
+    return f"needs at most {MAX_WIDTH} channels in a group, found {width}" if width > MAX_WIDTH else None
 
 
 def tile_of(channels: int, channels_last: bool) -> dict[str, int]:
@@ -53,41 +41,19 @@ def group_norm_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int,
         return out
     (B, C), P, channels_last = x.shape[:2], x.shape[2] * x.shape[3], layout == torch.channels_last
     tile = tile_of(C, channels_last)
-    blocks = -(-P // tile["PIXELS"])
+    blocks = cdiv(P, tile["PIXELS"])
     width = 1 << (C // groups - 1).bit_length()
     strides = (C * P, 1, C) if channels_last else (C * P, P, 1)
     moments = torch.empty(B, blocks, 2, C, dtype=torch.float32, device=x.device)
     mean, rstd = (torch.empty(B, groups, dtype=torch.float32, device=x.device) for _ in range(2))
-    grid = (blocks, -(-C // tile["CHANNELS"]), B)
-    with torch.cuda.device_of(x):
-        _group_norm_moments_kernel[grid](x, moments, P, *strides, C=C, **tile, **_OPTIONS)
-        _group_norm_join_kernel[groups, B](
-            moments,
-            mean,
-            rstd,
-            P,
-            eps,
-            C=C,
-            GROUPS=groups,
-            PIXELS=tile["PIXELS"],
-            BLOCKS=max(_VALUES // 2 // width, 1),
-            WIDTH=width,
-            **_OPTIONS,
-        )
-        _group_norm_apply_kernel[grid](
-            x,
-            weight,
-            bias,
-            mean,
-            rstd,
-            out,
-            P,
-            *strides,
-            *weight.stride(),
-            *bias.stride(),
-            C=C,
-            GROUPS=groups,
-            **tile,
-            **_OPTIONS,
-        )
+    grid = (blocks, cdiv(C, tile["CHANNELS"]), B)
+    _group_norm_moments_kernel[grid](x, moments, P, strides, C=C, **tile, **_OPTIONS)
+    _group_norm_join_kernel[groups, B](
+        moments, mean, rstd, P, eps, C=C, GROUPS=groups, PIXELS=tile["PIXELS"],
+        BLOCKS=max(_VALUES // 2 // width, 1), WIDTH=width, **_OPTIONS,
+    )  # fmt: skip
+    _group_norm_apply_kernel[grid](
+        x, weight, bias, mean, rstd, out, P, strides, weight.stride(), bias.stride(),
+        C=C, GROUPS=groups, **tile, **_OPTIONS,
+    )  # fmt: skip
     return out

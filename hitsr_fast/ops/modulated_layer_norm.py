@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.modulated_layer_norm as reference
-from hitsr_fast.checks import FLOATING, check_dtype, check_shape, check_tensor
-from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
-from hitsr_fast.ops import modulated_layer_norm_cpu as cpu
+from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native
+from hitsr_fast.checks import FLOATING, check_dtype, check_positive, check_shape, check_tensor
+from hitsr_fast.dispatch import Gradient, op
 from hitsr_fast.ops import modulated_layer_norm_triton as triton
 
 
@@ -47,12 +47,11 @@ def modulated_layer_norm(
     check_shape("x", x, "B L C")
     if x.shape[2] == 0:
         raise ValueError(f"x: expected C of at least 1, found shape {tuple(x.shape)}")
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps: expected a finite value above 0, found {eps}")
+    check_positive("eps", eps)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     check_dtype("out_dtype", out_dtype, FLOATING)
     scale, shift = _rows("scale", scale, x), _rows("shift", shift, x)
-    out: Tensor = torch.ops.hitsr_fast.modulated_layer_norm(x, scale, shift, eps, out_dtype)[0]
+    out: Tensor = _norm(x, scale, shift, eps, out_dtype)[0]
     return out
 
 
@@ -84,8 +83,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     check_tensor("x", x, FLOATING)
     check_shape("x", x, "B L C")
     check_tensor("y", y, FLOATING, like=x)
-    check_shape("y", y, "B L C", **dict(zip("BLC", x.shape, strict=True)))
-    out: Tensor = torch.ops.hitsr_fast.gated_residual(x, y, _rows("gate", gate, x))
+    if y.shape != x.shape:
+        check_shape("y", y, "B L C", **dict(zip("BLC", x.shape, strict=True)))
+    out: Tensor = _residual(x, y, _rows("gate", gate, x))
     return out
 
 
@@ -102,90 +102,75 @@ def _rows(name: str, value: Tensor, x: Tensor) -> Tensor:
     return value
 
 
-def _norm_fake(
-    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = any(t.dtype == torch.float64 for t in (x, scale, shift))
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float64 if wide else torch.float32) for _ in range(2))
-    return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
-
-
-def _norm_backward_fake(
-    grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    wide = any(t.dtype == torch.float64 for t in (grad, x, scale))
-    grad_shift = scale.new_empty(scale.shape, dtype=torch.float64 if wide else torch.float32)
-    return x.new_empty(x.shape), scale.new_empty(scale.shape), grad_shift
-
-
-def _residual_fake(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _residual_backward_fake(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), gate.new_empty(gate.shape)
-
-
-def _norm_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _norm_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     x, scale, shift, *_ = inputs
     ctx.shift_dtype = shift.dtype
     ctx.save_for_backward(x, scale, *output[1:])
 
 
-def _norm_backward(ctx: Any, grad: Tensor, *_rest: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_x, grad_scale, grad_shift = torch.ops.hitsr_fast.modulated_layer_norm_backward(
-        grad, *ctx.saved_tensors
-    )
+def _norm_gradient(ctx: Any, grad: Tensor, *_rest: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_x, grad_scale, grad_shift = _norm_backward(grad, *ctx.saved_tensors)
     return grad_x, grad_scale, grad_shift.to(ctx.shift_dtype), None, None
 
 
-def _residual_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _residual_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
 
 
-def _residual_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (grad, *torch.ops.hitsr_fast.gated_residual_backward(grad, *ctx.saved_tensors))
+def _residual_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return (grad, *_residual_backward(grad, *ctx.saved_tensors))
 
 
-register(
+def _wide(x: Tensor, *tensors: Tensor) -> torch.dtype:
+    """That of sums."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in (x, *tensors)) else torch.float32
+
+
+@op(
     "modulated_layer_norm(Tensor x, Tensor scale, Tensor shift, float eps, ScalarType out_dtype) "
     "-> (Tensor, Tensor, Tensor)",
-    backends=[
-        Backend("triton", triton.modulated_layer_norm_triton, triton.supports, triton.available),
-        Backend("cpu", cpu.modulated_layer_norm_cpu, cpu.supports, cpu.available),
-        Backend("reference", reference.modulated_layer_norm),
-    ],
-    fake=_norm_fake,
+    reference=reference.modulated_layer_norm,
+    triton=Launch(triton.modulated_layer_norm_triton, limits=triton.LIMITS),
+    native=Native("_modulated_layer_norm", dtypes=UP_TO_FLOAT32),
+    gradient=Gradient(_norm_save, _norm_gradient),
 )
-register(
+def _norm(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=_wide(x, scale, shift)) for _ in range(2))
+    return x.new_empty(x.shape, dtype=out_dtype), mean, rstd
+
+
+@op(
     "modulated_layer_norm_backward(Tensor grad, Tensor x, Tensor scale, Tensor mean, Tensor rstd) "
     "-> (Tensor, Tensor, Tensor)",
-    backends=[
-        Backend("triton", triton.modulated_layer_norm_backward_triton, triton.supports, triton.available),
-        Backend("cpu", cpu.modulated_layer_norm_backward_cpu, cpu.supports, cpu.available),
-        Backend("reference", reference.modulated_layer_norm_backward),
-    ],
-    fake=_norm_backward_fake,
+    reference=reference.modulated_layer_norm_backward,
+    triton=Launch(triton.modulated_layer_norm_backward_triton, limits=triton.LIMITS),
+    native=Native("_modulated_layer_norm_backward", dtypes=UP_TO_FLOAT32),
 )
-register(
+def _norm_backward(
+    grad: Tensor, x: Tensor, scale: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_shift = scale.new_empty(scale.shape, dtype=_wide(grad, x, scale))
+    return x.new_empty(x.shape), scale.new_empty(scale.shape), grad_shift
+
+
+@op(
     "gated_residual(Tensor x, Tensor y, Tensor gate) -> Tensor",
-    backends=[
-        Backend("triton", triton.gated_residual_triton, triton.supports, triton.available),
-        Backend("cpu", cpu.gated_residual_cpu, cpu.supports, cpu.available),
-        Backend("reference", reference.gated_residual),
-    ],
-    fake=_residual_fake,
+    reference=reference.gated_residual,
+    triton=Launch(triton.gated_residual_triton, limits=triton.LIMITS),
+    native=Native("_gated_residual", dtypes=UP_TO_FLOAT32),
+    gradient=Gradient(_residual_save, _residual_gradient),
 )
-register(
+def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@op(
     "gated_residual_backward(Tensor grad, Tensor y, Tensor gate) -> (Tensor, Tensor)",
-    backends=[
-        Backend("triton", triton.gated_residual_backward_triton, triton.supports, triton.available),
-        Backend("cpu", cpu.gated_residual_backward_cpu, cpu.supports, cpu.available),
-        Backend("reference", reference.gated_residual_backward),
-    ],
-    fake=_residual_backward_fake,
+    reference=reference.gated_residual_backward,
+    triton=Launch(triton.gated_residual_backward_triton, limits=triton.LIMITS),
+    native=Native("_gated_residual_backward", dtypes=UP_TO_FLOAT32),
 )
-register_autograd("modulated_layer_norm", _norm_backward, _norm_context)
-register_autograd("gated_residual", _residual_backward, _residual_context)
-register_no_gradient("modulated_layer_norm_backward", "second derivatives are not implemented")
-register_no_gradient("gated_residual_backward", "second derivatives are not implemented")
+def _residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), gate.new_empty(gate.shape)

@@ -7,35 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hitsr_fast import env
-from hitsr_fast.ops.nearest_code_triton import MAX_GROUPS, available
-
-__all__ = [
-    "available",
-    "gated_residual_backward_triton",
-    "gated_residual_triton",
-    "modulated_layer_norm_backward_triton",
-    "modulated_layer_norm_triton",
-    "supports",
-]
+from hitsr_fast.backends import MAX_GRID, Limit, cdiv
 
 MAX_CHANNELS = 8192  # a row lies in one program's registers
+LIMITS = (Limit("C", 2, MAX_CHANNELS), Limit("B", 0, MAX_GRID))
 _ROWS = 16  # of which a program of a backward pass stores one sum
-
-
-def supports(*args: Any) -> str | None:
-    """Why a call with such arguments, of which the first is `(B, L, C)`, cannot run here, or None."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    values = tensors[0]
-    if values.device.type != "cuda" and not env.triton_interpret():
-        return f"needs CUDA or HIP tensors, found {values.device.type}"
-    if any((arg.dtype if isinstance(arg, Tensor) else arg) is torch.float64 for arg in args):
-        return "needs float16, bfloat16 or float32, found float64"
-    if values.shape[2] > MAX_CHANNELS:
-        return f"needs C of at most {MAX_CHANNELS}, found {values.shape[2]}"
-    if values.shape[0] > MAX_GROUPS:
-        return f"needs B of at most {MAX_GROUPS}, found {values.shape[0]}"
-    return None
 
 
 def constants(channels: int) -> dict[str, Any]:
@@ -55,21 +31,10 @@ def modulated_layer_norm_triton(
     out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
     mean, rstd = (torch.empty(B, L, dtype=torch.float32, device=x.device) for _ in range(2))
     if out.numel() > 0:
-        with torch.cuda.device_of(x):
-            _modulated_layer_norm_fwd_kernel[(L, B)](
-                x,
-                scale,
-                shift,
-                out,
-                mean,
-                rstd,
-                L,
-                eps,
-                *x.stride(),
-                *scale.stride(),
-                *shift.stride(),
-                **constants(C),
-            )
+        _modulated_layer_norm_fwd_kernel[(L, B)](
+            x, scale, shift, out, mean, rstd, L, eps,
+            x.stride(), scale.stride(), shift.stride(), **constants(C),
+        )  # fmt: skip
     return out, mean, rstd
 
 
@@ -81,24 +46,12 @@ def modulated_layer_norm_backward_triton(
 
     B, L, C = x.shape
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sums = torch.empty(B, _blocks(L), 2, C, dtype=torch.float32, device=x.device)
+    sums = torch.empty(B, cdiv(L, _ROWS), 2, C, dtype=torch.float32, device=x.device)
     if grad_x.numel() > 0:
-        with torch.cuda.device_of(x):
-            _modulated_layer_norm_bwd_kernel[(_blocks(L), B)](
-                grad,
-                x,
-                scale,
-                mean.contiguous(),
-                rstd.contiguous(),
-                grad_x,
-                sums,
-                L,
-                *grad.stride(),
-                *x.stride(),
-                *scale.stride(),
-                ROWS=_ROWS,
-                **constants(C),
-            )
+        _modulated_layer_norm_bwd_kernel[(cdiv(L, _ROWS), B)](
+            grad, x, scale, mean.contiguous(), rstd.contiguous(), grad_x, sums, L,
+            grad.stride(), x.stride(), scale.stride(), ROWS=_ROWS, **constants(C),
+        )  # fmt: skip
     grad_scale, grad_shift = sums.sum(1).unbind(1)
     return grad_x, grad_scale.to(scale.dtype).contiguous(), grad_shift.contiguous()
 
@@ -110,10 +63,9 @@ def gated_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     B, L, C = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel() > 0:
-        with torch.cuda.device_of(x):
-            _gated_residual_fwd_kernel[(L, B)](
-                x, y, gate, out, L, *x.stride(), *y.stride(), *gate.stride(), **constants(C)
-            )
+        _gated_residual_fwd_kernel[(L, B)](
+            x, y, gate, out, L, x.stride(), y.stride(), gate.stride(), **constants(C)
+        )
     return out
 
 
@@ -123,15 +75,10 @@ def gated_residual_backward_triton(grad: Tensor, y: Tensor, gate: Tensor) -> tup
 
     B, L, C = y.shape
     grad_y = torch.empty(y.shape, dtype=y.dtype, device=y.device)
-    sums = torch.empty(B, _blocks(L), C, dtype=torch.float32, device=y.device)
+    sums = torch.empty(B, cdiv(L, _ROWS), C, dtype=torch.float32, device=y.device)
     if grad_y.numel() > 0:
-        strides = (*grad.stride(), *y.stride(), *gate.stride())
-        with torch.cuda.device_of(y):
-            _gated_residual_bwd_kernel[(_blocks(L), B)](
-                grad, y, gate, grad_y, sums, L, *strides, ROWS=_ROWS, **constants(C)
-            )
+        _gated_residual_bwd_kernel[(cdiv(L, _ROWS), B)](
+            grad, y, gate, grad_y, sums, L,
+            grad.stride(), y.stride(), gate.stride(), ROWS=_ROWS, **constants(C),
+        )  # fmt: skip
     return grad_y, sums.sum(1).to(gate.dtype)
-
-
-def _blocks(L: int) -> int:
-    return -(-L // _ROWS)

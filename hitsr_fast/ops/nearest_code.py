@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native, active_instruction_set
 from hitsr_fast.checks import FLOATING, check_choice, check_finite, check_shape, check_tensor
-from hitsr_fast.dispatch import Backend, register
-from hitsr_fast.ops import nearest_code_cpu as cpu
+from hitsr_fast.dispatch import op
 from hitsr_fast.ops import nearest_code_triton as triton
 from hitsr_fast.reference.nearest_code import nearest_code as reference
 
 Metric = Literal["l2", "cosine"]
+METRICS = get_args(Metric)
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,12 @@ def prepare_codebook(codebook: Tensor, *, metric: Metric = "l2") -> PreparedCode
         raise ValueError(f"codebook: expected shape (K, C) or (G, K, C), found {tuple(codebook.shape)}")
     if codebook.shape[-2] == 0 or codebook.shape[-1] == 0:
         raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codebook.shape)}")
-    check_choice("metric", metric, get_args(Metric))
+    check_choice("metric", metric, METRICS)
     check_finite("codebook", codebook)
     codes = codebook.detach().clone()
-    for backend in (triton, cpu):
-        if backend.can_prepare(codes):
-            return PreparedCodebook(codes, metric, *backend.prepare(codes, metric))
+    for name, pack in (("triton", triton.prepare), ("cpu", pack_cpu)):
+        if _nearest_code.backends[name].reason(codes.new_empty(0), codes) is None:
+            return PreparedCodebook(codes, metric, *pack(codes, metric))
     return PreparedCodebook(codes, metric, "", ())
 
 
@@ -113,24 +115,19 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, metric: Metr
         check_shape("codebook", codes, "K C", C=x.shape[1])
     if codes.shape[-2] == 0 or codes.shape[-1] == 0:
         raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codes.shape)}")
-    check_choice("metric", metric, get_args(Metric))
+    check_choice("metric", metric, METRICS)
     if prepared and prepared.metric != metric:
         raise ValueError(
             f"metric: expected {prepared.metric}, for which the codebook was prepared, found {metric}"
         )
     layout, parts = (prepared.layout, list(prepared.parts)) if prepared else ("", [])
-    indices: Tensor = torch.ops.hitsr_fast.nearest_code(x, codes, parts, layout, metric)
+    indices: Tensor = _nearest_code(x, codes, parts, layout, metric)
     return indices
 
 
 def _check(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> None:
     if not layout:  # else `prepare_codebook` has looked
         check_finite("codebook", codebook)
-
-
-def _fake(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> Tensor:
-    shape = (x.shape[0], *x.shape[2:]) if x.dim() == 4 else x.shape[:-1]
-    return x.new_empty(shape, dtype=torch.int64)
 
 
 def _reference(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> Tensor:
@@ -140,13 +137,30 @@ def _reference(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, me
     return reference(x, codebook, metric)
 
 
-register(
+def pack_cpu(codebook: Tensor, metric: str) -> tuple[str, tuple[Tensor, ...]]:
+    """Name of the layout and the packed form of a codebook, `(K, C)` or `(G, K, C)`, for the CPU."""
+    isa = active_instruction_set()
+    groups = codebook if codebook.dim() == 3 else codebook[None]
+    return f"cpu:{isa}", tuple(torch.ops.hitsr_fast._nearest_code_pack(groups, metric == "cosine", isa))
+
+
+def _cpu(x: Tensor, codebook: Tensor, parts: Sequence[Tensor], layout: str, metric: str) -> Tensor:
+    if not layout.startswith("cpu:"):
+        layout, parts = pack_cpu(codebook, metric)
+    maps, shape = triton.as_maps(x)
+    options = list(parts), codebook.shape[-2], metric == "cosine", layout.removeprefix("cpu:")
+    indices: Tensor = torch.ops.hitsr_fast._nearest_code_search(maps, *options)
+    return indices.view(shape)
+
+
+@op(
     "nearest_code(Tensor x, Tensor codebook, Tensor[] parts, str layout, str metric) -> Tensor",
-    backends=[
-        Backend("triton", triton.nearest_code_triton, triton.supports, triton.available),
-        Backend("cpu", cpu.nearest_code_cpu, cpu.supports, cpu.available),
-        Backend("reference", _reference),
-    ],
-    fake=_fake,
+    reference=_reference,
+    triton=Launch(triton.nearest_code_triton, limits=triton.LIMITS, unless=triton.too_many_groups),
+    native=Native("_nearest_code_search", run=_cpu, dtypes=UP_TO_FLOAT32, limits=triton.LIMITS),
     check=_check,
+    integer=True,
 )
+def _nearest_code(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> Tensor:
+    shape = (x.shape[0], *x.shape[2:]) if x.dim() == 4 else x.shape[:-1]
+    return x.new_empty(shape, dtype=torch.int64)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from hitsr_fast import env
-from hitsr_fast.ops.nearest_code_inputs import as_maps, unsupported
+from hitsr_fast.backends import MAX_GRID, Limit, cdiv
 
 LAYOUT = "triton"
-MAX_GROUPS = 65535  # of the third axis of a grid
+LIMITS = (Limit("C", -1, 256, "codebook"),)
 
 _TILE = 128  # codes that a turn of the screen's loop takes
 _CLASSES = 4  # of a tile; each is kept or dropped as a whole
@@ -20,30 +18,18 @@ _WORKSPACE = 2**23  # floats, 32 MiB, for what lies between kernels: a large sec
 _PROGRAMS = 512  # enough to fill a large GPU; where rows give fewer, the tiles are shared out as well
 
 
-@functools.cache
-def available() -> str | None:
-    """Why nothing can run on this machine, or None; asked once, as Triton asks for its interpreter once."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    if not env.triton_interpret() and not torch.cuda.is_available():
-        return "no CUDA or HIP device (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)"
-    return None
+def too_many_groups(x: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
+    """Why the groups of a codebook do not fit the grid, or None."""
+    groups = codebook.shape[0] if codebook.dim() == 3 else 1
+    return f"needs at most {MAX_GRID} groups, found {groups}" if groups > MAX_GRID else None
 
 
-def supports(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> str | None:
-    """Why a call with such arguments cannot run here, or None."""
-    reason = unsupported(x, codebook, None if env.triton_interpret() else "cuda")
-    if reason is not None:
-        return reason
-    if codebook.dim() == 3 and codebook.shape[0] > MAX_GROUPS:
-        return f"needs at most {MAX_GROUPS} groups, found {codebook.shape[0]}"
-    return None
-
-
-def can_prepare(codebook: Tensor) -> bool:
-    """Whether this backend has a packed form for such a codebook."""
-    rows = codebook.new_empty(0)
-    return available() is None and supports(rows, codebook, [], "", "l2") is None
+def as_maps(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """Rows `(N, C)`, `(G, N, C)` or a map `(B, C, H, W)` as a view `(G, B, H, W, C)`; shape of the result."""
+    if x.dim() == 4:
+        return x.movedim(1, -1)[None], (x.shape[0], *x.shape[2:])
+    rows = x if x.dim() == 3 else x[None]
+    return rows[:, None, None], tuple(x.shape[:-1])
 
 
 def padded_channels(channels: int) -> int:
@@ -122,7 +108,7 @@ def prepare(codebook: Tensor, metric: str) -> tuple[str, tuple[Tensor, ...]]:
     up = 1 + 2.0**-20  # over the rounding of the lines above and of the cast to float32
     bounds = torch.stack([before, after, longest * up, lost * up, (scale if cosine else longest) * up], dim=1)
 
-    tiles = _blocks(size, _TILE)
+    tiles = cdiv(size, _TILE)
     codes = kept.new_zeros(groups, tiles * _TILE, padded_channels(channels))
     codes[:, :size, :channels] = kept
     half_norms = centred.new_full((groups, tiles * _TILE), torch.inf)
@@ -190,56 +176,22 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
     minima = torch.empty(groups * tiles * _CLASSES * most, dtype=torch.float32, device=x.device)
     margins = torch.empty(groups * 3 * most, dtype=torch.float32, device=x.device)
     rounded = torch.empty(groups * most * codes.shape[2], dtype=torch.float16, device=x.device)
-    with torch.cuda.device_of(x):
-        for begin in range(0, count, most):
-            end = min(begin + most, count)
-            place = (begin, end, height, width)
-            _nearest_code_round_kernel[(_blocks(end - begin, rounding["ROWS"]), groups)](
-                maps,
-                mean,
-                bounds,
-                rounded,
-                margins,
-                *place,
-                *maps.stride(),
-                COSINE=cosine,
-                **rounding,
-                **ROUND_OPTIONS,
-            )
-            row_blocks = _blocks(end - begin, block)
-            share = _blocks(tiles, _blocks(_PROGRAMS, row_blocks * groups))
-            _nearest_code_screen_kernel[(row_blocks, _blocks(tiles, share), groups)](
-                rounded,
-                codes,
-                half_norms,
-                minima,
-                margins,
-                end - begin,
-                tiles,
-                share,
-                **screen,
-                **screen_options(channels),
-            )
-            _nearest_code_recheck_kernel[(_blocks(end - begin, recheck["ROWS"]), groups)](
-                maps,
-                exact,
-                bounds,
-                minima,
-                margins,
-                indices,
-                *place,
-                codebook.shape[-2],
-                channels,
-                tiles,
-                *maps.stride(),
-                count,
-                COSINE=cosine,
-                **recheck,
-                **RECHECK_OPTIONS,
-            )
+    for begin in range(0, count, most):
+        end = min(begin + most, count)
+        place = (begin, end, height, width)
+        _nearest_code_round_kernel[(cdiv(end - begin, rounding["ROWS"]), groups)](
+            maps, mean, bounds, rounded, margins, *place, maps.stride(),
+            COSINE=cosine, **rounding, **ROUND_OPTIONS,
+        )  # fmt: skip
+        row_blocks = cdiv(end - begin, block)
+        share = cdiv(tiles, cdiv(_PROGRAMS, row_blocks * groups))
+        _nearest_code_screen_kernel[(row_blocks, cdiv(tiles, share), groups)](
+            rounded, codes, half_norms, minima, margins, end - begin, tiles, share,
+            **screen, **screen_options(channels),
+        )  # fmt: skip
+        _nearest_code_recheck_kernel[(cdiv(end - begin, recheck["ROWS"]), groups)](
+            maps, exact, bounds, minima, margins, indices,
+            *place, codebook.shape[-2], channels, tiles, maps.stride(), indices.stride(),
+            COSINE=cosine, **recheck, **RECHECK_OPTIONS,
+        )  # fmt: skip
     return indices.view(shape)
-
-
-def _blocks(count: int, size: int) -> int:
-    """How many blocks of a size hold a count."""
-    return -(-count // size)

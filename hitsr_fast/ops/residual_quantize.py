@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from numbers import Integral
-from typing import Any, NamedTuple, get_args
+import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +13,15 @@ from hitsr_fast.checks import (
     FLOATING,
     INDEX,
     check_choice,
+    check_number,
     check_own_memory,
     check_shape,
     check_tensor,
     has_values,
 )
-from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, prepare_codebook
-from hitsr_fast.ops.residual_quantize_schema import scale_ends
+from hitsr_fast.ops import residual_quantize_schema as schema
+from hitsr_fast.ops.nearest_code import METRICS, Metric, PreparedCodebook, prepare_codebook
+from hitsr_fast.pyramid import size_of
 from hitsr_fast.reference.residual_quantize import arithmetic_dtype
 
 
@@ -59,8 +61,9 @@ def residual_quantize(
     replay: Tensor | None = None,
     metric: Metric = "l2",
     prepared: PreparedCodebook | None = None,
-    inputs: bool = False,
+    return_inputs: bool = False,
     per_scale: bool = False,
+    inputs: bool | None = None,
 ) -> ResidualQuantized:
     """Quantize a latent from coarse to fine, each scale coding what the earlier ones left over.
 
@@ -80,8 +83,9 @@ def residual_quantize(
             must end where a scale ends.
         metric: of `nearest_code`.
         prepared: what `prepare_codebook` made of this codebook for this metric; spares packing it anew.
-        inputs: also return the inputs of the next scales.
+        return_inputs: also return the inputs of the next scales.
         per_scale: also return the reconstruction after each scale.
+        inputs: the former name of `return_inputs`, deprecated.
 
     Returns:
         indices: int64 `(B, T)`, scale after scale, each row-major; T is the sum of h * w.
@@ -114,18 +118,19 @@ def residual_quantize(
         tensor([[[[1., 1.],
                   [1., 2.]]]])
     """
+    return_inputs = _renamed(inputs, return_inputs)
     _check_bank(codebook, phi_weight, phi_bias)
     flat = _check_latent("z", z, codebook, scales)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
-    check_choice("metric", metric, get_args(Metric))
+    check_choice("metric", metric, METRICS)
     if replay is not None:
         check_tensor("replay", replay, INDEX, like=z)
         check_shape("replay", replay, "B T0", B=z.shape[0])
-        ends = [0, *scale_ends(flat)]
+        ends = [0, *schema.scale_ends(flat)]
         if replay.shape[1] not in ends:
             raise ValueError(f"replay: expected T0 to be one of {ends}, found {replay.shape[1]}")
     parts, layout = _unpack(prepared, codebook, metric)
-    reconstruction, indices, pooled, reconstructions = torch.ops.hitsr_fast.residual_quantize(
+    reconstruction, indices, pooled, reconstructions = schema.quantize(
         z,
         codebook,
         phi_weight,
@@ -137,11 +142,11 @@ def residual_quantize(
         phi_ratio,
         replay,
         metric,
-        inputs,
+        return_inputs,
         per_scale,
     )
     return ResidualQuantized(
-        indices, reconstruction, pooled if inputs else None, reconstructions if per_scale else None
+        indices, reconstruction, pooled if return_inputs else None, reconstructions if per_scale else None
     )
 
 
@@ -198,7 +203,7 @@ def tokenize_pyramid(
     """
     _check_bank(codebook, phi_weight, phi_bias)
     _check_targets(latents, scales, target_steps, phi_index)
-    check_choice("metric", metric, get_args(Metric))
+    check_choice("metric", metric, METRICS)
     if prepared is None and has_values(codebook):
         prepared = prepare_codebook(codebook, metric=metric)
     parts, layout = _unpack(prepared, codebook, metric)
@@ -212,7 +217,7 @@ def tokenize_pyramid(
             raise ValueError(
                 f"latents[{target}]: expected a batch of {latents[0].shape[0]}, found {latent.shape[0]}"
             )
-        reconstruction, indices, _, _ = torch.ops.hitsr_fast.residual_quantize(
+        reconstruction, indices, _, _ = schema.quantize(
             latent,
             codebook,
             phi_weight,
@@ -242,8 +247,9 @@ def residual_decode(
     phi_index: Sequence[int],
     size: int | Sequence[int],
     phi_ratio: float = 0.5,
-    inputs: bool = False,
+    return_inputs: bool = False,
     per_scale: bool = False,
+    inputs: bool | None = None,
 ) -> ResidualDecoded:
     """Reconstruction from the codes of some first scales: `sum_s phi_s(bicubic(codebook[i_s]))`.
 
@@ -256,8 +262,9 @@ def residual_decode(
         phi_index: which phi each of them uses.
         size: side or (H, W) of the result.
         phi_ratio: r of phi, from 0 to 1.
-        inputs: also return the inputs of the next scales.
+        return_inputs: also return the inputs of the next scales.
         per_scale: also return the reconstruction after each scale.
+        inputs: the former name of `return_inputs`, deprecated.
 
     Returns:
         As of `residual_quantize`: reconstruction `(B, C, H, W)`, inputs `(B, T0 - h0 * w0, C)` and
@@ -285,16 +292,28 @@ def residual_decode(
         tensor([[[[1., 1.],
                   [1., 2.]]]])
     """
+    return_inputs = _renamed(inputs, return_inputs)
     _check_bank(codebook, phi_weight, phi_bias)
-    size = _pair("size", size)
+    size = list(size_of("size", size))
     flat = _flat_scales(scales, size)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
     check_tensor("indices", indices, INDEX, like=codebook)
-    check_shape("indices", indices, "B T0", T0=scale_ends(flat)[-1])
-    reconstruction, pooled, reconstructions = torch.ops.hitsr_fast.residual_decode(
-        indices, codebook, phi_weight, phi_bias, flat, list(phi_index), size, phi_ratio, inputs, per_scale
+    check_shape("indices", indices, "B T0", T0=schema.scale_ends(flat)[-1])
+    reconstruction, pooled, reconstructions = schema.decode(
+        indices,
+        codebook,
+        phi_weight,
+        phi_bias,
+        flat,
+        list(phi_index),
+        size,
+        phi_ratio,
+        return_inputs,
+        per_scale,
     )
-    return ResidualDecoded(reconstruction, pooled if inputs else None, reconstructions if per_scale else None)
+    return ResidualDecoded(
+        reconstruction, pooled if return_inputs else None, reconstructions if per_scale else None
+    )
 
 
 def residual_step(
@@ -355,18 +374,23 @@ def residual_step(
         raise ValueError(f"phi_weight: expected shape {(C, C, 3, 3)}, found {tuple(phi_weight.shape)}")
     check_tensor("phi_bias", phi_bias, (codebook.dtype,), like=codebook)
     check_shape("phi_bias", phi_bias, "C", C=C)
-    _check_ratio(phi_ratio)
+    check_number("phi_ratio", phi_ratio, 0, 1)
     flat = _flat_scales([scale], reconstruction.shape[2:])
     flat_next = [0, 0] if next_scale is None else _flat_scales([next_scale], reconstruction.shape[2:])
     check_tensor("indices", indices, INDEX, like=codebook)
     check_shape("indices", indices, "B L", B=reconstruction.shape[0], L=flat[0] * flat[1])
-    inputs = (reconstruction, codebook, phi_weight, phi_bias)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs):
-        raise RuntimeError("residual_step: has no gradient; call it under torch.no_grad()")
-    pooled: Tensor = torch.ops.hitsr_fast.residual_step(
+    pooled: Tensor = schema.step(
         reconstruction, indices, codebook, phi_weight, phi_bias, flat, flat_next, phi_ratio
     )
     return pooled
+
+
+def _renamed(inputs: bool | None, return_inputs: bool) -> bool:
+    if inputs is None:
+        return return_inputs
+    if not torch.compiler.is_compiling():  # which cannot trace a warning
+        warnings.warn("inputs: renamed to return_inputs", DeprecationWarning, stacklevel=3)
+    return inputs
 
 
 def _unpack(prepared: PreparedCodebook | None, codebook: Tensor, metric: Metric) -> tuple[list[Tensor], str]:
@@ -386,22 +410,13 @@ def _unpack(prepared: PreparedCodebook | None, codebook: Tensor, metric: Metric)
     return list(prepared.parts), prepared.layout
 
 
-def _pair(name: str, size: int | Sequence[int]) -> list[int]:
-    sides: Any = (size, size) if isinstance(size, Integral) else size
-    pair: list[int] = list(sides) if isinstance(sides, Iterable) else []
-    whole = all(isinstance(side, (Integral, torch.SymInt)) for side in pair)
-    if len(pair) != 2 or not whole or min(pair) < 1:
-        raise ValueError(f"{name}: expected a side or (height, width) of at least 1, found {size}")
-    return pair
-
-
 def _flat_scales(scales: Sequence[int | tuple[int, int]], size: Sequence[int]) -> list[int]:
     """`[h0, w0, h1, w1, ...]`, checked against the map's (H, W)."""
     if not scales:
         raise ValueError("scales: expected at least one, found none")
     flat: list[int] = []
     for scale in scales:
-        h, w = _pair("scales", scale)
+        h, w = size_of("scales", scale)
         if h > size[0] or w > size[1]:
             raise ValueError(f"scales: expected at most the map's {tuple(size)}, found {(h, w)}")
         flat += [h, w]
@@ -454,9 +469,4 @@ def _check_phi(phi_index: Sequence[int], phi_ratio: float, num_scales: int, num_
         )
     if min(phi_index) < 0 or max(phi_index) >= num_phi:
         raise ValueError(f"phi_index: expected entries from 0 to {num_phi - 1}, found {list(phi_index)}")
-    _check_ratio(phi_ratio)
-
-
-def _check_ratio(phi_ratio: float) -> None:
-    if not 0 <= phi_ratio <= 1:
-        raise ValueError(f"phi_ratio: expected 0 to 1, found {phi_ratio}")
+    check_number("phi_ratio", phi_ratio, 0, 1)

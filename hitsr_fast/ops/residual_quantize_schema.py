@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.residual_quantize as reference
+from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native, NativeCuda
 from hitsr_fast.checks import check_finite, check_index_range
-from hitsr_fast.dispatch import Backend, register, register_autograd, register_no_gradient
-from hitsr_fast.ops import nearest_code_cpu
-from hitsr_fast.ops import residual_quantize_cpu as cpu
+from hitsr_fast.dispatch import Gradient, op
 from hitsr_fast.ops import residual_quantize_cuda as cuda
 from hitsr_fast.ops import residual_quantize_triton as triton
+from hitsr_fast.ops.nearest_code import pack_cpu
+from hitsr_fast.reference.residual_quantize import DecodeCall, QuantizeCall, arithmetic_dtype
+
+_OPTIONS: dict[str, Any] = {"dtypes": UP_TO_FLOAT32, "any_dtype": ("z",)}
 
 
 def scale_ends(flat: Sequence[int]) -> list[int]:
@@ -23,12 +26,12 @@ def scale_ends(flat: Sequence[int]) -> list[int]:
     return list(accumulate(h * w for h, w in zip(flat[::2], flat[1::2], strict=True)))
 
 
-def _check_quantize(z: Tensor, codebook: Tensor, *rest: Any) -> None:
-    layout, replay = rest[3], rest[7]
-    if not layout:  # else `prepare_codebook` has looked
-        check_finite("codebook", codebook)
-    if replay is not None:
-        check_index_range("replay", replay, codebook.shape[0])
+def _check_quantize(*args: Any) -> None:
+    call = QuantizeCall(*args)
+    if not call.layout:  # else `prepare_codebook` has looked
+        check_finite("codebook", call.codebook)
+    if call.replay is not None:
+        check_index_range("replay", call.replay, call.codebook.shape[0])
 
 
 def _check_decode(indices: Tensor, codebook: Tensor, *_rest: Any) -> None:
@@ -39,109 +42,36 @@ def _check_step(reconstruction: Tensor, indices: Tensor, codebook: Tensor, *_res
     check_index_range("indices", indices, codebook.shape[0])
 
 
-def _quantize_fake(
-    z: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    parts: list[Tensor],
-    layout: str,
-    scales: list[int],
-    phi_index: list[int],
-    phi_ratio: float,
-    replay: Tensor | None,
-    metric: str,
-    inputs: bool,
-    per_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    indices = z.new_empty((z.shape[0], scale_ends(scales)[-1]), dtype=torch.int64)
-    reconstruction, pooled, reconstructions = _maps_fake(z.shape, codebook, scales, inputs, per_scale)
-    return reconstruction, indices, pooled, reconstructions
-
-
-def _decode_fake(
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    scales: list[int],
-    phi_index: list[int],
-    size: list[int],
-    phi_ratio: float,
-    inputs: bool,
-    per_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (indices.shape[0], codebook.shape[1], *size)
-    return _maps_fake(shape, codebook, scales, inputs, per_scale)
-
-
-def _maps_fake(
-    shape: Sequence[int], codebook: Tensor, scales: list[int], inputs: bool, per_scale: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Reconstruction, inputs, reconstructions."""
-    ends = scale_ends(scales)
-    rows = ends[-1] - ends[0] if inputs else 0
-    dtype = reference.arithmetic_dtype(codebook)
-    return (
-        codebook.new_empty(tuple(shape), dtype=dtype),
-        codebook.new_empty((shape[0], rows, shape[1]), dtype=dtype),
-        codebook.new_empty((len(ends) if per_scale else 0, *shape), dtype=dtype),
-    )
-
-
-def _backward_fake(
-    grad: Tensor, grad_per_scale: Tensor, indices: Tensor, codebook: Tensor, phi_weight: Tensor, *_rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        codebook.new_empty(codebook.shape),
-        phi_weight.new_empty(phi_weight.shape),
-        phi_weight.new_empty(phi_weight.shape[:2]),
-    )
-
-
-def _step_fake(
-    reconstruction: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    scale: list[int],
-    next_scale: list[int],
-    phi_ratio: float,
-) -> Tensor:
-    return reconstruction.new_empty(*reconstruction.shape[:2], *next_scale)
-
-
-def _quantize_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, codebook, phi_weight, _, parts, _, ctx.scales, ctx.phi_index, ctx.phi_ratio, *_ = inputs
-    ctx.parts = len(parts)
+def _quantize_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    call = QuantizeCall(*inputs)
+    ctx.parts = len(call.parts)
     _, indices, pooled, reconstructions = output
-    _save(ctx, indices, codebook, phi_weight, pooled, reconstructions)
+    _save(ctx, call, indices, pooled, reconstructions)
 
 
-def _quantize_backward(
+def _quantize_gradient(
     ctx: Any, grad: Tensor | None, _indices: None, _inputs: None, grad_per_scale: Tensor | None
 ) -> tuple[Tensor | list[None] | None, ...]:
     return (None, *_bank_grads(ctx, grad, grad_per_scale), [None] * ctx.parts, *[None] * 8)
 
 
-def _decode_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    indices, codebook, phi_weight, _, ctx.scales, ctx.phi_index, _, ctx.phi_ratio, *_ = inputs
-    _, pooled, reconstructions = output
-    _save(ctx, indices, codebook, phi_weight, pooled, reconstructions)
+def _decode_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    call = DecodeCall(*inputs)
+    _save(ctx, call, call.indices, *output[1:])
 
 
-def _decode_backward(
+def _decode_gradient(
     ctx: Any, grad: Tensor | None, _inputs: None, grad_per_scale: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     return (None, *_bank_grads(ctx, grad, grad_per_scale), *[None] * 6)
 
 
 def _save(
-    ctx: Any, indices: Tensor, codebook: Tensor, phi_weight: Tensor, pooled: Tensor, reconstructions: Tensor
+    ctx: Any, call: QuantizeCall | DecodeCall, indices: Tensor, pooled: Tensor, reconstructions: Tensor
 ) -> None:
     """What the gradient needs. One that nobody asks for is None rather than zeros as large as the maps."""
-    ctx.save_for_backward(indices, codebook, phi_weight)
+    ctx.save_for_backward(indices, call.codebook, call.phi_weight)
+    ctx.scales, ctx.phi_index, ctx.phi_ratio = call.scales, call.phi_index, call.phi_ratio
     ctx.maps = reconstructions.shape
     ctx.mark_non_differentiable(pooled)
     ctx.set_materialize_grads(False)
@@ -159,67 +89,104 @@ def _bank_grads(
         grad = given.new_zeros(ctx.maps[1:])
     if grad_per_scale is None:
         grad_per_scale = given.new_empty((0, *ctx.maps[1:]))
-    grads: tuple[Tensor, Tensor, Tensor] = torch.ops.hitsr_fast.residual_decode_backward(
+    grads: tuple[Tensor, Tensor, Tensor] = decode_backward(
         grad, grad_per_scale, indices, codebook, phi_weight, ctx.scales, ctx.phi_index, ctx.phi_ratio
     )
     return grads
 
 
-def _reference(
-    z: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    parts: list[Tensor],
-    layout: str,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return reference.residual_quantize(z, codebook, phi_weight, phi_bias, *rest)
+def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return reference.residual_quantize(*args[:4], *args[6:])  # without what is packed
 
 
-register(
+def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = QuantizeCall(*args)
+    layout, parts = call.layout, call.parts
+    if not layout.startswith("cpu:"):
+        layout, parts = pack_cpu(call.codebook, call.metric)
+    out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.hitsr_fast._residual_quantize(
+        call.z.float() if call.z.dtype == torch.float64 else call.z,
+        *(call.codebook, call.phi_weight, call.phi_bias, parts),
+        *(call.scales, call.phi_index, call.phi_ratio, call.replay),
+        *(call.metric == "cosine", call.inputs, call.per_scale),
+        layout.removeprefix("cpu:"),
+    )
+    return out
+
+
+@op(
     "residual_quantize(Tensor z, Tensor codebook, Tensor phi_weight, Tensor phi_bias, Tensor[] parts, "
     "str layout, int[] scales, int[] phi_index, float phi_ratio, Tensor? replay, str metric, bool inputs, "
     "bool per_scale) -> (Tensor, Tensor, Tensor, Tensor)",
-    backends=[
-        Backend("cuda", cuda.residual_quantize_cuda, cuda.supports, cuda.available),
-        Backend("triton", triton.residual_quantize_triton, triton.supports_quantize, triton.available),
-        Backend("cpu", cpu.residual_quantize_cpu, cpu.supports, nearest_code_cpu.available),
-        Backend("reference", _reference),
-    ],
-    fake=_quantize_fake,
+    reference=_reference,
+    cuda=NativeCuda(cuda.residual_quantize_cuda, **_OPTIONS, unless=cuda.quantize_unsupported),
+    triton=Launch(triton.residual_quantize_triton, **_OPTIONS, limits=triton.LIMITS),
+    native=Native("_residual_quantize", run=_cpu, **_OPTIONS, limits=triton.LIMITS),
     check=_check_quantize,
+    gradient=Gradient(_quantize_save, _quantize_gradient),
 )
-register(
+def quantize(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = QuantizeCall(*args)
+    indices = call.z.new_empty((call.z.shape[0], scale_ends(call.scales)[-1]), dtype=torch.int64)
+    reconstruction, pooled, reconstructions = _maps(call, call.z.shape)
+    return reconstruction, indices, pooled, reconstructions
+
+
+@op(
     "residual_decode(Tensor indices, Tensor codebook, Tensor phi_weight, Tensor phi_bias, int[] scales, "
     "int[] phi_index, SymInt[] size, float phi_ratio, bool inputs, bool per_scale) "
     "-> (Tensor, Tensor, Tensor)",
-    backends=[
-        Backend("cuda", cuda.residual_decode_cuda, cuda.supports_decode, cuda.available),
-        Backend("triton", triton.residual_decode_triton, triton.supports_decode, triton.available),
-        Backend("cpu", cpu.residual_decode_cpu, cpu.supports_decode, nearest_code_cpu.available),
-        Backend("reference", reference.residual_decode),
-    ],
-    fake=_decode_fake,
+    reference=reference.residual_decode,
+    cuda=NativeCuda(cuda.residual_decode_cuda, **_OPTIONS, unless=cuda.decode_unsupported),
+    triton=Launch(triton.residual_decode_triton, **_OPTIONS, limits=triton.LIMITS),
+    native=Native("_residual_decode", **_OPTIONS, limits=triton.LIMITS),
     check=_check_decode,
+    gradient=Gradient(_decode_save, _decode_gradient),
 )
-register(
+def decode(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = DecodeCall(*args)
+    return _maps(call, (call.indices.shape[0], call.codebook.shape[1], *call.size))
+
+
+def _maps(call: QuantizeCall | DecodeCall, shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Fakes of reconstruction, inputs, reconstructions."""
+    ends, dtype = scale_ends(call.scales), arithmetic_dtype(call.codebook)
+    rows = ends[-1] - ends[0] if call.inputs else 0
+    return (
+        call.codebook.new_empty(tuple(shape), dtype=dtype),
+        call.codebook.new_empty((shape[0], rows, shape[1]), dtype=dtype),
+        call.codebook.new_empty((len(ends) if call.per_scale else 0, *shape), dtype=dtype),
+    )
+
+
+@op(
     "residual_decode_backward(Tensor grad, Tensor grad_per_scale, Tensor indices, Tensor codebook, "
     "Tensor phi_weight, int[] scales, int[] phi_index, float phi_ratio) -> (Tensor, Tensor, Tensor)",
-    backends=[Backend("reference", reference.residual_decode_backward)],
-    fake=_backward_fake,
+    reference=reference.residual_decode_backward,
 )
-register(
+def decode_backward(
+    grad: Tensor, grad_per_scale: Tensor, indices: Tensor, codebook: Tensor, phi_weight: Tensor, *_rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    new = phi_weight.new_empty
+    return codebook.new_empty(codebook.shape), new(phi_weight.shape), new(phi_weight.shape[:2])
+
+
+@op(
     "residual_step(Tensor(a!) reconstruction, Tensor indices, Tensor codebook, Tensor phi_weight, "
     "Tensor phi_bias, int[] scale, int[] next_scale, float phi_ratio) -> Tensor",
-    backends=[
-        Backend("triton", triton.residual_step_triton, triton.supports_step, triton.available),
-        Backend("cpu", cpu.residual_step_cpu, cpu.supports_step, nearest_code_cpu.available),
-        Backend("reference", reference.residual_step),
-    ],
-    fake=_step_fake,
+    reference=reference.residual_step,
+    triton=Launch(triton.residual_step_triton, limits=triton.LIMITS),
+    native=Native("_residual_step", dtypes=UP_TO_FLOAT32, limits=triton.LIMITS),
     check=_check_step,
 )
-register_autograd("residual_quantize", _quantize_backward, _quantize_context)
-register_autograd("residual_decode", _decode_backward, _decode_context)
-register_no_gradient("residual_decode_backward", "second derivatives are not implemented")
+def step(
+    reconstruction: Tensor,
+    indices: Tensor,
+    codebook: Tensor,
+    phi_weight: Tensor,
+    phi_bias: Tensor,
+    scale: list[int],
+    next_scale: list[int],
+    phi_ratio: float,
+) -> Tensor:
+    return reconstruction.new_empty(*reconstruction.shape[:2], *next_scale)

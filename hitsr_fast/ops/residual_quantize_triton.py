@@ -11,43 +11,17 @@ import torch
 from torch import Tensor
 
 from hitsr_fast import env
+from hitsr_fast.backends import Limit, cdiv
 from hitsr_fast.ops import nearest_code_triton as nearest
 from hitsr_fast.ops.cuda_graphs import Graphs, capturing
-from hitsr_fast.ops.nearest_code_inputs import DTYPES, MAX_CHANNELS
+from hitsr_fast.reference.residual_quantize import DecodeCall, QuantizeCall
 
-available = nearest.available
-
+LIMITS = (Limit("C", 1, 256, "codebook"),)
 _WORKSPACE = 2**23  # floats, 32 MiB, of what programs keep for themselves: a second-level cache holds it
 _SEARCH_PROGRAMS = 512  # enough to fill a large GPU: more rows are taken in turns,
 _UPDATE_PROGRAMS = 1024  # and of fewer the search shares the codes out
 _FEW_ROWS = 4096  # up to which blocks are small
 _GRAPH_PLACES = 2**13  # of a batch, up to which launching the kernels takes longer than running them
-
-
-def supports_quantize(z: Tensor, codebook: Tensor, phi_weight: Tensor, *_rest: Any) -> str | None:
-    """Why `residual_quantize` cannot run here with such arguments, or None."""
-    return _supports("z", z, codebook)
-
-
-def supports_decode(indices: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
-    """Why `residual_decode` cannot run here with such arguments, or None."""
-    return _supports("indices", indices, codebook)
-
-
-def supports_step(reconstruction: Tensor, indices: Tensor, codebook: Tensor, *_rest: Any) -> str | None:
-    """Why `residual_step` cannot run here with such arguments, or None."""
-    return _supports("reconstruction", reconstruction, codebook)
-
-
-def _supports(name: str, tensor: Tensor, codebook: Tensor) -> str | None:
-    if tensor.device.type != "cuda" and not env.triton_interpret():
-        return f"needs CUDA or HIP tensors, found {name} on {tensor.device.type}"
-    if codebook.dtype not in DTYPES:
-        dtype = str(codebook.dtype).removeprefix("torch.")
-        return f"needs a codebook of float16, bfloat16 or float32, found {dtype}"
-    if codebook.shape[1] > MAX_CHANNELS:
-        return f"needs C of at most {MAX_CHANNELS}, found {codebook.shape[1]}"
-    return None
 
 
 def search_constants(channels: int, metric: str, rows: int, places: int) -> dict[str, int]:
@@ -144,11 +118,13 @@ def _walk(scales: Sequence[int], phi_index: Sequence[int]) -> list[Scale]:
 class _Searcher:
     """A packed codebook, searched scale by scale."""
 
-    def __init__(self, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> None:
-        self._parts = parts if layout == nearest.LAYOUT else nearest.prepare(codebook, metric)[1]
-        self._size, self._channels = codebook.shape
-        self._metric = metric
-        self._arrived = codebook.new_zeros(_SEARCH_PROGRAMS, dtype=torch.int32)  # and 0 after each scale
+    def __init__(self, call: QuantizeCall) -> None:
+        self._metric = call.metric
+        self._parts: Sequence[Tensor] = call.parts
+        if call.layout != nearest.LAYOUT:
+            self._parts = nearest.prepare(call.codebook, call.metric)[1]
+        self._size, self._channels = call.codebook.shape
+        self._arrived = call.codebook.new_zeros(_SEARCH_PROGRAMS, dtype=torch.int32)  # and 0 after each scale
 
     def __call__(
         self,
@@ -166,44 +142,27 @@ class _Searcher:
         constants = search_constants(self._channels, self._metric, rows, bins[-2] * bins[-1])
         block, padded, classes = constants["BLOCK_N"], constants["CP"], constants["CLASSES"]
         tiles = self._parts[1].shape[1] // (constants["BLOCK_K"] * constants["PARTS"])
-        blocks = _blocks(rows, block)
+        blocks = cdiv(rows, block)
         most = max(min(_SEARCH_PROGRAMS, _WORKSPACE // ((tiles * classes + padded) * block)), 1)
         # On AMD a barrier does not wait until the stores of all waves can be seen by other programs.
         sharers = 1 if _target() == "hip" else max(most // blocks, 1)
-        programs, share = min(blocks, most), _blocks(tiles, sharers)
-        shares = _blocks(tiles, share)
+        programs, share = min(blocks, most), cdiv(tiles, sharers)
+        shares = cdiv(tiles, share)
         new = functools.partial(indices.new_empty, dtype=torch.float32)
         without = new((0, 1, 1))
         pooled = without if inputs is None else inputs
         map_pooled = without[None] if reconstruction is None else reconstruction
         _residual_quantize_search_kernel[(programs, shares)](
-            residual,
-            map_pooled,
-            indices,
-            pooled,
-            *self._parts,
+            residual, map_pooled, indices, pooled, *self._parts,
             new(programs * tiles * block * classes),
             new(programs * shares * block * padded),
             new(programs * shares * block * padded, dtype=torch.float16),
             new(programs * shares * block * 3),
-            self._arrived,
-            rows,
-            scale.begin,
-            *bins,
-            self._size,
-            self._channels,
-            tiles,
-            share,
-            *residual.stride(),
-            *map_pooled.stride(),
-            indices.stride(0),
-            *pooled.stride(),
-            INPUTS=inputs is not None,
-            SHARED=shares > 1,
-            COSINE=self._metric == "cosine",
-            **constants,
-            **search_options(self._channels, block),
-        )
+            self._arrived, rows, scale.begin, *bins, self._size, self._channels, tiles, share,
+            residual.stride(), map_pooled.stride(), indices.stride(), pooled.stride(),
+            INPUTS=inputs is not None, SHARED=shares > 1, COSINE=self._metric == "cosine",
+            **constants, **search_options(self._channels, block),
+        )  # fmt: skip
 
 
 def _pool(x: Tensor, scale: Scale, rows: Tensor) -> None:
@@ -213,9 +172,9 @@ def _pool(x: Tensor, scale: Scale, rows: Tensor) -> None:
     bins = _bins(scale, x)
     constants = pool_constants(x.shape[1], 64, bins[-2] * bins[-1])
     count = x.shape[0] * scale.h * scale.w
-    grid = _blocks(count, constants["BLOCK_N"]), _blocks(x.shape[1], constants["BLOCK_P"])
+    grid = cdiv(count, constants["BLOCK_N"]), cdiv(x.shape[1], constants["BLOCK_P"])
     _residual_quantize_pool_kernel[grid](
-        x, rows, count, *bins, *x.stride(), *rows.stride(), **constants, **OPTIONS
+        x, rows, count, *bins, x.stride(), rows.stride(), **constants, **OPTIONS
     )
 
 
@@ -226,7 +185,7 @@ def _bins(scale: Scale, x: Tensor) -> tuple[int, ...]:
 
 
 def _largest_bin(size: int, length: int) -> int:
-    return max(_blocks((i + 1) * length, size) - i * length // size for i in range(size))
+    return max(cdiv((i + 1) * length, size) - i * length // size for i in range(size))
 
 
 class _Updater:
@@ -240,10 +199,16 @@ class _Updater:
         B, _, H, W = places.shape
         tall, broad = self._constants["ROWS"], self._constants["COLUMNS"]
         strip = (tall + 2) * (broad + 2) * self._constants["CP"] if phi_ratio != 0 else 0
-        self._blocks = B * _blocks(H, tall) * _blocks(W, broad)
-        self._blocks *= _blocks(codebook.shape[1], self._constants["BLOCK_O"])
+        self._blocks = B * cdiv(H, tall) * cdiv(W, broad)
+        self._blocks *= cdiv(codebook.shape[1], self._constants["BLOCK_O"])
         self._programs = max(min(self._blocks, _UPDATE_PROGRAMS, _WORKSPACE // max(strip, 1)), 1)
         self._strips = codebook.new_empty(self._programs * strip, dtype=torch.float32)
+
+    @classmethod
+    def of(cls, call: QuantizeCall | DecodeCall, results: _Results) -> _Updater:
+        """With the channels of a tap of phi together in memory, for all scales of a call."""
+        by_taps = call.phi_weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+        return cls(call.codebook, by_taps, call.phi_bias, call.phi_ratio, results.reconstruction)
 
     def __call__(
         self,
@@ -259,115 +224,53 @@ class _Updater:
 
         taken = out if residual is None else residual
         _residual_quantize_update_kernel[(self._programs,)](
-            indices,
-            self._codebook,
-            self._weight[scale.phi],
-            self._bias[scale.phi],
-            taken,
+            indices, self._codebook, self._weight[scale.phi], self._bias[scale.phi], taken,
             out if residual_out is None else residual_out,
             out if reconstruction is None else reconstruction,
-            out,
-            self._strips,
-            self._blocks,
-            scale.begin,
-            scale.h,
-            scale.w,
-            *out.shape[2:],
-            1 - self._ratio,
-            self._ratio,
-            *indices.stride(),
-            *self._codebook.stride(),
-            *self._weight.stride()[1:],
-            self._bias.stride(1),
-            *taken.stride(),
-            *out.stride(),
-            PHI=self._ratio != 0,
-            FIRST=reconstruction is None,
-            RESIDUAL=residual_out is not None,
-            **self._constants,
-            **update_options(self._codebook.shape[1], self._ratio != 0),
-        )
+            out, self._strips, self._blocks, scale.begin, scale.h, scale.w, *out.shape[2:],
+            1 - self._ratio, self._ratio, indices.stride(), self._codebook.stride(),
+            self._weight.stride()[1:], self._bias.stride()[1:], taken.stride(), out.stride(),
+            PHI=self._ratio != 0, FIRST=reconstruction is None, RESIDUAL=residual_out is not None,
+            **self._constants, **update_options(self._codebook.shape[1], self._ratio != 0),
+        )  # fmt: skip
 
 
-def residual_quantize_triton(
-    z: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    parts: list[Tensor],
-    layout: str,
-    scales: Sequence[int],
-    phi_index: Sequence[int],
-    phi_ratio: float,
-    replay: Tensor | None,
-    metric: str,
-    inputs: bool,
-    per_scale: bool,
-) -> tuple[Tensor, ...]:
+def residual_quantize_triton(*args: Any) -> tuple[Tensor, ...]:
     """As `reference.residual_quantize`; small batches with a packed codebook as CUDA graphs."""
-    arguments = codebook, phi_weight, phi_bias, parts, layout, scales, phi_index, phi_ratio, metric
+    call = QuantizeCall(*args)
+    z, rest = call.z, call[1:]
     places = z.shape[0] * z.shape[2] * z.shape[3]
-    if layout != nearest.LAYOUT or not 0 < places <= _GRAPH_PLACES or not z.is_cuda or capturing():
-        return _quantize(z, replay, *arguments, inputs, per_scale)
-    with torch.cuda.device_of(z):
-        return _graphs((z, replay), *arguments, inputs, per_scale)
+    if call.layout != nearest.LAYOUT or not 0 < places <= _GRAPH_PLACES or not z.is_cuda or capturing():
+        return _quantize(z, call.replay, *rest)
+    return _graphs((z, call.replay), *call._replace(replay=None)[1:])
 
 
-def _quantize(
-    z: Tensor,
-    replay: Tensor | None,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    parts: list[Tensor],
-    layout: str,
-    scales: Sequence[int],
-    phi_index: Sequence[int],
-    phi_ratio: float,
-    metric: str,
-    inputs: bool,
-    per_scale: bool,
-) -> tuple[Tensor, ...]:
-    walk = _walk(scales, phi_index)
+def _quantize(z: Tensor, replay: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """A call whose first two are copied into the buffers of a graph."""
+    call = QuantizeCall(z, *rest)
+    walk = _walk(call.scales, call.phi_index)
     indices = z.new_empty((z.shape[0], walk[-1].end), dtype=torch.int64)
     replayed = 0
     if replay is not None:
         replayed = replay.shape[1]
         indices[:, :replayed] = replay
-    results = _Results.allocate(codebook, z.shape, walk, inputs, per_scale)
+    results = _Results.allocate(call, z.shape, walk)
     if z.numel() > 0:
-        with torch.cuda.device_of(z):
-            search = None
-            if replayed < walk[-1].end:
-                search = _Searcher(codebook, parts, layout, metric)
-            update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
-            _run(walk, indices, results, update, search, z, replayed)
+        search = _Searcher(call) if replayed < walk[-1].end else None
+        _run(walk, indices, results, _Updater.of(call, results), search, z, replayed)
     return results.reconstruction, indices, results.inputs, results.reconstructions
 
 
 _graphs = Graphs(_quantize)
 
 
-def residual_decode_triton(
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    scales: Sequence[int],
-    phi_index: Sequence[int],
-    size: Sequence[int],
-    phi_ratio: float,
-    inputs: bool,
-    per_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def residual_decode_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.residual_decode`."""
-    walk = _walk(scales, phi_index)
-    shape = (indices.shape[0], codebook.shape[1], *size)
-    results = _Results.allocate(codebook, shape, walk, inputs, per_scale)
+    call = DecodeCall(*args)
+    walk = _walk(call.scales, call.phi_index)
+    results = _Results.allocate(call, (call.indices.shape[0], call.codebook.shape[1], *call.size), walk)
     if results.reconstruction.numel() > 0:
-        with torch.cuda.device_of(indices):
-            update = _Updater(codebook, _by_taps(phi_weight), phi_bias, phi_ratio, results.reconstruction)
-            _run(walk, indices, results, update)
+        _run(walk, call.indices, results, _Updater.of(call, results))
     return results.reconstruction, results.inputs, results.reconstructions
 
 
@@ -384,13 +287,12 @@ def residual_step_triton(
     """As `reference.residual_step`."""
     pooled = reconstruction.new_empty((*reconstruction.shape[:2], *next_scale))
     if reconstruction.numel() > 0:
-        with torch.cuda.device_of(reconstruction):
-            (this,) = _walk(scale, [0])
-            update = _Updater(codebook, phi_weight[None], phi_bias[None], phi_ratio, reconstruction)
-            update(this, indices, reconstruction, reconstruction)
-            if pooled.numel() > 0:
-                (following,) = _walk(next_scale, [0])
-                _pool(reconstruction, following, pooled.flatten(2).transpose(1, 2))
+        (this,) = _walk(scale, [0])
+        update = _Updater(codebook, phi_weight[None], phi_bias[None], phi_ratio, reconstruction)
+        update(this, indices, reconstruction, reconstruction)
+        if pooled.numel() > 0:
+            (following,) = _walk(next_scale, [0])
+            _pool(reconstruction, following, pooled.flatten(2).transpose(1, 2))
     return pooled
 
 
@@ -403,14 +305,11 @@ class _Results:
     reconstructions: Tensor
 
     @classmethod
-    def allocate(
-        cls, codebook: Tensor, shape: Sequence[int], walk: list[Scale], inputs: bool, per_scale: bool
-    ) -> _Results:
-        new, tokens = codebook.new_empty, walk[-1].end - walk[0].end
+    def allocate(cls, call: QuantizeCall | DecodeCall, shape: Sequence[int], walk: list[Scale]) -> _Results:
+        new = functools.partial(call.codebook.new_empty, dtype=torch.float32)
+        tokens = walk[-1].end - walk[0].end if call.inputs else 0
         return cls(
-            new(shape, dtype=torch.float32),
-            new((shape[0], tokens if inputs else 0, shape[1]), dtype=torch.float32),
-            new((len(walk) if per_scale else 0, *shape), dtype=torch.float32),
+            new(shape), new((shape[0], tokens, shape[1])), new((len(walk) if call.per_scale else 0, *shape))
         )
 
 
@@ -443,13 +342,3 @@ def _run(
         before, residual = after, left_over
     if results.reconstructions.numel() > 0:
         results.reconstruction.copy_(results.reconstructions[-1])
-
-
-def _by_taps(phi_weight: Tensor) -> Tensor:
-    """The bank `(P, C, C, 3, 3)` with the channels of a tap together in memory, for all scales of a call."""
-    return phi_weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
-
-
-def _blocks(count: int, size: int) -> int:
-    """How many blocks of a size hold a count."""
-    return -(-count // size)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 import hitsr_fast.reference.sample_codes as reference
+from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native, native
 from hitsr_fast.checks import (
+    FLOATING,
     MAX_INT,
     check_generator,
     check_integer,
@@ -16,11 +18,9 @@ from hitsr_fast.checks import (
     check_shape,
     check_tensor,
 )
-from hitsr_fast.dispatch import Backend, register
-from hitsr_fast.ops import sample_codes_cpu as cpu
+from hitsr_fast.dispatch import op
 from hitsr_fast.ops import sample_codes_triton as triton
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_CODES = 2**20  # so that sums of weights stay below 2^61 with room to spare
 
 
@@ -30,7 +30,7 @@ def sample_codes(
     uncond_logits: Tensor | None = None,
     guidance: float = 0.0,
     top_k: int = 0,
-    top_p: float = 0.0,
+    top_p: float = 1.0,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -47,7 +47,8 @@ def sample_codes(
         top_k: keep the k largest logits and all that equal the least of them; 0 keeps all, and 1 is greedy:
             the lowest index of the largest.
         top_p: of what top-k left, keep the largest logits, with a share of `top_p` and no more than it takes;
-            equal logits stay or go together, and the largest always stays. 0 and 1 keep all.
+            equal logits stay or go together, and the largest always stays. 1 keeps all, and so does 0, VAR's
+            way of saying it.
         temperature: divides the logits, from 1e-30 to 1e30.
         generator: source of seed and offset, two draws from [0, 2^63); the default one of the logits' device.
             A generator of the CPU gives the same codes on every device. Not used when greedy.
@@ -75,7 +76,7 @@ def sample_codes(
         >>> sample_codes(logits.expand(6, 4), top_k=2, generator=torch.Generator().manual_seed(0))
         tensor([1, 1, 2, 2, 1, 1])
     """
-    check_tensor("logits", logits, DTYPES)
+    check_tensor("logits", logits, UP_TO_FLOAT32)
     if logits.dim() == 0 or not 1 <= logits.shape[-1] <= MAX_CODES:
         raise ValueError(
             f"logits: expected shape (..., V) with V from 1 to {MAX_CODES}, found {tuple(logits.shape)}"
@@ -86,7 +87,7 @@ def sample_codes(
     check_number("temperature", temperature, 1e-30, 1e30)
     check_generator(generator)
     if uncond_logits is not None:
-        check_tensor("uncond_logits", uncond_logits, DTYPES, like=logits)
+        check_tensor("uncond_logits", uncond_logits, UP_TO_FLOAT32, like=logits)
         if uncond_logits.shape != logits.shape:
             raise ValueError(
                 f"uncond_logits: expected shape {tuple(logits.shape)}, found {tuple(uncond_logits.shape)}"
@@ -94,7 +95,7 @@ def sample_codes(
     elif guidance != 0:
         raise ValueError(f"uncond_logits: expected a tensor where guidance is {guidance}, found None")
     state = None if top_k == 1 else random_state(logits.device, generator)
-    codes: Tensor = torch.ops.hitsr_fast.sample_codes(
+    codes: Tensor = _sample(
         logits, uncond_logits if guidance > 0 else None, state, guidance, top_k, top_p, temperature
     )
     return codes
@@ -113,18 +114,39 @@ def _check(logits: Tensor, uncond_logits: Tensor | None, state: Tensor | None, *
         check_shape("state", state, "words", words=2)
 
 
-def _fake(logits: Tensor, *_rest: Any) -> Tensor:
-    return logits.new_empty(logits.shape[:-1], dtype=torch.int64)
+def _cpu(
+    logits: Tensor,
+    uncond_logits: Tensor | None,
+    state: Tensor | None,
+    guidance: float,
+    top_k: int,
+    top_p: float,
+    temperature: float,
+) -> Tensor:
+    def rows(values: Tensor) -> Tensor:
+        return values.float().reshape(-1, values.shape[-1]).contiguous()
+
+    codes: Tensor = native(
+        "_sample_codes",
+        rows(logits),
+        None if uncond_logits is None else rows(uncond_logits),
+        state,
+        guidance,
+        top_k,
+        reference.dropped_fraction(top_p) if 0 < top_p < 1 else -1,
+        reference.power_scale(temperature),
+    )
+    return codes.view(logits.shape[:-1])
 
 
-register(
+@op(
     "sample_codes(Tensor logits, Tensor? uncond_logits, Tensor? state, float guidance, int top_k, "
     "float top_p, float temperature) -> Tensor",
-    backends=[
-        Backend("triton", triton.sample_codes_triton, triton.supports, triton.available),
-        Backend("cpu", cpu.sample_codes_cpu, cpu.supports, cpu.available),
-        Backend("reference", reference.sample_codes),
-    ],
-    fake=_fake,
+    reference=reference.sample_codes,
+    triton=Launch(triton.sample_codes_triton, dtypes=FLOATING, limits=triton.LIMITS),
+    native=Native("_sample_codes", run=_cpu),
     check=_check,
+    integer=True,
 )
+def _sample(logits: Tensor, *_rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape[:-1], dtype=torch.int64)

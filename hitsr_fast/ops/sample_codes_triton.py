@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from hitsr_fast import env
-from hitsr_fast.ops.nearest_code_triton import available
+from hitsr_fast.backends import Limit
 from hitsr_fast.reference.sample_codes import dropped_fraction, power_scale
 
-__all__ = ["available", "sample_codes_triton", "supports"]
-
-MAX_CODES = 16384  # a row lies in one program's registers
+LIMITS = (Limit("V", -1, 16384),)  # a row lies in one program's registers
 _PER_THREAD = 16  # codes
 
 # The definition multiplies and adds in two steps.
 _OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
-
-
-def supports(logits: Tensor, *_rest: Any) -> str | None:
-    """Why a call with such arguments cannot run here, or None."""
-    if logits.device.type != "cuda" and not env.triton_interpret():
-        return f"needs CUDA or HIP tensors, found {logits.device.type}"
-    if logits.shape[-1] > MAX_CODES:
-        return f"needs V of at most {MAX_CODES}, found {logits.shape[-1]}"
-    return None
 
 
 def constants(codes: int) -> dict[str, int]:
@@ -54,25 +40,11 @@ def sample_codes_triton(
     codes = torch.empty(len(x), dtype=torch.int64, device=x.device)
     if len(x) > 0:
         some = 0 < top_k < V
-        with torch.cuda.device_of(x):
-            _sample_codes_kernel[(len(x),)](
-                x,
-                other,
-                codes if state is None else state,
-                codes,
-                *x.stride(),
-                *other.stride(),
-                V,
-                1 + guidance,
-                guidance,
-                power_scale(temperature),
-                V - top_k if some else 0,
-                dropped_fraction(top_p),
-                GUIDED=uncond_logits is not None,
-                GREEDY=state is None,
-                TOP_K=some,
-                TOP_P=0 < top_p < 1,
-                **constants(V),
-                **_OPTIONS,
-            )
+        _sample_codes_kernel[(len(x),)](
+            x, other, codes if state is None else state, codes, x.stride(), other.stride(),
+            V, 1 + guidance, guidance, power_scale(temperature),
+            V - top_k if some else 0, dropped_fraction(top_p),
+            GUIDED=uncond_logits is not None, GREEDY=state is None, TOP_K=some, TOP_P=0 < top_p < 1,
+            **constants(V), **_OPTIONS,
+        )  # fmt: skip
     return codes.view(logits.shape[:-1])

@@ -12,17 +12,9 @@ import torch
 from torch import Tensor
 
 from hitsr_fast import env
-from hitsr_fast.ops.nearest_code_triton import MAX_GROUPS, available
+from hitsr_fast.backends import MAX_GRID, Limit, cdiv
 
-__all__ = [
-    "available",
-    "cached_attention_triton",
-    "scale_block_attention_backward_triton",
-    "scale_block_attention_triton",
-    "supports",
-]
-
-MAX_HEAD_DIM = 128
+LIMITS = (Limit("D", 3, 128), Limit("B", 0, MAX_GRID), Limit("NH", 2, MAX_GRID))
 
 _INTERPRETED = (
     torch.float16,
@@ -74,24 +66,11 @@ _TILES: dict[str, dict[tuple[bool, bool], tuple[tuple[int, int, int, int], ...]]
 }
 
 
-def supports(*args: Any) -> str | None:
-    """Why a call with such arguments, of which the first is `(B, T, NH, D)`, cannot run here, or None."""
-    values, softmax_scale = args[0], args[-1]
-    if values.device.type != "cuda" and not env.triton_interpret():
-        return f"needs CUDA or HIP tensors, found {values.device.type}"
-    if values.dtype == torch.float64:
-        return "needs float16, bfloat16 or float32, found float64"
-    if env.triton_interpret() and values.dtype not in _INTERPRETED:
+def unsupported(*args: Any) -> str | None:
+    """Why it cannot run a call with such arguments, of which the last is `softmax_scale`, or None."""
+    if env.triton_interpret() and args[0].dtype not in _INTERPRETED:
         return "needs a GPU for bfloat16, found Triton's interpreter"
-    B, _, NH, D = values.shape
-    if D > MAX_HEAD_DIM:
-        return f"needs D of at most {MAX_HEAD_DIM}, found {D}"
-    for name, count in (("B", B), ("NH", NH)):
-        if count > MAX_GROUPS:
-            return f"needs {name} of at most {MAX_GROUPS}, found {count}"
-    if not softmax_scale > 0:
-        return f"needs a softmax_scale above 0, found {softmax_scale}"
-    return None
+    return None if args[-1] > 0 else f"needs a softmax_scale above 0, found {args[-1]}"
 
 
 @functools.lru_cache(maxsize=64)
@@ -156,11 +135,11 @@ def decode_plan(
     """
     chosen = constants("forward", dtype, D)
     few = constants("decode", dtype, D)
-    if few["BLOCK_M"] >= L or _blocks(L, chosen["BLOCK_M"]) * NH * B < _ENOUGH:
+    if few["BLOCK_M"] >= L or cdiv(L, chosen["BLOCK_M"]) * NH * B < _ENOUGH:
         chosen = few | {"BLOCK_M": min(max(1 << (L - 1).bit_length(), 16), few["BLOCK_M"])}
-    programs = _blocks(L, chosen["BLOCK_M"]) * NH * B
-    splits = min(2 * _ENOUGH // programs, _blocks(length, _LEAST_SHARE)) if programs < _ENOUGH else 1
-    return _blocks(_blocks(length, splits), chosen["BLOCK_N"]) * chosen["BLOCK_N"], chosen
+    programs = cdiv(L, chosen["BLOCK_M"]) * NH * B
+    splits = min(2 * _ENOUGH // programs, cdiv(length, _LEAST_SHARE)) if programs < _ENOUGH else 1
+    return cdiv(cdiv(length, splits), chosen["BLOCK_N"]) * chosen["BLOCK_N"], chosen
 
 
 def scale_block_attention_triton(
@@ -174,22 +153,10 @@ def scale_block_attention_triton(
     lse = torch.empty(B, NH, T, dtype=torch.float32, device=q.device)
     chosen = constants("forward", q.dtype, D)
     if out.numel() > 0:
-        with torch.cuda.device_of(q):
-            _scale_block_attention_fwd_kernel[(_blocks(T, chosen["BLOCK_M"]), NH, B)](
-                q,
-                k,
-                v,
-                block_table(tuple(block_lengths), q.device),
-                out,
-                lse,
-                T,
-                NH,
-                softmax_scale * _LOG2E,
-                *q.stride(),
-                *k.stride(),
-                *v.stride(),
-                **chosen,
-            )
+        _scale_block_attention_fwd_kernel[(cdiv(T, chosen["BLOCK_M"]), NH, B)](
+            q, k, v, block_table(tuple(block_lengths), q.device), out, lse, T, NH, softmax_scale * _LOG2E,
+            q.stride(), k.stride(), v.stride(), **chosen,
+        )  # fmt: skip
     return out, lse
 
 
@@ -217,30 +184,18 @@ def scale_block_attention_backward_triton(
     by_keys, by_queries = constants("dkdv", q.dtype, D), constants("dq", q.dtype, D)
     if q.numel() > 0:
         lse = lse.contiguous()
-        strides = (*grad.stride(), *q.stride(), *k.stride(), *v.stride())
+        strides = (grad.stride(), q.stride(), k.stride(), v.stride())
         given = (grad, q, k, v, block_table(tuple(block_lengths), q.device), lse, delta)
-        with torch.cuda.device_of(q):
-            _scale_block_attention_delta_kernel[(_blocks(T, _ROWS), NH, B)](
-                grad,
-                out,
-                delta,
-                T,
-                NH,
-                *grad.stride(),
-                *out.stride(),
-                D=D,
-                DP=by_keys["DP"],
-                ROWS=_ROWS,
-                num_warps=4,
-                num_stages=1,
-                enable_fp_fusion=True,
-            )
-            _scale_block_attention_dkdv_kernel[(_blocks(T, by_keys["BLOCK_N"]), NH, B)](
-                *given, grad_k, grad_v, T, NH, softmax_scale, *strides, **by_keys
-            )
-            _scale_block_attention_dq_kernel[(_blocks(T, by_queries["BLOCK_M"]), NH, B)](
-                *given, grad_q, T, NH, softmax_scale, *strides, **by_queries
-            )
+        _scale_block_attention_delta_kernel[(cdiv(T, _ROWS), NH, B)](
+            grad, out, delta, T, NH, grad.stride(), out.stride(), D=D, DP=by_keys["DP"], ROWS=_ROWS,
+            num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
+        _scale_block_attention_dkdv_kernel[(cdiv(T, by_keys["BLOCK_N"]), NH, B)](
+            *given, grad_k, grad_v, T, NH, softmax_scale, *strides, **by_keys
+        )
+        _scale_block_attention_dq_kernel[(cdiv(T, by_queries["BLOCK_M"]), NH, B)](
+            *given, grad_q, T, NH, softmax_scale, *strides, **by_queries
+        )
     return grad_q, grad_k, grad_v
 
 
@@ -258,48 +213,18 @@ def cached_attention_triton(
     if out.numel() == 0:
         return out
     share, chosen = decode_plan(B, L, NH, D, length, q.dtype)
-    row_tiles, splits = _blocks(L, chosen["BLOCK_M"]), _blocks(length, share)
+    row_tiles, splits = cdiv(L, chosen["BLOCK_M"]), cdiv(length, share)
     parts = log_totals = out
     if splits > 1:
         parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
         log_totals = torch.empty(splits, B, NH, L, dtype=torch.float32, device=q.device)
-    with torch.cuda.device_of(q):
-        _cached_attention_kernel[(row_tiles * splits, NH, B)](
-            q,
-            k_cache,
-            v_cache,
-            parts,
-            log_totals,
-            L,
-            NH,
-            length,
-            share,
-            row_tiles,
-            softmax_scale * _LOG2E,
-            *q.stride(),
-            *k_cache.stride(),
-            *v_cache.stride(),
-            SPLIT=splits > 1,
-            **chosen,
-        )
-        if splits > 1:
-            _cached_attention_combine_kernel[(_blocks(L, _COMBINED), NH, B)](
-                parts,
-                log_totals,
-                out,
-                L,
-                NH,
-                splits,
-                D=D,
-                DP=chosen["DP"],
-                ROWS=_COMBINED,
-                num_warps=4,
-                num_stages=2,
-                enable_fp_fusion=True,
-            )
+    _cached_attention_kernel[(row_tiles * splits, NH, B)](
+        q, k_cache, v_cache, parts, log_totals, L, NH, length, share, row_tiles, softmax_scale * _LOG2E,
+        q.stride(), k_cache.stride(), v_cache.stride(), SPLIT=splits > 1, **chosen,
+    )  # fmt: skip
+    if splits > 1:
+        _cached_attention_combine_kernel[(cdiv(L, _COMBINED), NH, B)](
+            parts, log_totals, out, L, NH, splits, D=D, DP=chosen["DP"], ROWS=_COMBINED,
+            num_warps=4, num_stages=2, enable_fp_fusion=True,
+        )  # fmt: skip
     return out
-
-
-def _blocks(count: int, size: int) -> int:
-    """How many blocks of a size hold a count."""
-    return -(-count // size)

@@ -56,14 +56,14 @@ def sample(
     tokens: list[Tensor] = []
     targets = len(tokenizer.targets) if targets is None else targets
     reconstruction = _Reconstruction(model, batch, targets)
-    for step in range(tokenizer.target_steps[targets - 1]):
+    for step in range(tokenizer.pyramid.steps[targets - 1]):
         if inputs is None:
             x = transformer.first_block(lr_features, condition)
         else:
             rows = inputs.to(condition.dtype).flatten(2).transpose(1, 2)
             rows = rows if strengths is None else torch.cat([rows, rows])
             x = transformer.scale_block(rows, lr_features, step)
-        both = step_logits(transformer, x, condition, caches)[:, -(tokenizer.scales[step] ** 2) :]
+        both = step_logits(transformer, x, condition, caches)[:, -tokenizer.pyramid.lengths[step] :]
         logits, strength = both[:batch], 0.0 if strengths is None else strengths[step]
         uncond = both[batch:] if strength > 0 else None
         if top_k == 1:
@@ -77,13 +77,13 @@ def sample(
 
 
 @torch.no_grad()
-def super_resolve(model: Any, lr: Tensor, class_id: int = 0) -> dict[int, Tensor]:
+def super_resolve(model: Any, lr: Tensor, class_id: int = 1) -> dict[int, Tensor]:
     """Greedy `HitVar.super_resolve` of LR tiles `(B, 3, t, t)`: `{factor: (B, 3, factor t, factor t)}`."""
     classes = torch.full((len(lr),), class_id, dtype=torch.int64, device=lr.device)
     _, latents = sample(model, model.lr_features(lr), classes)
     return {
         factor: model.decode(latents, target, lr).float().clamp(-1, 1)
-        for target, factor in enumerate(model.scale_factors)
+        for target, factor in enumerate(model.config.scale_factors)
     }
 
 
@@ -144,40 +144,26 @@ class _Reconstruction:
     """The reconstruction of each target as it grows; every code is spread out on the grid of each target."""
 
     def __init__(self, model: Any, batch: int, targets: int) -> None:
-        self.quantizer, self.config = model.tokenizer.quantize, model.config
-        codebook, sizes = self.quantizer.codebook, model.config.tokenizer.target_sizes[:targets]
+        self.banks, self.pyramid = model.tokenizer.quantize.banks()[:targets], model.config.tokenizer.pyramid
+        self.full_grid = model.config.transformer.ar_grid == "full"
+        codebook = self.banks[0].codebook
+        options = {"dtype": arithmetic_dtype(codebook), "device": codebook.device}
         self.maps = [
-            torch.zeros(
-                (batch, codebook.shape[1], size, size),
-                dtype=arithmetic_dtype(codebook),
-                device=codebook.device,
-            )
-            for size in sizes
+            torch.zeros(batch, codebook.shape[1], *size, **options) for size in self.pyramid.targets[:targets]
         ]
 
     def advance(self, step: int, codes: Tensor) -> Tensor | None:
         """Add a scale's codes; the next scale's inputs `(B, C, h, w)`, None after the last scale."""
-        config, quantizer, inputs = self.config.tokenizer, self.quantizer, None
-        side, last = config.scales[step], len(self.maps) - 1
-        for target, steps in enumerate(config.target_steps[: len(self.maps)]):
-            if step >= steps:
+        sizes, steps, inputs = self.pyramid.sizes, self.pyramid.steps, None
+        owner = len(self.maps) - 1 if self.full_grid else sum(step + 1 >= end for end in steps)
+        for target, (grown, bank) in enumerate(zip(self.maps, self.banks, strict=True)):
+            if step >= steps[target]:
                 continue
-            owner = last if self.config.transformer.ar_grid == "full" else self._owner(step + 1)
-            following = config.scales[step + 1] if owner == target and step + 1 < len(config.scales) else 0
-            phi = quantizer.phi_index(target)[step]
+            following = sizes[step + 1] if owner == target and step + 1 < len(sizes) else (0, 0)
+            phi = bank.phi_index[step]
+            weight, bias = bank.phi_weight[phi], bank.phi_bias[phi]
             pooled = residual_step(
-                self.maps[target],
-                codes,
-                quantizer.codebook,
-                quantizer.phi_weight[phi],
-                quantizer.phi_bias[phi],
-                (side, side),
-                (following, following),
-                config.phi_ratio,
+                grown, codes, bank.codebook, weight, bias, sizes[step], following, bank.phi_ratio
             )
-            inputs = pooled if following else inputs
+            inputs = pooled if owner == target else inputs
         return inputs
-
-    def _owner(self, step: int) -> int:
-        """The target that a step belongs to."""
-        return sum(step >= steps for steps in self.config.tokenizer.target_steps)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,39 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from hitsr_fast.reference.nearest_code import nearest_code
+
+
+class QuantizeCall(NamedTuple):
+    """The arguments of the op `residual_quantize` by name, in the order of its schema; see below."""
+
+    z: Tensor
+    codebook: Tensor
+    phi_weight: Tensor
+    phi_bias: Tensor
+    parts: Sequence[Tensor]
+    layout: str
+    scales: list[int]
+    phi_index: list[int]
+    phi_ratio: float
+    replay: Tensor | None
+    metric: str
+    inputs: bool
+    per_scale: bool
+
+
+class DecodeCall(NamedTuple):
+    """The same of `residual_decode`."""
+
+    indices: Tensor
+    codebook: Tensor
+    phi_weight: Tensor
+    phi_bias: Tensor
+    scales: list[int]
+    phi_index: list[int]
+    size: list[int]
+    phi_ratio: float
+    inputs: bool
+    per_scale: bool
 
 
 def nearest_phi(position: float, num_phi: int) -> int:

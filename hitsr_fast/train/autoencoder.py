@@ -9,38 +9,31 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hitsr_fast.losses.reconstruction import ReconstructionLoss
 from hitsr_fast.metrics import psnr_y
 from hitsr_fast.metrics.lpips import lpips
 from hitsr_fast.metrics.lpips_weights import weights_path
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.models import HitTokenizer
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import AutoencoderConfig
+from hitsr_fast.train.stage import Stage
 
 
-class AutoencoderStage:
-    """Trains the encoder and the first decoder on all target sizes at once; bf16 autocast."""
+class AutoencoderStage(Stage[HitTokenizer]):
+    """Trains the encoder and the first decoder on all target sizes at once."""
 
     name = "autoencoder"
+    config: AutoencoderConfig
 
     def __init__(
         self, model: HitTokenizer, batches: PairBatches, held_out: PairBatches, config: AutoencoderConfig
     ) -> None:
-        self.model: nn.Module = model
-        self.tokenizer = model
-        self.batches = batches
-        self.held_out = held_out
-        self.config = config
-        self.distance = ReconstructionLoss(config.loss).to(batches.device)
+        super().__init__(model, batches, held_out, config)
+        self.distance = ReconstructionLoss(config.loss).to(self.device)
         model.quantize.requires_grad_(False)
         model.decoders[1:].requires_grad_(False)
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        config = self.config
-        return [torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.95))]
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         config = self.config
@@ -50,24 +43,23 @@ class AutoencoderStage:
         generator = torch.Generator().manual_seed(step)
         total = images.new_zeros(())
         metrics: dict[str, float] = {}
-        levels = self.tokenizer.pyramid(images)
+        levels = self.model.pyramid(images)
         for image in levels:
             image = image.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(image.device.type, torch.bfloat16):
-                latent = self.tokenizer.encode(image)
+            with self.autocast():
+                latent = self.model.encode(image)
                 level = torch.rand(len(image), 1, 1, 1, generator=generator) * config.latent_noise
                 noise = (torch.randn(latent.shape, generator=generator) * level).to(latent.device)
-                output = self.tokenizer.decode(latent + noise * latent.detach().float().std(), 0)
+                output = self.model.decode(latent + noise * latent.detach().float().std(), 0)
                 loss = self.distance(output, image, generator)
             total = total + loss / len(levels)
             metrics[f"loss_{image.shape[-1]}"] = loss.item()
         return total, metrics
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        assert isinstance(model, HitTokenizer)
+    def evaluate(self, model: HitTokenizer) -> dict[str, float]:
         score = ImageScore()
         for image in evaluation_images(self.held_out):
-            with torch.autocast(image.device.type, torch.bfloat16):
+            with self.autocast():
                 output = model.decode(model.encode(image), 0)
             score.add(output, image)
         return score.means()
@@ -95,23 +87,14 @@ class ImageScore:
 
 
 class PyramidScore:
-    """`ImageScore` of what a tokenizer decodes at each target; bf16 autocast."""
+    """`ImageScore` of what a tokenizer decodes at each target."""
 
     def __init__(self, model: HitTokenizer) -> None:
         self.model = model
         self.scores = [ImageScore() for _ in model.config.targets]
 
-    def add(self, latents: Sequence[Tensor], images: Tensor, lrs: Sequence[Tensor] | None = None) -> None:
-        """Decode the latent `(B, C, h, w)` of each target, and compare with `images` at that size.
-
-        `lrs` are what the decoders see beside the latents (see `HitTokenizer.decode`), an image a target.
-        """
-        seen = [None] * len(latents) if lrs is None else lrs
-        with torch.autocast(images.device.type, torch.bfloat16):
-            outputs = [
-                self.model.decode(latent, target, lr)
-                for target, (latent, lr) in enumerate(zip(latents, seen, strict=True))
-            ]
+    def add(self, outputs: Sequence[Tensor], images: Tensor) -> None:
+        """Compare the output `(B, 3, side, side)` of each target with `images` at that size."""
         for score, output, level in zip(self.scores, outputs, self.model.pyramid(images), strict=True):
             score.add(output, level)
 

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.nn.quantizer import ResidualQuantizer
 from hitsr_fast.ops import nearest_code
 
 
 @torch.no_grad()
 def fill_codebook(
-    quantizer: MultiScaleQuantizer,
+    quantizer: ResidualQuantizer,
     latents: Sequence[Tensor],
     *,
     rounds: int = 3,
@@ -70,23 +70,23 @@ def fill_codebook(
 
 
 def _pooled_residuals(
-    quantizer: MultiScaleQuantizer, latents: Sequence[Tensor], codebook: Tensor | None
+    quantizer: ResidualQuantizer, latents: Sequence[Tensor], codebook: Tensor | None
 ) -> list[Tensor]:
     """Rows `(N * h * w, C)` that are searched at each scale; with no codebook each row is its own code."""
     maps: list[Tensor] = []
     rows: list[Tensor] = []
     for target, latent in enumerate(latents):
-        side = quantizer.config.target_sizes[target]
+        pyramid = quantizer.pyramid
         residual = latent.float().clone()
-        for step, scale in enumerate(quantizer.config.scales[: quantizer.config.target_steps[target]]):
+        for step, size in enumerate(pyramid.sizes[: pyramid.steps[target]]):
             if step == len(maps):
-                pooled = F.adaptive_avg_pool2d(residual, scale)
+                pooled = F.adaptive_avg_pool2d(residual, size)
                 searched = pooled.permute(0, 2, 3, 1).reshape(-1, pooled.shape[1])
                 rows.append(searched)
                 codes = searched if codebook is None else codebook[nearest_code(searched, codebook)]
-                maps.append(codes.view(pooled.shape[0], scale, scale, -1).permute(0, 3, 1, 2))
+                maps.append(codes.view(pooled.shape[0], *size, -1).permute(0, 3, 1, 2))
             code_map = maps[step]
-            if scale != side:
-                code_map = F.interpolate(code_map, size=(side, side), mode="bicubic", align_corners=False)
+            if size != pyramid.targets[target]:
+                code_map = F.interpolate(code_map, latent.shape[2:], mode="bicubic", align_corners=False)
             residual -= code_map
     return rows

@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
+from hitsr_fast.configs import Config, Count, Range, Share
 from hitsr_fast.losses.config import ReconstructionLossConfig
 
-
-def _require(config: object, low: float, high: float, *names: str) -> None:
-    """Raise `ValueError` unless low <= value <= high for each named field; NaN is in no range."""
-    for name in names:
-        value = getattr(config, name)
-        if not low <= value <= high:
-            expected = f"a value in [{low:g}, {high:g}]" if high < math.inf else f"at least {low:g}"
-            raise ValueError(f"{name}: expected {expected}, found {value}")
-
-
-def _require_positive(config: object, *names: str) -> None:
-    """Raise `ValueError` unless each named field is above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not value > 0:
-            raise ValueError(f"{name}: expected a value above 0, found {value}")
+AnyCount = Annotated[int, Range(0)]
+Weight = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open="low")]
+BelowOne = Annotated[float, Range(0, 1, open="high")]
 
 
 @dataclass(frozen=True)
-class LoopConfig:
+class LoopConfig(Config):
     """How long and how to train.
 
     Args:
@@ -42,67 +32,69 @@ class LoopConfig:
         eval_every: Steps between evaluations; 0 for none.
     """
 
-    steps: int = 10_000
-    minutes: float = math.inf
-    warmup: float = 0.02
-    final_lr: float = 0.02
-    clip: float = 1.0
-    ema: float = 0.995
-    checkpoint_minutes: float = 3.0
-    log_every: int = 10
-    eval_every: int = 200
-
-    def __post_init__(self) -> None:
-        _require(self, 0, math.inf, "steps", "checkpoint_minutes", "eval_every")
-        _require(self, 1, math.inf, "log_every")
-        _require(self, 0, 1, "final_lr")
-        _require_positive(self, "minutes", "clip")
-        for name in ("warmup", "ema"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}: expected a value in [0, 1), found {value}")
+    steps: AnyCount = 10_000
+    minutes: Positive = math.inf
+    warmup: BelowOne = 0.02
+    final_lr: Share = 0.02
+    clip: Positive = 1.0
+    ema: BelowOne = 0.995
+    checkpoint_minutes: Weight = 3.0
+    log_every: Count = 10
+    eval_every: AnyCount = 200
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
+class StageConfig(Config):
+    """What the recipe of every stage has.
+
+    Args:
+        batch: Samples a step.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Weight decay of what is trained, in the transformer of matrices (HIT-VAR: 0.005).
+        dtype: In which convolutions and matrices are multiplied; the rest, and the weights, are float32. auto
+            is bfloat16 where the device multiplies it in hardware, else float32.
+    """
+
+    batch: Count = 16
+    lr: Positive = 5e-4
+    weight_decay: Weight = 0.01
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+@dataclass(frozen=True)
+class ImageStageConfig(StageConfig):
+    """What the recipe of a stage has whose loss compares images.
+
+    Args:
+        loss: Terms of the image loss.
+    """
+
+    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(ImageStageConfig):
     """Recipe of the autoencoder stage.
 
     Args:
-        batch: Crops a step.
-        lr: Peak learning rate of AdamW.
-        weight_decay: Weight decay of all trained parameters.
-        loss: Terms of the reconstruction loss.
         lr_share: Share of crops that are replaced by their own degraded, up-sampled low-resolution version,
             so that the encoder also knows the images whose features condition the transformer.
         latent_noise: Largest standard deviation, relative to the latent's own, of the Gaussian noise on the
             latent; stands in for the quantization error to come.
     """
 
-    batch: int = 16
-    lr: float = 7e-4
-    weight_decay: float = 0.01
-    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
-    lr_share: float = 0.25
-    latent_noise: float = 0.3
-
-    def __post_init__(self) -> None:
-        _require(self, 1, math.inf, "batch")
-        _require_positive(self, "lr")
-        _require(self, 0, math.inf, "weight_decay", "latent_noise")
-        _require(self, 0, 1, "lr_share")
+    lr: Positive = 7e-4
+    lr_share: Share = 0.25
+    latent_noise: Weight = 0.3
 
 
 @dataclass(frozen=True)
-class TokenizerTrainConfig:
+class TokenizerTrainConfig(ImageStageConfig):
     """Recipe of the tokenizer stage.
 
     Args:
-        batch: Crops a step.
-        lr: Peak learning rate of AdamW for the convolutions.
-        codebook_lr: The same for codebook and phi. 0 keeps them at the k-means optimum, where a short run has
-            little to gain.
-        weight_decay: Weight decay of all trained parameters but codebook and phi.
-        loss: Terms of the decoders' loss.
+        codebook_lr: Peak learning rate of codebook and phi, which do not decay. 0 keeps them at the k-means
+            optimum, where a short run has little to gain.
         train_encoder: Also train the encoder, through the quantizer by straight-through and with the
             commitment term. HIT-VAR freezes the encoder of a trained tokenizer.
         commitment: Weight of the commitment term beside the codebook term (VAR: 0.25); used with
@@ -113,32 +105,19 @@ class TokenizerTrainConfig:
             0.5).
     """
 
-    batch: int = 16
-    lr: float = 5e-4
-    codebook_lr: float = 0.0
-    weight_decay: float = 0.01
-    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    codebook_lr: Weight = 0.0
     train_encoder: bool = False
-    commitment: float = 0.25
-    codebook_weight: float = 0.5
-    continuous_prob: float = 0.25
-
-    def __post_init__(self) -> None:
-        _require(self, 1, math.inf, "batch")
-        _require_positive(self, "lr")
-        _require(self, 0, math.inf, "codebook_lr", "weight_decay", "commitment", "codebook_weight")
-        _require(self, 0, 1, "continuous_prob")
+    commitment: Weight = 0.25
+    codebook_weight: Weight = 0.5
+    continuous_prob: Share = 0.25
 
 
 @dataclass(frozen=True)
-class TransformerTrainConfig:
+class TransformerTrainConfig(StageConfig):
     """Recipe of the transformer stage.
 
     Args:
-        batch: Samples a step.
-        lr: Peak learning rate of AdamW (embeddings, head, vectors).
         muon_lr: Peak learning rate of Muon, which trains the blocks' matrices; 0 trains them with AdamW too.
-        weight_decay: Weight decay of matrices (HIT-VAR: 0.005).
         label_smoothing: Of the cross entropy.
         head_from_codebook: Start the classifier so that its logits are negative squared distances of a random
             projection of the token to the codes: near codes then share what is learned from the first step
@@ -150,33 +129,23 @@ class TransformerTrainConfig:
         compile: Run the model through `torch.compile`; needs a C++ compiler on the CPU.
     """
 
-    batch: int = 8
-    lr: float = 2e-3
-    muon_lr: float = 1e-2
-    weight_decay: float = 0.005
-    label_smoothing: float = 0.0
+    batch: Count = 8
+    lr: Positive = 2e-3
+    muon_lr: Weight = 1e-2
+    weight_decay: Weight = 0.005
+    label_smoothing: Share = 0.0
     head_from_codebook: bool = True
-    scale_balance: float = 0.75
-    mistakes: float = 0.3
-    mistake_codes: int = 64
+    scale_balance: Weight = 0.75
+    mistakes: Share = 0.3
+    mistake_codes: Count = 64
     compile: bool = False
-
-    def __post_init__(self) -> None:
-        _require(self, 1, math.inf, "batch", "mistake_codes")
-        _require_positive(self, "lr")
-        _require(self, 0, math.inf, "muon_lr", "weight_decay", "scale_balance")
-        _require(self, 0, 1, "label_smoothing", "mistakes")
 
 
 @dataclass(frozen=True)
-class DecoderTrainConfig:
+class DecoderTrainConfig(ImageStageConfig):
     """Recipe of the decoder stage.
 
     Args:
-        batch: Samples a step.
-        lr: Peak learning rate of AdamW.
-        weight_decay: Weight decay.
-        loss: Terms of the loss.
         sampled: Share of samples decoded from tokens that the transformer sampled itself, all scales in a
             row; the rest are decoded from the HR image's own tokens.
         top_k: Codes that the sampled tokens are drawn from; 1 is greedy, 0 draws from all.
@@ -184,23 +153,15 @@ class DecoderTrainConfig:
             default; the rest keep the bare output sound.
     """
 
-    batch: int = 12
-    lr: float = 4e-4
-    weight_decay: float = 0.01
-    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
-    sampled: float = 0.9
-    top_k: int = 1
-    colour_fixed: float = 0.5
-
-    def __post_init__(self) -> None:
-        _require(self, 1, math.inf, "batch")
-        _require_positive(self, "lr")
-        _require(self, 0, math.inf, "weight_decay", "top_k")
-        _require(self, 0, 1, "sampled", "colour_fixed")
+    batch: Count = 12
+    lr: Positive = 4e-4
+    sampled: Share = 0.9
+    top_k: AnyCount = 1
+    colour_fixed: Share = 0.5
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Config):
     """Everything that a run depends on beside the photos.
 
     Args:
@@ -221,9 +182,9 @@ class Recipe:
 
     preset: str = "hit-tiny"
     holdout: tuple[str, ...] | None = None
-    seed: int = 0
-    clean_prob: float = 0.25
-    codebook_images: int = 2048
+    seed: AnyCount = 0
+    clean_prob: Share = 0.25
+    codebook_images: Count = 2048
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     autoencoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=310))
     tokenizer: TokenizerTrainConfig = field(default_factory=TokenizerTrainConfig)
@@ -232,13 +193,6 @@ class Recipe:
     transformer_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=2400))
     decoder: DecoderTrainConfig = field(default_factory=DecoderTrainConfig)
     decoder_loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1200))
-
-    def check(self) -> None:
-        """Raise `ValueError` if a value of its own is out of range; the parts check themselves when made."""
-        # Not when made, too: of an error in there the command line would show a traceback.
-        _require(self, 0, math.inf, "seed")
-        _require(self, 0, 1, "clean_prob")
-        _require(self, 1, math.inf, "codebook_images")
 
     @property
     def losses(self) -> tuple[ReconstructionLossConfig, ...]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.models import HitTokenizer
 from hitsr_fast.nn.autoencoder import Decoder
 
 

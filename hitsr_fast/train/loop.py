@@ -9,26 +9,14 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from hitsr_fast.train.config import LoopConfig
-
-
-class Stage(Protocol):
-    """What a stage of training brings: a model, its optimisers, a loss, an evaluation."""
-
-    name: str
-    model: nn.Module
-
-    def optimizers(self) -> list[torch.optim.Optimizer]: ...
-
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]: ...
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]: ...
+from hitsr_fast.train.stage import Stage
 
 
 class ResumeError(ValueError):
@@ -36,7 +24,7 @@ class ResumeError(ValueError):
 
 
 def train(
-    stage: Stage, config: LoopConfig, folder: Path, made_with: Mapping[str, Any] | None = None
+    stage: Stage[Any], config: LoopConfig, folder: Path, made_with: Mapping[str, Any] | None = None
 ) -> nn.Module:
     """Run `stage` to its end, resuming from `folder` if it holds a checkpoint, and return the averaged model.
 
@@ -145,7 +133,7 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: fl
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def _evaluated(stage: Stage, model: nn.Module) -> dict[str, float]:
+def _evaluated(stage: Stage[Any], model: nn.Module) -> dict[str, float]:
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -188,7 +176,7 @@ def _restore(
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise ResumeError(f"{path}: expected a checkpoint, found a file that is none") from error
-    if made_with is not None and "made_with" in state:  # checkpoints did not always keep it
+    if made_with is not None and "made_with" in state:
         _require_same(path, json.loads(state["made_with"]), json.loads(json.dumps(made_with)))
     try:
         model.load_state_dict(state["model"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,15 @@ from torch import Tensor, nn
 
 from hitsr_fast.data.folder import DEFAULT_HOLDOUT, NoPhotosError, PhotoFolder, photo_names, split
 from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
-from hitsr_fast.models.config import PRESETS, HitConfig
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.models.hit_var import HitVar, save_pretrained
+from hitsr_fast.models import PRESETS, HitConfig, HitTokenizer, HitVar
 from hitsr_fast.train.autoencoder import AutoencoderStage
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.codebook import fill_codebook
-from hitsr_fast.train.config import LoopConfig as LoopConfig
-from hitsr_fast.train.config import Recipe as Recipe
+from hitsr_fast.train.config import LoopConfig, Recipe
 from hitsr_fast.train.decoder import DecoderStage
 from hitsr_fast.train.linear_start import start_linear
-from hitsr_fast.train.loop import Stage, train
+from hitsr_fast.train.loop import train
+from hitsr_fast.train.stage import Stage
 from hitsr_fast.train.tokenizer import TokenizerStage
 from hitsr_fast.train.transformer import TransformerStage
 
@@ -48,7 +47,7 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
         The trained model, in evaluation mode.
 
     Raises:
-        ValueError: The preset is unknown, a value of the recipe is out of range, or no photo is held out.
+        ValueError: The preset is unknown or has too few codes, or no photo is held out.
         NoPhotosError: No photo is left to train on, or the photos of a part are smaller than a crop.
         ResumeError: `folder` has a checkpoint of another model or recipe.
         LpipsWeightsNotFoundError: A loss has a perceptual part, and its weights were not fetched.
@@ -64,7 +63,7 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
         part.to(memory_format=torch.channels_last)
     batches, held_out = pair_batches(recipe, config, photos, device)
 
-    def finish(stage: Stage, loop: LoopConfig) -> nn.Module:
+    def finish(stage: Stage[Any], loop: LoopConfig) -> nn.Module:
         return train(stage, loop, folder, made_with(recipe, stage.name))
 
     if config.tokenizer.linear_skip:
@@ -74,20 +73,19 @@ def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device
     if not (folder / f"{TokenizerStage.name}.pt").exists():
         for decoder in tokenizer.decoders[1:]:
             decoder.load_state_dict(tokenizer.decoders[0].state_dict())
-        print(fill_codebook(tokenizer.quantize, latent_sample(tokenizer, batches, recipe.codebook_images)))
+        print(fill_codebook(tokenizer.quantize, latent_sample(stage, recipe.codebook_images)))
     tokenizer_stage = TokenizerStage(tokenizer, batches, held_out, recipe.tokenizer)
     adopt(tokenizer, finish(tokenizer_stage, recipe.tokenizer_loop))
     transformer_stage = TransformerStage(model.transformer, tokenizer, batches, held_out, recipe.transformer)
     adopt(model.transformer, finish(transformer_stage, recipe.transformer_loop))
     decoder_stage = DecoderStage(model, batches, held_out, recipe.decoder)
     adopt(tokenizer, finish(decoder_stage, recipe.decoder_loop))
-    save_pretrained(model.eval(), folder / "model")
+    copy.deepcopy(model.eval()).half().save_pretrained(folder / "model")
     return model
 
 
 def model_config(recipe: Recipe) -> HitConfig:
-    """The configuration of the recipe's preset; raises `ValueError` if there is none, or a value is wrong."""
-    recipe.check()
+    """The configuration of the recipe's preset; raises `ValueError` if it is unknown or has too few codes."""
     if recipe.preset not in PRESETS:
         raise ValueError(f"preset: expected one of {sorted(PRESETS)}, found {recipe.preset!r}")
     config = PRESETS[recipe.preset]
@@ -161,13 +159,13 @@ def image_sample(tokenizer: HitTokenizer, batches: PairBatches, images: int = 25
 
 
 @torch.no_grad()
-def latent_sample(tokenizer: HitTokenizer, batches: PairBatches, images: int, size: int = 32) -> list[Tensor]:
+def latent_sample(stage: AutoencoderStage, images: int, size: int = 32) -> list[Tensor]:
     """Latents of the first `images` training crops at each target size."""
-    levels: list[list[Tensor]] = [[] for _ in tokenizer.config.targets]
+    levels: list[list[Tensor]] = [[] for _ in stage.model.config.targets]
     for i in range(max(images // size, 1)):
-        for level, image in zip(levels, tokenizer.pyramid(batches.hr(i, size)), strict=True):
-            with torch.autocast(image.device.type, torch.bfloat16):
-                level.append(tokenizer.encode(image).float())
+        for level, image in zip(levels, stage.model.pyramid(stage.batches.hr(i, size)), strict=True):
+            with stage.autocast():
+                level.append(stage.model.encode(image).float())
     return [torch.cat(level) for level in levels]
 
 

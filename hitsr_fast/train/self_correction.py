@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer
-from hitsr_fast.ops import prepare_codebook, residual_quantize
+from hitsr_fast.nn.quantizer import ResidualQuantizer
+from hitsr_fast.ops import prepare_codebook
 
 
 @torch.no_grad()
@@ -38,7 +38,7 @@ def code_neighbours(codebook: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def tokenize_with_mistakes(
-    quantizer: MultiScaleQuantizer,
+    quantizer: ResidualQuantizer,
     latents: Sequence[Tensor],
     neighbours: Tensor,
     max_rate: float,
@@ -61,22 +61,15 @@ def tokenize_with_mistakes(
     rate = torch.rand(batch, 1, generator=generator) * max_rate
     labels = torch.empty(batch, 0, dtype=torch.int64, device=latents[0].device)
     inputs = labels
-    config = quantizer.config
+    pyramid = quantizer.pyramid
     prepared = prepare_codebook(quantizer.codebook)
-    for target, latent in enumerate(latents):
-        phi_index = quantizer.phi_index(target)
-        for step in range(config.target_steps[target - 1] if target else 0, config.target_steps[target]):
-            indices = residual_quantize(
-                latent.float(),
-                quantizer.codebook,
-                quantizer.phi_weight,
-                quantizer.phi_bias,
-                scales=config.scales[: step + 1],
-                phi_index=phi_index[: step + 1],
-                phi_ratio=config.phi_ratio,
-                replay=inputs,
-                prepared=prepared,
-            ).indices[:, inputs.shape[1] :]
+    for latent, bank, first, last in zip(
+        latents, quantizer.banks(), (0, *pyramid.steps), pyramid.steps, strict=False
+    ):
+        for step in range(first, last):
+            scales = pyramid.scales[: step + 1]
+            found = bank.quantize(latent.float(), scales, replay=inputs, prepared=prepared)
+            indices = found.indices[:, inputs.shape[1] :]
             wrong = torch.rand(indices.shape, generator=generator) < rate
             choice = torch.randint(neighbours.shape[1], indices.shape, generator=generator)
             swapped = neighbours[indices, choice.to(indices.device)]

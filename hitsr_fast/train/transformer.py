@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.losses.tokens import token_loss, token_weights
+from hitsr_fast.models import HitTokenizer, HitTransformer
 from hitsr_fast.train.batches import PairBatches
 from hitsr_fast.train.config import TransformerTrainConfig
 from hitsr_fast.train.loop import parameter_groups
 from hitsr_fast.train.self_correction import code_neighbours, tokenize_with_mistakes
+from hitsr_fast.train.stage import Stage
 
 
-class TransformerStage:
-    """Cross entropy over all tokens of the pyramid; tokenizer frozen; bf16 autocast."""
+class TransformerStage(Stage[HitTransformer]):
+    """Cross entropy over all tokens of the pyramid; tokenizer frozen."""
 
     name = "transformer"
+    config: TransformerTrainConfig
 
     def __init__(
         self,
@@ -29,12 +29,8 @@ class TransformerStage:
         held_out: PairBatches,
         config: TransformerTrainConfig,
     ) -> None:
-        self.model: nn.Module = model
-        self.transformer = model
+        super().__init__(model, batches, held_out, config)
         self.tokenizer = tokenizer.requires_grad_(False).eval()
-        self.batches = batches
-        self.held_out = held_out
-        self.config = config
         codebook = tokenizer.quantize.codebook
         self.neighbours = code_neighbours(codebook, config.mistake_codes)
         self.token_weight = token_weights(model.scales, config.scale_balance).to(codebook.device)
@@ -51,9 +47,7 @@ class TransformerStage:
             if config.muon_lr > 0 and name.startswith("blocks.") and p.ndim == 2 and "ada_lin" not in name
         }
         rest = [(name, p) for name, p in named.items() if name not in muon]
-        optimizers: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(parameter_groups(rest, config.weight_decay), config.lr, betas=(0.9, 0.95))
-        ]
+        optimizers = [self.adamw(parameter_groups(rest, config.weight_decay))]
         if muon:
             optimizers.append(
                 torch.optim.Muon(muon.values(), lr=config.muon_lr, weight_decay=config.weight_decay)
@@ -67,7 +61,7 @@ class TransformerStage:
         """LR features, class, teacher inputs and labels of a step."""
         hr, upsampled, class_id = batches(step, size)
         quantizer = self.tokenizer.quantize
-        with torch.autocast(hr.device.type, torch.bfloat16):
+        with self.autocast():
             features = self.tokenizer.encode(upsampled.contiguous(memory_format=torch.channels_last)).float()
             latents = [
                 self.tokenizer.encode(level.contiguous(memory_format=torch.channels_last)).float()
@@ -78,7 +72,7 @@ class TransformerStage:
             labels, tokens = tokenize_with_mistakes(quantizer, latents, self.neighbours, mistakes, generator)
         else:
             labels = tokens = quantizer.tokenize(latents).indices
-        grid = self.transformer.config.transformer.ar_grid
+        grid = self.model.config.transformer.ar_grid
         return features, class_id, quantizer.teacher_inputs(tokens, ar_grid=grid), labels
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
@@ -86,7 +80,7 @@ class TransformerStage:
             step, self.batches, self.config.batch, self.config.mistakes
         )
         torch.manual_seed(step)
-        with torch.autocast(features.device.type, torch.bfloat16):
+        with self.autocast():
             loss, accuracy = self.score(features, class_id, inputs, indices)
         return loss, {"accuracy": accuracy.item()}
 
@@ -95,30 +89,18 @@ class TransformerStage:
     ) -> tuple[Tensor, Tensor]:
         """Weighted cross entropy and plain accuracy of the model's logits."""
         logits = self.model(features, class_id, inputs)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1),
-            indices.flatten(),
-            label_smoothing=self.config.label_smoothing,
-            reduction="none",
-        )
-        loss = (losses.view_as(indices) * self.token_weight).mean()
+        loss = token_loss(logits, indices, self.token_weight, self.config.label_smoothing)
         return loss, (logits.detach().argmax(-1) == indices).float().mean()
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: HitTransformer) -> dict[str, float]:
         total, accuracy, count = 0.0, 0.0, 4
         for i in range(count):
             features, class_id, inputs, indices = self.inputs(i, self.held_out, 8, mistakes=0.0)
-            with torch.autocast(features.device.type, torch.bfloat16):
+            with self.autocast():
                 logits = model(features, class_id, inputs)
             total += F.cross_entropy(logits.flatten(0, 1), indices.flatten()).item()
             accuracy += (logits.argmax(-1) == indices).float().mean().item()
         return {"held_out_loss": total / count, "held_out_accuracy": accuracy / count}
-
-
-def token_weights(scales: Sequence[int], balance: float) -> Tensor:
-    """Weight of each token in the loss, `(T,)` of mean one: `L ** -balance` for a scale of L tokens."""
-    weights = torch.cat([torch.full((side * side,), float(side * side) ** -balance) for side in scales])
-    return weights / weights.mean()
 
 
 @torch.no_grad()

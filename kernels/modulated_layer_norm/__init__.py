@@ -1,11 +1,121 @@
-"""Triton kernels of `modulated_layer_norm` and `gated_residual`; docs/ops/modulated_layer_norm.md."""
+"""Triton kernels of `modulated_layer_norm` and `gated_residual`; docs/ops/modulated_layer_norm.md.
 
-from .norm import _modulated_layer_norm_bwd_kernel, _modulated_layer_norm_fwd_kernel
-from .residual import _gated_residual_bwd_kernel, _gated_residual_fwd_kernel
+A row at a time in registers; the backward passes sum over blocks of rows.
+"""
 
-__all__ = [
-    "_gated_residual_bwd_kernel",
-    "_gated_residual_fwd_kernel",
-    "_modulated_layer_norm_bwd_kernel",
-    "_modulated_layer_norm_fwd_kernel",
-]
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _modulated_layer_norm_fwd_kernel(
+    x, scale, shift, out, mean, rstd, L, eps, stride_x, stride_scale, stride_shift,
+    C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row (image, token) of x (B, L, C) to out (B, L, C), mean and rstd (B, L), which are contiguous.
+
+    scale, shift: (B, C). BLOCK: power of two, at least C.
+    """
+    token, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < C
+    far = channel.to(tl.int64)
+    at = x + image * stride_x[0] + token.to(tl.int64) * stride_x[1]
+    values = tl.load(at + far * stride_x[2], mask=inside, other=0.0).to(tl.float32)
+    centre = tl.sum(values, axis=0) / C
+    centred = tl.where(inside, values - centre, 0.0)
+    missed = tl.sum(centred, axis=0) / C  # what the rounding of the mean left
+    centred = tl.where(inside, centred - missed, 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+    factor = tl.load(scale + image * stride_scale[0] + far * stride_scale[1], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    offset = tl.load(shift + image * stride_shift[0] + far * stride_shift[1], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    row = image * L + token
+    tl.store(out + row * C + channel, centred * inverse * (1 + factor) + offset, mask=inside)
+    tl.store(mean + row, centre + missed)
+    tl.store(rstd + row, inverse)
+
+
+@triton.jit
+def _modulated_layer_norm_bwd_kernel(
+    grad, x, scale, mean, rstd, grad_x, sums, L, stride_grad, stride_x, stride_scale,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of an image: grad_x (B, L, C), and their part of grad_scale and grad_shift.
+
+    mean, rstd: (B, L). sums: (B, blocks of rows, 2, C) float32. All results are contiguous.
+    """
+    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < C
+    far = channel.to(tl.int64)
+    factor = 1 + tl.load(scale + image * stride_scale[0] + far * stride_scale[1], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    grad_scale = tl.zeros((BLOCK,), tl.float32)
+    grad_shift = tl.zeros((BLOCK,), tl.float32)
+    for token in range(block * ROWS, tl.minimum(block * ROWS + ROWS, L)):
+        row = image * L + token
+        at = grad + image * stride_grad[0] + tl.cast(token, tl.int64) * stride_grad[1]
+        given = tl.load(at + far * stride_grad[2], mask=inside, other=0.0).to(tl.float32)
+        at = x + image * stride_x[0] + tl.cast(token, tl.int64) * stride_x[1]
+        values = tl.load(at + far * stride_x[2], mask=inside, other=0.0).to(tl.float32)
+        inverse = tl.load(rstd + row)
+        normal = tl.where(inside, (values - tl.load(mean + row)) * inverse, 0.0)
+        inner = given * factor
+        grad_scale += given * normal
+        grad_shift += given
+        result = inner - tl.sum(inner, axis=0) / C - normal * (tl.sum(inner * normal, axis=0) / C)
+        tl.store(grad_x + row * C + channel, result * inverse, mask=inside)
+    to = sums + (image * tl.num_programs(0) + block) * 2 * C + channel
+    tl.store(to, grad_scale, mask=inside)
+    tl.store(to + C, grad_shift, mask=inside)
+
+
+@triton.jit
+def _gated_residual_fwd_kernel(
+    x, y, gate, out, L, stride_x, stride_y, stride_gate, C: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Row (image, token) of out (B, L, C), contiguous: `x + gate * y`. gate: (B, C)."""
+    token, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < C
+    far = channel.to(tl.int64)
+    factor = tl.load(gate + image * stride_gate[0] + far * stride_gate[1], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    at = x + image * stride_x[0] + token * stride_x[1] + far * stride_x[2]
+    values = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = y + image * stride_y[0] + token * stride_y[1] + far * stride_y[2]
+    branch = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + (image * L + token) * C + channel, values + factor * branch, mask=inside)
+
+
+@triton.jit
+def _gated_residual_bwd_kernel(
+    grad, y, gate, grad_y, sums, L, stride_grad, stride_y, stride_gate,
+    C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of an image: grad_y (B, L, C), and their part of grad_gate.
+
+    sums: (B, blocks of rows, C) float32.
+    """
+    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < C
+    far = channel.to(tl.int64)
+    factor = tl.load(gate + image * stride_gate[0] + far * stride_gate[1], mask=inside, other=0.0).to(
+        tl.float32
+    )
+    grad_gate = tl.zeros((BLOCK,), tl.float32)
+    for token in range(block * ROWS, tl.minimum(block * ROWS + ROWS, L)):
+        row = tl.cast(token, tl.int64)
+        at = grad + image * stride_grad[0] + row * stride_grad[1] + far * stride_grad[2]
+        given = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        at = y + image * stride_y[0] + row * stride_y[1] + far * stride_y[2]
+        grad_gate += given * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(grad_y + (image * L + row) * C + channel, given * factor, mask=inside)
+    tl.store(sums + (image * tl.num_programs(0) + block) * C + channel, grad_gate, mask=inside)

@@ -4,7 +4,6 @@ docs/ops/nearest_code.md derives the bounds, hitsr_fast/ops/nearest_code_triton.
 """
 
 from .recheck import _nearest_code_recheck_kernel
-from .rows import _nearest_code_round_kernel
-from .screen import _nearest_code_screen_kernel
+from .screen import _nearest_code_round_kernel, _nearest_code_screen_kernel
 
 __all__ = ["_nearest_code_recheck_kernel", "_nearest_code_round_kernel", "_nearest_code_screen_kernel"]

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .rows import row_offsets
+from .screen import row_offsets
 
 _INFINITY = tl.constexpr(float("inf"))
 _NONE = tl.constexpr(2**30)  # a number beyond all classes and codes
@@ -35,27 +35,10 @@ def _least(distance, code):
 
 @triton.jit
 def recheck_rows(
-    start,
-    stride_xc,
-    slack,
-    near,
-    minima,
-    exact,
-    bounds,
-    group,
-    row,
-    count,
-    codes,
-    channels,
-    tiles,
-    COSINE: tl.constexpr,
-    CP: tl.constexpr,
-    CLASSES: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    start, stride_c, slack, near, minima, exact, bounds, group, row, count, codes, channels, tiles,
+    COSINE: tl.constexpr, CP: tl.constexpr, CLASSES: tl.constexpr, MEMBERS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Index of the nearest code of rows (ROWS,) whose first channels `start` points at.
 
     slack, near: the two margins of `screened_rows`; minima (groups, tiles, count, CLASSES), of which group
@@ -88,7 +71,7 @@ def recheck_rows(
                 channel = first_channel + tl.arange(0, BLOCK_C)
                 known = (channel < channels)[None, :] & (chosen < _NONE)[:, None]
                 value = tl.load(
-                    start[:, None] + channel.to(tl.int64)[None, :] * stride_xc, mask=known, other=0.0
+                    start[:, None] + channel.to(tl.int64)[None, :] * stride_c, mask=known, other=0.0
                 )
                 place = (chosen[:, None] * channels + channel[None, :]).to(tl.int64) * MEMBERS
                 given = tl.load(
@@ -134,7 +117,7 @@ def recheck_rows(
                     else:
                         apart = value - given
                         distance += apart * apart
-                    value_at += stride_xc
+                    value_at += stride_c
                     given_at += MEMBERS
                 distance = tl.where(there, distance, _INFINITY)
                 nearest, index = _least(distance, code)
@@ -146,33 +129,11 @@ def recheck_rows(
 
 @triton.jit
 def _nearest_code_recheck_kernel(
-    x,
-    exact,
-    bounds,
-    minima,
-    margins,
-    indices,
-    begin,
-    end,
-    height,
-    width,
-    codes,
-    channels,
-    tiles,
-    stride_xg,
-    stride_xb,
-    stride_xy,
-    stride_xx,
-    stride_xc,
-    stride_ig,
-    COSINE: tl.constexpr,
-    CP: tl.constexpr,
-    CLASSES: tl.constexpr,
-    MEMBERS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    x, exact, bounds, minima, margins, indices,
+    begin, end, height, width, codes, channels, tiles, stride_x, stride_indices,
+    COSINE: tl.constexpr, CP: tl.constexpr, CLASSES: tl.constexpr, MEMBERS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Index of the nearest code of rows [begin, end) of a group, from the minima of the screen.
 
     exact (G, tiles * CLASSES, channels, MEMBERS): float32 as given, or float64 unit vectors for cosine.
@@ -181,29 +142,13 @@ def _nearest_code_recheck_kernel(
     group = tl.program_id(1).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     count = end - begin
-    start = x + row_offsets(group, begin + row, height, width, stride_xg, stride_xb, stride_xy, stride_xx)
+    start = x + row_offsets(group, begin + row, height, width, stride_x)
     margin = margins + group * 3 * count + row
     slack = tl.load(margin, mask=row < count, other=-2.0)
+    near = tl.load(margin + count, mask=row < count, other=0.0)
     winner = recheck_rows(
-        start,
-        stride_xc,
-        slack,
-        tl.load(margin + count, mask=row < count, other=0.0),
-        minima,
-        exact + group * tiles * (CLASSES * MEMBERS) * channels,
-        bounds + group * 5,
-        group,
-        row,
-        count,
-        codes,
-        channels,
-        tiles,
-        COSINE,
-        CP,
-        CLASSES,
-        MEMBERS,
-        ROWS,
-        BLOCK_C,
-        CHUNK,
-    )
-    tl.store(indices + group * stride_ig + begin + row, winner.to(tl.int64), mask=row < count)
+        start, stride_x[4], slack, near, minima, exact + group * tiles * (CLASSES * MEMBERS) * channels,
+        bounds + group * 5, group, row, count, codes, channels, tiles,
+        COSINE, CP, CLASSES, MEMBERS, ROWS, BLOCK_C, CHUNK,
+    )  # fmt: skip
+    tl.store(indices + group * stride_indices[0] + begin + row, winner.to(tl.int64), mask=row < count)

@@ -1,26 +1,123 @@
-"""The screen of `nearest_code`: least scores of classes of codes, by one float16 product on tensor cores."""
+"""Rows as `nearest_code` screens them, with bounds of the cost; and the screen.
+
+The rows are centred, scaled and rounded to float16. The screen leaves the least scores of classes of codes,
+by one float16 product on tensor cores.
+"""
 
 import triton
 import triton.language as tl
 
+_SMALLEST = tl.constexpr(
+    2.0**-14
+)  # least normal number of float16: what is below counts as zero on every chip
+_UP = tl.constexpr(1 + 2.0**-10)  # over the rounding of the bound's own arithmetic
+_UNDERFLOW = tl.constexpr(2.0**-100)  # more than the squares that vanish in a sum of 256
+_RANGE = tl.constexpr(2.0**100)  # of a squared length, for which the bound holds
+
+
+@triton.jit
+def _round(centred):
+    """float16 rows (rows, CP), and the powers of two (rows,) that take them back to the scale of the codes.
+
+    A row is stretched until its largest value lies in [2^13, 2^14): there float16 drops at most 2^-11 of a
+    value, or 2^-27 of the largest.
+    """
+    largest = tl.max(tl.abs(centred), axis=1)
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 14)
+    stretch = ((267 - exponent) << 23).to(tl.float32, bitcast=True)
+    back = ((exponent - 13) << 23).to(tl.float32, bitcast=True)
+    stretched = centred * stretch[:, None]
+    kept = tl.where(tl.abs(stretched) < _SMALLEST, 0.0, stretched).to(tl.float16)
+    return kept, back
+
+
+@triton.jit
+def _margins(centred, kept, back, bounds, COSINE: tl.constexpr, CP: tl.constexpr):
+    """Of rows (rows,): twice the bound on the error of a score, and what distances in float32 may differ by.
+
+    The second is absolute, on top of the relative error of l2. docs/ops/nearest_code.md derives each line.
+    """
+    longest, longest_error, longest_given = tl.load(bounds + 2), tl.load(bounds + 3), tl.load(bounds + 4)
+    lost = centred - kept.to(tl.float32) * back[:, None]
+    length = tl.sqrt(tl.sum(centred * centred, axis=1) + _UNDERFLOW) * _UP
+    error = (tl.sqrt(tl.sum(lost * lost, axis=1) + _UNDERFLOW) + 2.0**-23 * length) * _UP
+    split = error * longest + (length + error) * longest_error
+    summed = (3 * CP + 4) * 2.0**-23 * ((length + longest) * longest + _UNDERFLOW)
+    whole = length + longest_given
+    definition = (CP + 4) * 2.0**-52 * whole * whole
+    exact = _UNDERFLOW + (CP + 4) * 2.0**-22 * length if COSINE else _UNDERFLOW + 0 * length
+    return 2 * _UP * (split + summed + definition), exact
+
+
+@triton.jit
+def screened_rows(values, mean, bounds, channels, COSINE: tl.constexpr, C: tl.constexpr, CP: tl.constexpr):
+    """Rows (rows, CP) float32 of a group as the screen takes them, and what the re-check must know of them.
+
+    kept, back: of `_round`. slack, exact: of `_margins`, of which slack is -1 for a row beyond the range of
+    the bound and -2 for one that is not finite.
+    """
+    finite = tl.max((tl.abs(values) < float("inf")).to(tl.int32) ^ 1, axis=1) == 0
+    # The scale comes in two factors, at most one before and at least one after: large values stay in range as
+    # their difference is taken, and small ones keep their digits.
+    means = tl.load(mean + channels, mask=channels < C, other=0.0)
+    before, after = tl.load(bounds), tl.load(bounds + 1)
+    centred = (values * before - means[None, :]) * after
+    in_range = finite & (tl.sum(centred * centred, axis=1) < _RANGE)
+    centred = tl.where(in_range[:, None], centred, 0.0)
+    kept, back = _round(centred)
+    slack, exact = _margins(centred, kept, back, bounds, COSINE, CP)
+    return kept, back, tl.where(in_range, slack, tl.where(finite, -1.0, -2.0)), exact
+
+
+@triton.jit
+def row_offsets(group, rows, height, width, stride_x):
+    """Of the first channel of rows, the positions of maps, one map after the other. group: int64."""
+    y = rows // width
+    return (
+        group * stride_x[0]
+        + (y // height).to(tl.int64) * stride_x[1]
+        + (y % height).to(tl.int64) * stride_x[2]
+        + (rows % width).to(tl.int64) * stride_x[3]
+    )
+
+
+@triton.jit
+def _nearest_code_round_kernel(
+    x, mean, bounds, rounded, margins, begin, end, height, width, stride_x,
+    COSINE: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Rows [begin, end) of a group in float16, and what the other kernels have to know of them.
+
+    x: any strides; mean (G, C), bounds (G, 5), rounded (G, end - begin, CP) float16, margins
+    (G, 3, end - begin): slack and exact of `screened_rows`, and its power of two, negated.
+    """
+    group = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    count = end - begin
+    channels = tl.arange(0, CP)
+    offsets = row_offsets(group, begin + row, height, width, stride_x)
+    inside = (row < count)[:, None] & (channels < C)[None, :]
+    values = tl.load(
+        x + offsets[:, None] + channels.to(tl.int64)[None, :] * stride_x[4], mask=inside, other=0.0
+    )
+    values = values.to(tl.float32)
+    kept, back, slack, exact = screened_rows(
+        values, mean + group * C, bounds + group * 5, channels, COSINE, C, CP
+    )
+    place = (group * count + row)[:, None] * CP + channels[None, :]
+    tl.store(rounded + place, kept, mask=(row < count)[:, None])
+    margin = margins + group * 3 * count + row
+    tl.store(margin, slack, mask=row < count)
+    tl.store(margin + count, exact, mask=row < count)
+    tl.store(margin + 2 * count, -back, mask=row < count)
+
 
 @triton.jit
 def screen_tiles(
-    kept,
-    towards,
-    code,
-    norm,
-    out,
-    stored,
-    first,
-    last,
-    count,
-    CP: tl.constexpr,
-    CLASSES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    kept, towards, code, norm, out, stored, first, last, count,
+    CP: tl.constexpr, CLASSES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Least scores of rows `kept` (BLOCK_N, CP) in the classes of tiles [first, last).
 
     code: of the first tile; norm: of tile 0; out: (BLOCK_N, CLASSES) of the first tile, `count` rows a tile.
@@ -42,20 +139,10 @@ def screen_tiles(
 
 @triton.jit
 def _nearest_code_screen_kernel(
-    rounded,
-    codes,
-    half_norms,
-    minima,
-    margins,
-    count,
-    tiles,
-    tiles_per_program,
-    CP: tl.constexpr,
-    CLASSES: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
-):
+    rounded, codes, half_norms, minima, margins, count, tiles, tiles_per_program,
+    CP: tl.constexpr, CLASSES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
     """Least scores of `count` rows of a group in the classes of some tiles.
 
     rounded (G, count, CP) float16, margins (G, 3, count): of the round kernel; codes

@@ -5,8 +5,7 @@ searched, a kernel of its own pools. docs/ops/residual_quantize.md describes the
 hitsr_fast/ops/residual_quantize_triton.py launches them.
 """
 
-from .pool import _residual_quantize_pool_kernel
-from .search import _residual_quantize_search_kernel
+from .search import _residual_quantize_pool_kernel, _residual_quantize_search_kernel
 from .update import _residual_quantize_update_kernel
 
 __all__ = [

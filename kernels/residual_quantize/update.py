@@ -30,14 +30,13 @@ def _weight(fraction, NEIGHBOUR: tl.constexpr):
 
 
 @triton.jit
-def _bicubic(
-    indices, codebook, y, x, inside, channel, h, w, H, W, stride_it, stride_kn, stride_kc, C: tl.constexpr
-):
-    """Codes of an image's indices (h, w) at places (n,) of its map (H, W): float32 (n, channels)."""
+def _bicubic(codes, codebook, y, x, inside, channel, sizes, stride_t, stride_codebook, C: tl.constexpr):
+    """Codes (h, w) of an image at places (n,) of its map (H, W): float32 (n, channels). sizes: h, w, H, W."""
+    h, w, H, W = sizes
     top, down = _neighbours(y, h, H)
     left, aside = _neighbours(x, w, W)
     known = inside[:, None] & (channel < C)[None, :]
-    of_channel = channel.to(tl.int64)[None, :] * stride_kc
+    of_channel = channel.to(tl.int64)[None, :] * stride_codebook[1]
     shares = _weight(aside, 0), _weight(aside, 1), _weight(aside, 2), _weight(aside, 3)
     total = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
     for i in tl.static_range(4):
@@ -45,8 +44,8 @@ def _bicubic(
         row = tl.minimum(tl.maximum(top + i, 0), h - 1) * w
         for j in tl.static_range(4):
             column = tl.minimum(tl.maximum(left + j, 0), w - 1)
-            code = tl.load(indices + (row + column).to(tl.int64) * stride_it, mask=inside, other=0)
-            value = tl.load(codebook + code[:, None] * stride_kn + of_channel, mask=known, other=0.0)
+            code = tl.load(codes + (row + column).to(tl.int64) * stride_t, mask=inside, other=0)
+            value = tl.load(codebook + code[:, None] * stride_codebook[0] + of_channel, mask=known, other=0.0)
             line = tl.fma(value.to(tl.float32), shares[j][:, None], line)
         total = tl.fma(line, _weight(down, i)[:, None], total)
     return total
@@ -54,83 +53,40 @@ def _bicubic(
 
 @triton.jit
 def _convolution(
-    strip,
-    weight,
-    y,
-    x,
-    channel,
-    stride_wo,
-    stride_wi,
-    stride_wh,
-    stride_ww,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-):
+    strip, weight, y, x, channel, stride_weight,
+    C: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
     """3x3 convolution in float32, (places, channels), of a strip (., WIDE, CP) that begins with the halo."""
     inputs = tl.arange(0, BLOCK_I)
     total = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
     for tap in range(9):
         row, column = tap // 3, tap % 3
         places = strip + ((y + row) * WIDE + x + column)[:, None] * CP + inputs[None, :]
-        taps = weight + row * stride_wh + column * stride_ww
-        taps += channel.to(tl.int64)[:, None] * stride_wo
+        taps = weight + row * stride_weight[2] + column * stride_weight[3]
+        taps += channel.to(tl.int64)[:, None] * stride_weight[0]
         for first in range(0, CP, BLOCK_I):
             known = (channel < C)[:, None] & (first + inputs < C)[None, :]
-            of_input = (first + inputs).to(tl.int64)[None, :] * stride_wi
+            of_input = (first + inputs).to(tl.int64)[None, :] * stride_weight[1]
             factors = tl.load(taps + of_input, mask=known, other=0.0).to(tl.float32)
             total = tl.dot(tl.load(places + first), tl.trans(factors), total, input_precision="ieee")
     return total
 
 
+@triton.jit
+def _offsets(image, channel, y, x, stride):
+    """Of places of a map (B, C, H, W)."""
+    return image * stride[0] + channel * stride[1] + y * stride[2] + x * stride[3]
+
+
 @triton.jit(do_not_specialize=["blocks", "begin", "h", "w", "H", "W"])
 def _residual_quantize_update_kernel(
-    indices,
-    codebook,
-    weight,
-    bias,
-    residual,
-    next_residual,
-    reconstruction,
-    next_reconstruction,
-    strips,
-    blocks,
-    begin,
-    h,
-    w,
-    H,
-    W,
-    keep,
-    ratio,
-    stride_ib,
-    stride_it,
-    stride_kn,
-    stride_kc,
-    stride_wo,
-    stride_wi,
-    stride_wh,
-    stride_ww,
-    stride_bias,
-    stride_rb,
-    stride_rc,
-    stride_rh,
-    stride_rw,
-    stride_ob,
-    stride_oc,
-    stride_oh,
-    stride_ow,
-    PHI: tl.constexpr,
-    FIRST: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    C: tl.constexpr,
-    CP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    indices, codebook, weight, bias, residual, next_residual, reconstruction, next_reconstruction, strips,
+    blocks, begin, h, w, H, W, keep, ratio,
+    stride_indices, stride_codebook, stride_weight, stride_bias, stride_residual, stride_out,
+    PHI: tl.constexpr, FIRST: tl.constexpr, RESIDUAL: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr,
     BLOCK_O: tl.constexpr,
-):
+):  # fmt: skip
     """next_reconstruction = reconstruction + f, next_residual = residual - f, for f = phi(bicubic(codes)).
 
     indices (B, T), the scale's from `begin` on; codebook (K, C); weight (C, C, 3, 3); bias (C,);
@@ -141,6 +97,7 @@ def _residual_quantize_update_kernel(
     convolution of codes. strips (programs, (ROWS + 2) (COLUMNS + 2), CP): what a program convolves. A block
     is ROWS x COLUMNS places of an image and BLOCK_O channels.
     """
+    sizes = h, w, H, W
     place, outputs, inputs = tl.arange(0, ROWS * COLUMNS), tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I)
     wide: tl.constexpr = COLUMNS + 2
     parts: tl.constexpr = (C + BLOCK_O - 1) // BLOCK_O
@@ -151,7 +108,7 @@ def _residual_quantize_update_kernel(
         tile = block // parts
         corner_x, corner_y = tile % across * COLUMNS, tile // across % down * ROWS
         image = (tile // (across * down)).to(tl.int64)
-        codes = indices + image * stride_ib + begin.to(tl.int64) * stride_it
+        codes = indices + image * stride_indices[0] + begin.to(tl.int64) * stride_indices[1]
         y, x = corner_y + place // COLUMNS, corner_x + place % COLUMNS
         inside = (y < H) & (x < W)
         if PHI:
@@ -163,61 +120,31 @@ def _residual_quantize_update_kernel(
                 known = stored & (row >= 0) & (row < H) & (column >= 0) & (column < W)
                 for i in range(0, CP, BLOCK_I):
                     line = _bicubic(
-                        codes,
-                        codebook,
-                        row,
-                        column,
-                        known,
-                        i + inputs,
-                        h,
-                        w,
-                        H,
-                        W,
-                        stride_it,
-                        stride_kn,
-                        stride_kc,
-                        C,
-                    )
+                        codes, codebook, row, column, known, i + inputs, sizes,
+                        stride_indices[1], stride_codebook, C,
+                    )  # fmt: skip
                     tl.store(strip + at[:, None] * CP + i + inputs[None, :], line, mask=stored[:, None])
             tl.debug_barrier()
             row, column = place // COLUMNS, place % COLUMNS
-            through = _convolution(
-                strip,
-                weight,
-                row,
-                column,
-                channel,
-                stride_wo,
-                stride_wi,
-                stride_wh,
-                stride_ww,
-                C,
-                CP,
-                wide,
-                BLOCK_I,
-            )
-            through += tl.load(bias + channel * stride_bias, mask=channel < C, other=0.0).to(tl.float32)[
-                None, :
-            ]
+            through = _convolution(strip, weight, row, column, channel, stride_weight, C, CP, wide, BLOCK_I)
+            of_bias = tl.load(bias + channel * stride_bias[0], mask=channel < C, other=0.0)
+            through += of_bias.to(tl.float32)[None, :]
             middle = tl.load(strip + ((row + 1) * wide + column + 1)[:, None] * CP + channel[None, :])
             step = keep * middle + ratio * through
         else:
             step = _bicubic(
-                codes, codebook, y, x, inside, channel, h, w, H, W, stride_it, stride_kn, stride_kc, C
+                codes, codebook, y, x, inside, channel, sizes, stride_indices[1], stride_codebook, C
             )
         step = tl.trans(step)  # places are neighbours in memory
         written = (channel < C)[:, None] & inside[None, :]
-        rows, columns, channels = (
-            y.to(tl.int64)[None, :],
-            x.to(tl.int64)[None, :],
-            channel.to(tl.int64)[:, None],
-        )
-        out = image * stride_ob + channels * stride_oc + rows * stride_oh + columns * stride_ow
+        rows, columns = y.to(tl.int64)[None, :], x.to(tl.int64)[None, :]
+        channels = channel.to(tl.int64)[:, None]
+        out = _offsets(image, channels, rows, columns, stride_out)
         before = tl.zeros_like(step)
         if not FIRST:
             before = tl.load(reconstruction + out, mask=written, other=0.0)
         tl.store(next_reconstruction + out, before + step, mask=written)
         if RESIDUAL:
-            left = image * stride_rb + channels * stride_rc + rows * stride_rh + columns * stride_rw
+            left = _offsets(image, channels, rows, columns, stride_residual)
             before = tl.load(residual + left, mask=written, other=0.0).to(tl.float32)
             tl.store(next_residual + out, before - step, mask=written)

@@ -5,8 +5,11 @@ from .backward import (
     _scale_block_attention_dkdv_kernel,
     _scale_block_attention_dq_kernel,
 )
-from .decode import _cached_attention_combine_kernel, _cached_attention_kernel
-from .forward import _scale_block_attention_fwd_kernel
+from .forward import (
+    _cached_attention_combine_kernel,
+    _cached_attention_kernel,
+    _scale_block_attention_fwd_kernel,
+)
 
 __all__ = [
     "_cached_attention_combine_kernel",

@@ -7,37 +7,20 @@ dV = P^T G, dS = P (G V^T - delta), dK = dS^T Q, dQ = dS K, delta = rowsum(G out
 import triton
 import triton.language as tl
 
-from .tiles import head_offset, load_partial_tile, load_tile, store_tile, tile_offsets
+from .forward import head_offset, load_rows, load_tile, query_range, store_rows, tile_offsets
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _scale_block_attention_delta_kernel(
-    grad,
-    out,
-    delta,
-    T,
-    NH,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    stride_gd,
-    stride_ob,
-    stride_ot,
-    stride_oh,
-    stride_od,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    ROWS: tl.constexpr,
+    grad, out, delta, T, NH, stride_grad, stride_out, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr
 ):
     """ROWS rows of delta (B, NH, T): rowsum(grad * out)."""
     first = tl.program_id(0) * ROWS
     row = first + tl.arange(0, ROWS)
-    g_at = grad + head_offset(stride_gb, stride_gh) + first.to(tl.int64) * stride_gt
-    o_at = out + head_offset(stride_ob, stride_oh) + first.to(tl.int64) * stride_ot
-    given = load_partial_tile(g_at + tile_offsets(stride_gt, stride_gd, ROWS, DP), row < T, D, DP)
-    result = load_partial_tile(o_at + tile_offsets(stride_ot, stride_od, ROWS, DP), row < T, D, DP)
+    given = load_rows(grad, first, T, stride_grad, D, DP, ROWS)
+    result = load_rows(out, first, T, stride_out, D, DP, ROWS)
     head = tl.program_id(2).to(tl.int64) * NH + tl.program_id(1)
     sums = tl.sum(given.to(tl.float32) * result.to(tl.float32), axis=1)
     tl.store(delta + head * T + row, sums, mask=row < T)
@@ -45,41 +28,18 @@ def _scale_block_attention_delta_kernel(
 
 @triton.jit
 def _dkdv_step(
-    keys,
-    values,
-    grad_k,
-    grad_v,
-    key,
-    start,
-    q,
-    grad,
-    ends,
-    lse,
-    delta,
-    T,
-    scale,
-    q_offsets,
-    g_offsets,
-    stride_qt,
-    stride_gt,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CUT: tl.constexpr,
-):
+    keys, values, grad_k, grad_v, key, start, q, grad, ends, lse, delta, T, scale,
+    q_offsets, g_offsets, stride_q, stride_grad,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
     """Add what BLOCK_M queries from `start` give to the gradients (BLOCK_N, DP) of keys and values."""
     row = start + tl.arange(0, BLOCK_M)
-    q_at = q + tl.cast(start, tl.int64) * stride_qt + q_offsets
-    g_at = grad + tl.cast(start, tl.int64) * stride_gt + g_offsets
+    query = load_tile(q, q_offsets, start, T, stride_q, D, CUT)
+    given = load_tile(grad, g_offsets, start, T, stride_grad, D, CUT)
     if CUT:
-        query = load_partial_tile(q_at, row < T, D, DP)
-        given = load_partial_tile(g_at, row < T, D, DP)
         log_total = tl.load(lse + row, mask=row < T, other=0.0) * _LOG2E
         inner = tl.load(delta + row, mask=row < T, other=0.0)
     else:
-        query = load_tile(q_at, D, DP)
-        given = load_tile(g_at, D, DP)
         log_total = tl.load(lse + row) * _LOG2E
         inner = tl.load(delta + row)
     scores = tl.dot(keys, tl.trans(query), input_precision=PRECISION)
@@ -96,40 +56,10 @@ def _dkdv_step(
 
 @triton.jit
 def _scale_block_attention_dkdv_kernel(
-    grad,
-    q,
-    k,
-    v,
-    blocks,
-    lse,
-    delta,
-    grad_k,
-    grad_v,
-    T,
-    NH,
-    softmax_scale,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    stride_gd,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_qd,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_kd,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_vd,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad, q, k, v, blocks, lse, delta, grad_k, grad_v, T, NH, softmax_scale,
+    stride_grad, stride_q, stride_k, stride_v,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """BLOCK_N rows of grad_k and grad_v (B, T, NH, D), contiguous.
 
     blocks: int32 (2, T), of each token where its block begins and ends. lse, delta: (B, NH, T), contiguous.
@@ -148,65 +78,40 @@ def _scale_block_attention_dkdv_kernel(
     head = (tl.program_id(2).to(tl.int64) * NH + tl.program_id(1)) * T
     lse += head
     delta += head
-    q += head_offset(stride_qb, stride_qh)
-    grad += head_offset(stride_gb, stride_gh)
-    k += head_offset(stride_kb, stride_kh) + first.to(tl.int64) * stride_kt
-    v += head_offset(stride_vb, stride_vh) + first.to(tl.int64) * stride_vt
-    keys = load_partial_tile(k + tile_offsets(stride_kt, stride_kd, BLOCK_N, DP), key < T, D, DP)
-    values = load_partial_tile(v + tile_offsets(stride_vt, stride_vd, BLOCK_N, DP), key < T, D, DP)
-    q_offsets = tile_offsets(stride_qt, stride_qd, BLOCK_M, DP)
-    g_offsets = tile_offsets(stride_gt, stride_gd, BLOCK_M, DP)
+    q += head_offset(stride_q)
+    grad += head_offset(stride_grad)
+    keys = load_rows(k, first, T, stride_k, D, DP, BLOCK_N)
+    values = load_rows(v, first, T, stride_v, D, DP, BLOCK_N)
+    q_offsets = tile_offsets(stride_q, BLOCK_M, DP)
+    g_offsets = tile_offsets(stride_grad, BLOCK_M, DP)
     scale = softmax_scale * _LOG2E
     sum_k = tl.zeros((BLOCK_N, DP), tl.float32)
     sum_v = tl.zeros((BLOCK_N, DP), tl.float32)
     for start in range(whole, whole_end, BLOCK_M):
         sum_k, sum_v = _dkdv_step(
             keys, values, sum_k, sum_v, key, start, q, grad, blocks + T, lse, delta, T, scale,
-            q_offsets, g_offsets, stride_qt, stride_gt, D, DP, BLOCK_M, PRECISION, False,
+            q_offsets, g_offsets, stride_q, stride_grad, D, BLOCK_M, PRECISION, False,
         )  # fmt: skip
     for cut in range(cuts):
         start = tl.where(cut < heads, begin + cut * BLOCK_M, whole_end)
         sum_k, sum_v = _dkdv_step(
             keys, values, sum_k, sum_v, key, start, q, grad, blocks + T, lse, delta, T, scale,
-            q_offsets, g_offsets, stride_qt, stride_gt, D, DP, BLOCK_M, PRECISION, True,
+            q_offsets, g_offsets, stride_q, stride_grad, D, BLOCK_M, PRECISION, True,
         )  # fmt: skip
-    store_tile(grad_k, sum_k * softmax_scale, first, T, T, NH, D, BLOCK_N, DP)
-    store_tile(grad_v, sum_v, first, T, T, NH, D, BLOCK_N, DP)
+    store_rows(grad_k, sum_k * softmax_scale, first, T, NH, D)
+    store_rows(grad_v, sum_v, first, T, NH, D)
 
 
 @triton.jit
 def _dq_step(
-    query,
-    given,
-    grad_q,
-    log_total,
-    inner,
-    visible,
-    start,
-    last,
-    k,
-    v,
-    scale,
-    k_offsets,
-    v_offsets,
-    stride_kt,
-    stride_vt,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CUT: tl.constexpr,
-):
+    query, given, grad_q, log_total, inner, visible, start, last, k, v, scale,
+    k_offsets, v_offsets, stride_k, stride_v,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CUT: tl.constexpr,
+):  # fmt: skip
     """Add what BLOCK_N keys from `start` give to the gradient (BLOCK_M, DP) of the queries."""
     key = start + tl.arange(0, BLOCK_N)
-    k_at = k + tl.cast(start, tl.int64) * stride_kt + k_offsets
-    v_at = v + tl.cast(start, tl.int64) * stride_vt + v_offsets
-    if CUT:
-        keys = load_partial_tile(k_at, key < last, D, DP)
-        values = load_partial_tile(v_at, key < last, D, DP)
-    else:
-        keys = load_tile(k_at, D, DP)
-        values = load_tile(v_at, D, DP)
+    keys = load_tile(k, k_offsets, start, last, stride_k, D, CUT)
+    values = load_tile(v, v_offsets, start, last, stride_v, D, CUT)
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
     weights = tl.exp2(tl.fma(scores, scale, -log_total[:, None]))
     if CUT:
@@ -218,67 +123,31 @@ def _dq_step(
 
 @triton.jit
 def _scale_block_attention_dq_kernel(
-    grad,
-    q,
-    k,
-    v,
-    blocks,
-    lse,
-    delta,
-    grad_q,
-    T,
-    NH,
-    softmax_scale,
-    stride_gb,
-    stride_gt,
-    stride_gh,
-    stride_gd,
-    stride_qb,
-    stride_qt,
-    stride_qh,
-    stride_qd,
-    stride_kb,
-    stride_kt,
-    stride_kh,
-    stride_kd,
-    stride_vb,
-    stride_vt,
-    stride_vh,
-    stride_vd,
-    D: tl.constexpr,
-    DP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad, q, k, v, blocks, lse, delta, grad_q, T, NH, softmax_scale,
+    stride_grad, stride_q, stride_k, stride_v,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """BLOCK_M rows of grad_q (B, T, NH, D), contiguous; the other arguments are those of the other pass."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
-    row = first + tl.arange(0, BLOCK_M)
-    known = tl.minimum(row, T - 1)
-    visible = tl.load(blocks + T + known)
-    whole = tl.load(blocks + T + first) // BLOCK_N * BLOCK_N
-    last = tl.load(blocks + T + tl.minimum(first + BLOCK_M, T) - 1)
+    first, row, visible, whole, last = query_range(blocks, T, BLOCK_M, BLOCK_N)
     head = (tl.program_id(2).to(tl.int64) * NH + tl.program_id(1)) * T
-    log_total = tl.load(lse + head + known) * _LOG2E
-    inner = tl.load(delta + head + known)
-    q += head_offset(stride_qb, stride_qh) + first.to(tl.int64) * stride_qt
-    grad += head_offset(stride_gb, stride_gh) + first.to(tl.int64) * stride_gt
-    k += head_offset(stride_kb, stride_kh)
-    v += head_offset(stride_vb, stride_vh)
-    query = load_partial_tile(q + tile_offsets(stride_qt, stride_qd, BLOCK_M, DP), row < T, D, DP)
-    given = load_partial_tile(grad + tile_offsets(stride_gt, stride_gd, BLOCK_M, DP), row < T, D, DP)
-    k_offsets = tile_offsets(stride_kt, stride_kd, BLOCK_N, DP)
-    v_offsets = tile_offsets(stride_vt, stride_vd, BLOCK_N, DP)
+    log_total = tl.load(lse + head + row) * _LOG2E
+    inner = tl.load(delta + head + row)
+    query = load_rows(q, first, T, stride_q, D, DP, BLOCK_M)
+    given = load_rows(grad, first, T, stride_grad, D, DP, BLOCK_M)
+    k += head_offset(stride_k)
+    v += head_offset(stride_v)
+    k_offsets = tile_offsets(stride_k, BLOCK_N, DP)
+    v_offsets = tile_offsets(stride_v, BLOCK_N, DP)
     scale = softmax_scale * _LOG2E
     sums = tl.zeros((BLOCK_M, DP), tl.float32)
     for start in range(0, whole, BLOCK_N):
         sums = _dq_step(
             query, given, sums, log_total, inner, visible, start, last, k, v, scale,
-            k_offsets, v_offsets, stride_kt, stride_vt, D, DP, BLOCK_N, PRECISION, False,
+            k_offsets, v_offsets, stride_k, stride_v, D, BLOCK_N, PRECISION, False,
         )  # fmt: skip
     for start in range(whole, last, BLOCK_N):
         sums = _dq_step(
             query, given, sums, log_total, inner, visible, start, last, k, v, scale,
-            k_offsets, v_offsets, stride_kt, stride_vt, D, DP, BLOCK_N, PRECISION, True,
+            k_offsets, v_offsets, stride_k, stride_v, D, BLOCK_N, PRECISION, True,
         )  # fmt: skip
-    store_tile(grad_q, sums * softmax_scale, first, T, T, NH, D, BLOCK_M, DP)
+    store_rows(grad_q, sums * softmax_scale, first, T, NH, D)

@@ -87,7 +87,7 @@ def test_the_table_marks_predictions(capsys: pytest.CaptureFixture[str]) -> None
 def test_each_kernel_of_attention_has_its_scores() -> None:
     plan = attention.BENCHMARK.audit
     assert plan is not None
-    case = attention.AttentionCase("train", "bfloat16", NH=2, blocks="tiny")
+    case = attention.AttentionCase("train", "bfloat16", NH=2, model="toy")
     found = {finding.kernel: finding for finding in audit(plan, case, ["sm_90"])}
     chip = CHIPS["sm_90"]
     exponentials = case.scores / (chip.units * chip.gigahertz * 1e9 * 16) * 1e3

@@ -11,6 +11,8 @@ import pytest
 
 from benchmarks import __main__ as cli
 from benchmarks import _plot, _records
+from benchmarks.bench_dispatch import CALLS
+from hitsr_fast.dispatch import operations
 
 ROOT = Path(__file__).resolve().parents[2]
 PROVIDERS = ("torch", "faiss-cpu", "reference", "cpu", "cpu:prepared", "cpu:avx2", "triton")
@@ -83,6 +85,21 @@ def test_a_quick_run_of_the_whole_way_is_right_at_every_stage(tmp_path: Path) ->
     for stage in ("photo", "encode", "sample", "decode", "tiles", "scale"):
         assert {(stage, name) for name in names[:3]} <= measured
     assert all(row["wrong_rows"] in ("0", "") and (row["median_ms"] or row["reason"]) for row in rows)
+
+
+def test_every_op_is_right_by_each_way_to_call_it(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    done = benchmarks(
+        *("run", "dispatch", "--threads", "1", "--repeats", "3", "--device", "cpu", "--results", str(path)),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("median us") >= done.stdout.count("median ms")  # calls of microseconds
+    rows = _records.read(path)
+    ops = {name for name in operations() if not name.endswith("_backward")}
+    ways = ("eager", "kernel", "public")
+    assert [(row["call"], row["provider"]) for row in rows] == [(op, way) for op in CALLS for way in ways]
+    assert set(CALLS) == ops
+    assert all(row["wrong_rows"] == "0" or row["reason"] for row in rows)
 
 
 def test_plot(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,10 +98,8 @@ def test_a_missing_provider_is_a_row_with_its_reason() -> None:
     missing, _ = run(provider("missing", reason="not installed"), provider("right"))
     assert missing.reason == "not installed"
     row = missing.row()
-    assert all(
-        row[name] == ""
-        for name in ("version", "median_ms", "min_ms", "wrong_rows", "speedup", "peak_extra_mib")
-    )
+    figures = ("median_ms", "min_ms", "wrong_rows", "speedup", "peak_extra_mib", "contention")
+    assert all(row[name] == "" for name in ("version", *figures))
 
 
 def test_a_case_that_is_left_out_is_a_row_with_its_reason() -> None:
@@ -135,6 +133,35 @@ def test_speedups_are_over_the_best_peer_of_the_same_limit() -> None:
     assert records["mine"].speedup == peers.median_ms / times.median_ms
     assert records["peer"].speedup == 1
     assert records["missing"].best_peer == ""
+
+
+def test_a_canary_tells_beside_whom_the_machine_was_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    last: list[str] = []
+
+    def disturbed(x: Tensor) -> Tensor:
+        last[:] = ["disturbed"]
+        return x + x
+
+    def quiet(x: Tensor) -> Tensor:
+        last[:] = ["quiet"]
+        return x + x
+
+    def canary() -> None: ...
+
+    def clock(call: Callable[[], Any]) -> float:
+        call()
+        return 3.0 if call is canary and last == ["disturbed"] else 2.0
+
+    monkeypatch.setattr(_machine, "canary", lambda device: canary)
+    monkeypatch.setattr(_machine, "timer", lambda device: clock)
+    missing, *records = run(
+        provider("missing", reason="not installed"),
+        provider("quiet", quiet),
+        provider("disturbed", disturbed),
+    )
+    assert [record.contention for record in records] == [1.0, 1.5]
+    assert missing.row()["contention"] == ""
+    assert all(record.times is not None and record.times.median_ms == 2.0 for record in records)
 
 
 def test_turns_alternate_and_only_every_second_call_is_timed() -> None:

@@ -15,7 +15,7 @@ def expected(case: QuantizerCase) -> Expected:
 
 
 def test_a_few_codes_may_differ_but_not_the_error() -> None:
-    case = QuantizerCase("encode", 8, K=60, C=4, scales="1..8")
+    case = QuantizerCase("encode", 8, K=60, C=4, model="toy")
     wanted = expected(case)
     result = wanted.result
     assert result.indices is not None and result.indices.numel() == 8 * 130
@@ -31,7 +31,7 @@ def test_a_few_codes_may_differ_but_not_the_error() -> None:
 
 @pytest.mark.parametrize("task", ["decode", "steps"])
 def test_maps_without_codes_are_compared_by_image(task: str) -> None:
-    case = QuantizerCase(task, 3, K=60, C=4, scales="1..8")  # type: ignore[arg-type]
+    case = QuantizerCase(task, 3, K=60, C=4, model="toy")  # type: ignore[arg-type]
     wanted = expected(case)
     maps = [m.clone() for m in wanted.result.maps]
     assert case.wrong_rows(Result(None, maps), wanted) == 0
@@ -40,7 +40,7 @@ def test_maps_without_codes_are_compared_by_image(task: str) -> None:
 
 
 def test_gradients_are_compared() -> None:
-    case = QuantizerCase("train", 2, K=60, C=4, scales="1..8")
+    case = QuantizerCase("train", 2, K=60, C=4, model="toy")
     wanted = expected(case)
     assert len(wanted.result.gradients) == 3
     wrong = (2 * wanted.result.gradients[0], *wanted.result.gradients[1:])
@@ -48,7 +48,7 @@ def test_gradients_are_compared() -> None:
 
 
 def test_the_eager_loop_runs_again_from_the_same_start() -> None:
-    case = QuantizerCase("steps", 1, K=60, C=4, scales="1..8")
+    case = QuantizerCase("steps", 1, K=60, C=4, model="toy")
     call = eager_call(case, case.inputs(CPU))
     first, second = call(), call()
     assert all(torch.equal(a, b) for a, b in zip(first.maps, second.maps, strict=True))

@@ -10,8 +10,9 @@ import pytest
 import tyro
 from PIL import Image
 
+from hitsr_fast.cli import main
 from hitsr_fast.cli.train import Train
-from hitsr_fast.models.config import HIT_TINY
+from hitsr_fast.models.hit_var import HIT_TINY
 from hitsr_fast.train import recipe as recipe_module
 from hitsr_fast.train.config import Recipe
 from hitsr_fast.train.loop import ResumeError
@@ -43,11 +44,13 @@ def test_values_of_the_recipe_are_options() -> None:
     command = parse(
         *("photos", "run", "--seed", "3", "--holdout", "a", "b", "--transformer.lr", "0.1"),
         *("--decoder-loop.steps", "0", "--tokenizer.loss.vgg", "0.5", "--tokenizer.train-encoder"),
+        *("--decoder.dtype", "float32"),
     )
     found = command.recipe
     assert (found.seed, found.holdout) == (3, ("a", "b"))
     assert (found.transformer.lr, found.decoder_loop.steps, found.tokenizer.loss.vgg) == (0.1, 0, 0.5)
     assert found.tokenizer.train_encoder
+    assert (found.decoder.dtype, found.transformer.dtype) == ("float32", "auto")
 
 
 def test_the_recipe_reaches_the_training(
@@ -66,8 +69,6 @@ def test_the_recipe_reaches_the_training(
     ("options", "message"),
     [
         (["--preset", "hit-huge"], "preset: expected one of ['hit-d16', 'hit-tiny'], found 'hit-huge'"),
-        (["--seed", "-1"], "seed: expected at least 0, found -1"),
-        (["--clean-prob", "2"], "clean_prob: expected a value in [0, 1], found 2.0"),
         (
             ["--transformer.mistake-codes", "100000"],
             f"mistake_codes: expected fewer than the {CODES} codes of the preset, found 100000",
@@ -149,6 +150,22 @@ def test_values_out_of_range_are_said(
     assert caught.value.code == 2
     words = capsys.readouterr().err.replace("│", " ").split()  # out of their box
     assert message in " ".join(words)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--seed", "-1", "seed: expected at least 0, found -1"),
+        ("--clean-prob", "2", "clean_prob: expected a value in [0, 1], found 2.0"),
+    ],
+)
+def test_the_recipes_own_values_out_of_range_are_one_line(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "photos", "run", option, value])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == f"hitsr-fast: {message}\n"
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hitsr_fast.cli import main
 from hitsr_fast.cli.upscale import Upscale
 from hitsr_fast.imaging.io import Picture, read_picture
 from hitsr_fast.imaging.writing import PictureWriter, PngEncoder, write_picture
+from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.pipeline import HitSR, PictureRows, UpscaleOptions
 from tests.imaging.nearest_model import NearestModel
 
@@ -330,11 +331,15 @@ def test_options_that_do_not_suit_the_model_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cat = photo(tmp_path / "cat.png")
-    assert upscale(cat, "-o", tmp_path / "out", "--tile", 64) == 2
+    assert upscale(cat, "-o", tmp_path / "out", "--scales", 3) == 2
+    assert upscale(cat, "-o", tmp_path / "out", "--guided-scales", 9, 10) == 2
+    assert upscale(cat, "-o", tmp_path / "out", "--top-p", -1) == 2
     assert upscale(cat, "-o", tmp_path / "out", "--overlap", 16) == 2
     assert upscale("-o", tmp_path / "out") == 2
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[1].strip() for line in lines] == ["tile", "overlap", "inputs"]
+    assert [line.split(":")[1].strip() for line in lines] == [
+        *("scales", "guided_scales", "top_p", "overlap", "inputs")
+    ]
     assert not (tmp_path / "out").exists()
 
 
@@ -349,18 +354,39 @@ def test_a_backend_that_is_none_is_one_line(
     )
 
 
-@pytest.mark.parametrize("class_id", [0, 1])
-def test_the_model_is_told_the_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, class_id: int) -> None:
-    told = []
+@pytest.mark.parametrize(
+    ("options", "told", "warning"),
+    [
+        ([], {"input": "clean", "sampling": SamplingOptions(seed=0)}, ""),
+        (["--input", "photo"], {"input": "photo"}, ""),
+        (["--class-id", 0], {"input": "photo"}, "warning: --class-id is deprecated: use --input photo\n"),
+        (["--class-id", 1], {"input": "clean"}, "warning: --class-id is deprecated: use --input clean\n"),
+        (
+            ["--guidance", 1.5, "--guided-scales", 3, 4, 5, "--top-k", 0, "--temperature", 2, "--seed", 7],
+            {"sampling": SamplingOptions(1.5, (3, 4, 5), 0, temperature=2.0, seed=7)},
+            "",
+        ),
+    ],
+)
+def test_what_the_model_is_told(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[object],
+    told: dict[str, object],
+    warning: str,
+) -> None:
+    calls: list[dict[str, object]] = []
 
     class Model(NearestModel):
-        def super_resolve(self, lr: torch.Tensor, *, class_id: int = 0, **rest: Any) -> Any:
-            told.append(class_id)
-            return super().super_resolve(lr, class_id=class_id, **rest)
+        def super_resolve(self, lr: torch.Tensor, sampling: SamplingOptions, **options: Any) -> Any:
+            calls.append({"sampling": sampling, **options})
+            return super().super_resolve(lr, sampling, **options)
 
     monkeypatch.setattr(HitSR, "from_pretrained", lambda *_: HitSR(Model()))
-    assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out", "--class-id", class_id) == 0
-    assert set(told) == {class_id}
+    assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out", *options) == 0
+    assert calls and all(told.items() <= call.items() for call in calls)
+    assert capsys.readouterr().err == warning
 
 
 def test_a_tile_that_stays_nan_fails_its_image_only(

@@ -17,14 +17,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.peers import var_model
 from benchmarks.peers.var_autoencoder import VQVAE
 from benchmarks.peers.var_model import VAR
-from hitsr_fast.compat import VectorQuantizer2, accelerate, undo, var_sampler
+from benchmarks.shapes import MODELS
+from hitsr_fast.compat import VectorQuantizer2, accelerate, undo
+from hitsr_fast.compat.var_sampler import mixtures
 from hitsr_fast.dispatch import use_backend
+from hitsr_fast.nn.cached_body import CachedBody
+from hitsr_fast.nn.sampling import Classifier, guided_logits
 from tests.ops.chi_square import chi_square, chi_square_bound
 from tests.tolerances import TOLERANCES
 
 SAME = TOLERANCES["float32_reordered"]._asdict()
-VAR_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-VAR_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+VAR_256, VAR_512 = MODELS["var-256"].scales, MODELS["var-512"].scales
 SEVERAL = (1, 2, 3, 5, 8)
 FEW = (1, 2, 4)
 
@@ -95,7 +98,7 @@ def both(model: VAR, **options: Any) -> SimpleNamespace:
     """Images and tokens of one call, by the model's own sampler and by ours."""
     with recorded(var_model, "sample", lambda out, *args: out) as expected:
         theirs = model.autoregressive_infer_cfg(**options)
-    with recorded(var_sampler, "sample_codes", lambda out, *args, **options: out) as found:
+    with recorded(Classifier, "codes", lambda out, *args: out) as found:
         ours = accelerate(model).autoregressive_infer_cfg(**options)
     undo(model)
     return SimpleNamespace(theirs=theirs, ours=ours, expected=expected, found=found)
@@ -149,7 +152,7 @@ def test_other_backends() -> None:
 def test_without_guidance_there_is_one_branch() -> None:
     model = accelerate(make())
     for cfg, rows in ((0, 3), (1.5, 6)):
-        with recorded(var_sampler.CachedBody, "forward", lambda out, body, x, *rest: len(x)) as sizes:
+        with recorded(CachedBody, "__call__", lambda out, body, x, *rest: len(x)) as sizes:
             model.autoregressive_infer_cfg(3, 1, cfg=cfg)
         assert sizes == [rows] * len(FEW)
 
@@ -172,7 +175,7 @@ def test_the_distribution_is_the_same(top_k: int, top_p: float) -> None:
     model, n = make((1, 2), head=2.0), 8000
     model.vae_proxy[0].fhat_to_img = lambda f_hat: f_hat  # images are not looked at
     options = {"B": n, "label_B": 3, "g_seed": 0, "cfg": 2.0, "top_k": top_k, "top_p": top_p}
-    with recorded(var_sampler, "sample_codes", lambda out, *args, **options: out) as drawn:
+    with recorded(Classifier, "codes", lambda out, *args: out) as drawn:
         accelerate(model).autoregressive_infer_cfg(**options)
     undo(model)
     with recorded(var_model, "sample", lambda out, logits, *args: (out, logits.clone())) as peer:
@@ -222,8 +225,9 @@ def test_mixtures_are_those_of_var(ratio: float, top_k: int, top_p: float) -> No
     cond, uncond = torch.randn(2, 3, 5, 40).mul(2).unbind()
     codebook = torch.randn(40, 4)
     seeded = torch.Generator().manual_seed(7)
-    found = var_sampler._Draw(1.5, top_k, top_p, seeded).mixture(cond, uncond, ratio, codebook)
-    logits = (1 + 1.5 * ratio) * cond - 1.5 * ratio * uncond
+    logits = guided_logits(torch.stack([cond, uncond]), 1.5 * ratio)
+    torch.testing.assert_close(logits, (1 + 1.5 * ratio) * cond - 1.5 * ratio * uncond, **SAME)
+    found = mixtures(logits, codebook, ratio=ratio, top_k=top_k, top_p=top_p, generator=seeded)
     var_model.sample(logits, top_k, top_p, None)
     weights = var_model.gumbel_softmax(
         logits * (1 + ratio), max(0.27 * (1 - ratio * 0.95), 0.005), seeded.manual_seed(7)
@@ -245,7 +249,7 @@ def test_bfloat16_and_autocast() -> None:
     """Under autocast the blocks run in its dtype, and both ways to bfloat16 give the same."""
     model = make()
     options = {"B": 16, "label_B": torch.arange(16) % 11, "cfg": 0, "top_k": 1}
-    with recorded(var_sampler, "sample_codes", lambda out, logits, **rest: logits) as logits:
+    with recorded(Classifier, "logits", lambda out, *args: out) as logits:
         accelerate(model).autoregressive_infer_cfg(**options)
         with torch.autocast("cpu", torch.bfloat16):
             ambient = model.autoregressive_infer_cfg(**options)
@@ -350,6 +354,34 @@ def test_undo_restores_every_attribute() -> None:
     assert all(torch.equal(model.state_dict()[key], value) for key, value in state.items())
     with pytest.raises(ValueError, match="found that it is not accelerated"):
         undo(model)
+
+
+def test_as_a_context_it_undoes_itself() -> None:
+    model = make()
+    before, expected = identities(model), model.autoregressive_infer_cfg(2, 3, top_k=1)
+    with accelerate(model) as fast:
+        assert fast is model and isinstance(model, VAR) and type(model).__name__ == "VAR"
+        assert isinstance(model.vae_proxy[0].quantize, VectorQuantizer2)
+        torch.testing.assert_close(fast.autoregressive_infer_cfg(2, 3, top_k=1), expected, **SAME)
+    assert identities(model) == before and type(model) is VAR
+    with pytest.raises(ZeroDivisionError), accelerate(model):
+        raise ZeroDivisionError
+    assert identities(model) == before and type(model) is VAR
+    with accelerate(model):
+        model.undo()
+    assert identities(model) == before and type(model) is VAR
+
+
+def test_subclasses_are_known_and_stay_what_they_are() -> None:
+    class Own(VAR):
+        def forward(self, *args: Any) -> Tensor:  # of training only
+            return super().forward(*args)
+
+    model = make()
+    model.__class__ = Own
+    assert isinstance(accelerate(model), Own)
+    undo(model)
+    assert type(model) is Own
 
 
 def test_undo_restores_a_method_that_was_patched_in() -> None:
@@ -467,12 +499,8 @@ def test_other_models_are_refused() -> None:
         accelerate(3)  # type: ignore[type-var]
     with pytest.raises(TypeError) as error:
         accelerate(nn.Linear(2, 2))
-    for part in (
-        "blocks (a torch.nn.ModuleList, not empty)",
-        "autoregressive_infer_cfg (a method",
-        "pos_1LC (a tensor)",
-    ):
-        assert part in str(error.value)
+    for part in ("blocks", "autoregressive_infer_cfg", "pos_1LC", "head_nm.ada_lin"):
+        assert part in str(error.value).split(": ")[-1].split("; ")
     assert "found Linear. Looked for and not found:" in str(error.value)
 
 
@@ -536,6 +564,30 @@ def other_eps(model: VAR) -> None:
     model.blocks[1].ln_wo_grad.eps = 0.1
 
 
+def with_a_bias(model: VAR) -> None:
+    model.blocks[0].attn.mat_qkv = nn.Linear(32, 96)
+
+
+def other_block(model: VAR) -> None:
+    class Block(type(model.blocks[1])):  # type: ignore[misc]
+        def forward(self, *args: Any) -> Tensor:
+            return super().forward(*args) + 1
+
+    model.blocks[1].__class__ = Block
+
+
+def other_classifier(model: VAR) -> None:
+    class Model(VAR):
+        def get_logits(self, *args: Any) -> Tensor:
+            return -super().get_logits(*args)
+
+    model.__class__ = Model
+
+
+def other_greatest_scale(model: VAR) -> None:
+    model.blocks[0].attn.max_scale_mul = 3.0
+
+
 def other_phi(model: VAR) -> None:
     model.vae_proxy[0].quantize.quant_resi.qresi_ls[0].extra = nn.Parameter(torch.zeros(1))
 
@@ -543,20 +595,24 @@ def other_phi(model: VAR) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without_bias, r"not found: blocks\[1\]\.attn\.q_bias \(a tensor\)$"),
-        (adapted, r"not found: blocks\[0\]\.ffn\.fc1 \(torch\.nn\.Linear, no subclass, with bias\)$"),
-        (other_activation, r"not found: blocks\[0\]\.ffn\.act \(torch\.nn\.GELU, tanh\)$"),
-        (affine, r"not found: blocks\[0\]\.ln_wo_grad \(torch\.nn\.LayerNorm without affine part\)$"),
-        (without_tokenizer, r"not found: vae_proxy \(a tuple of the tokenizer\)$"),
-        (without_phi, r"not found: vae_proxy\[0\]\.quantize\.quant_resi \(a module\)$"),
+        (without_bias, r"not found: blocks\[1\]\.attn\.q_bias$"),
+        (adapted, r"not found: blocks\[0\]\.ffn\.fc1 \(torch\.nn\.Linear, no subclass\)$"),
+        (other_activation, r"not found: blocks\[0\]\.ffn\.act\.approximate \(tanh\)$"),
+        (affine, r"not found: blocks\[0\]\.ln_wo_grad\.elementwise_affine \(False\)$"),
+        (without_tokenizer, r"not found: vae_proxy \(not empty\)$"),
+        (without_phi, r"not found: vae_proxy\[0\]\.quantize\.quant_resi$"),
         (other_arguments, r"not found: autoregressive_infer_cfg \(a method with the arguments B, label_B, "),
-        (without_gates, r"not found: blocks\[0\]\.ada_lin \(a module\)$"),
-        (without_blocks, r"not found: blocks \(a torch\.nn\.ModuleList, not empty\)$"),
-        (without_head_bias, r"not found: head \(torch\.nn\.Linear, no subclass, with bias\)$"),
-        (other_scale, r"not found: blocks\[1\]\.attn\.scale \([\d.]+, as in blocks\[0\]\)$"),
-        (other_heads, r"not found: blocks\[1\]\.attn\.num_heads \(\d, as in blocks\[0\]\)$"),
-        (one_without_l2_norm, r"not found: blocks\[1\]\.attn\.attn_l2_norm \(\w+, as in blocks\[0\]\)$"),
-        (other_eps, r"not found: blocks\[1\]\.ln_wo_grad\.eps \(1e-06, as in blocks\[0\]\)$"),
+        (without_gates, r"not found: blocks\[0\]\.ada_lin$"),
+        (without_blocks, r"not found: blocks \(not empty\)$"),
+        (without_head_bias, r"not found: head\.bias$"),
+        (other_scale, r"not found: blocks\[1\]\.attn\.scale \([\d.]+\)$"),
+        (other_heads, r"not found: blocks\[1\]\.attn\.num_heads \(\d\)$"),
+        (one_without_l2_norm, r"not found: blocks\[1\]\.attn\.attn_l2_norm \(\w+\)$"),
+        (other_eps, r"not found: blocks\[1\]\.ln_wo_grad\.eps \(1e-06\)$"),
+        (with_a_bias, r"not found: blocks\[0\]\.attn\.mat_qkv\.bias \(None\)$"),
+        (other_block, r"not found: blocks\[1\]\.forward \(no subclass's\)$"),
+        (other_classifier, r"found Model\. .*not found: get_logits \(no subclass's\)$"),
+        (other_greatest_scale, r"not found: blocks\[0\]\.attn\.max_scale_mul \(log 100\)$"),
         (other_phi, r"expected a quantizer with the state .*found .*extra"),
     ],
 )

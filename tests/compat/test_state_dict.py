@@ -29,6 +29,15 @@ def test_both_ways(share: int) -> None:
     assert all(torch.equal(saved[name], given[name]) for name in given)
 
 
+def test_without_phi_there_are_no_parameters_of_it() -> None:
+    for share in (0, 1, 4):
+        quantizer = VectorQuantizer2(
+            20, 4, False, v_patch_nums=(1, 2), quant_resi=0.0, share_quant_resi=share
+        )
+        assert list(quantizer.state_dict()) == ["ema_vocab_hit_SV", "embedding.weight"]
+        assert not list(quantizer.quant_resi.parameters())
+
+
 @pytest.mark.parametrize("share", [1, 4])
 def test_statistics_of_another_number_of_scales(share: int) -> None:
     quantizer = VectorQuantizer2(20, 4, False, v_patch_nums=(1, 2, 3), share_quant_resi=share)

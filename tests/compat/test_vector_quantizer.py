@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.peers.var_quantizer import EagerQuantizer
+from benchmarks.shapes import MODELS
 from hitsr_fast.compat import VectorQuantizer2, varsr
 from hitsr_fast.ops import ResidualQuantized
 from tests.nn.eager import eager_of, randomize
@@ -19,8 +20,7 @@ from tests.ops.residual_quantizer import assert_as_good
 from tests.tolerances import TOLERANCES
 
 SAME = TOLERANCES["float64_reordered"]._asdict()
-VAR_16 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-VAR_32 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+VAR_16, VAR_32 = MODELS["var-256"].scales, MODELS["var-512"].scales
 PAIRS = ((1, 1), (2, 3), (5, 4), (6, 7))
 SCALES = {"1..16": VAR_16, "1..32": VAR_32, "pairs": PAIRS}
 GRID = [
@@ -304,10 +304,10 @@ def test_attributes() -> None:
     assert (quantizer.record_hit, quantizer.prog_si) == (0, -1)
     assert quantizer.ema_vocab_hit_SV.shape == (4, 50)
     assert quantizer.embedding.weight.shape == (50, 4)
-    assert len(quantizer.quant_resi) == 7  # type: ignore[arg-type]
+    assert len(quantizer.quant_resi) == 7
     assert quantizer.extra_repr() == f"{PAIRS}, znorm=True, beta=0.3  |  S=4, quant_resi=-0.25"
     quantizer.using_znorm, quantizer.beta, quantizer.v_patch_nums = False, 1.0, (1, 2)
-    assert (quantizer.metric, quantizer.commitment, quantizer.scales) == ("l2", 1.0, (1, 2))
+    assert (quantizer.metric, quantizer.commitment, quantizer.pyramid.scales) == ("l2", 1.0, (1, 2))
     with pytest.raises(ValueError, match="v_patch_nums: expected the scales, found None"):
         VectorQuantizer2(50, 4, True)
 
@@ -316,7 +316,7 @@ def test_attributes() -> None:
 def test_phis_are_found_by_position(share: int, places: list[int]) -> None:
     quantizer = make(share=share)
     h = torch.randn(1, 4, 5, 6, dtype=torch.float64)
-    _, weight, bias = quantizer.bank()
+    _, weight, bias, *_ = quantizer.bank()
     for position, place in zip((0.0, 1 / 3, 1.0), places, strict=True):
         expected = 0.5 * h + 0.5 * F.conv2d(h, weight[place], bias[place], padding=1)
         torch.testing.assert_close(quantizer.quant_resi[position](h), expected, **SAME)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import hitsr_fast.reference.residual_quantize as reference
+from benchmarks.shapes import MODELS
 from hitsr_fast.reference.nearest_code import nearest_code
 from hitsr_fast.reference.residual_quantize import phi_table
 from tests.csrc.host_kernel import (
@@ -35,7 +36,7 @@ from tests.tolerances import TOLERANCES
 QUICK = ("-O2", "-march=native")
 MEMORY = ("-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 THREADS = ("-O1", "-g", "-march=native", "-fsanitize=thread", "-DTEAM=Threads")
-HIT = tuple((side, side) for side in (4, 6, 8, 10, 14, 16, 20, 24, 28, 32))
+HIT = tuple((side, side) for side in MODELS["hit-d16"].scales)
 BARRIER = re.compile(r"block\.(sync|sync_warp|sync_cluster|copy_wait)\(\);")
 RACED, REPORTED = "data race", 66
 

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.models.checkpoints import CheckpointError, init_from_var, load_state, load_vqvae
-from hitsr_fast.models.config import HIT_D16, HitConfig, TokenizerConfig, TransformerConfig
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.models import CheckpointError, HitTokenizer, HitTransformer, init_from_var, load_vqvae
+from hitsr_fast.models.base import load_state
+from hitsr_fast.models.hit_var import HIT_D16, HitConfig, TokenizerConfig, TransformerConfig
 from tests.models.public_checkpoints import (
     meta_state,
     random_state,

@@ -6,8 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from hitsr_fast.models.config import HIT_D16, HIT_TINY, PRESETS, HitConfig, TokenizerConfig, TransformerConfig
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.models.hit_var import (
+    HIT_D16,
+    HIT_TINY,
+    PRESETS,
+    HitConfig,
+    TokenizerConfig,
+    TransformerConfig,
+)
+from hitsr_fast.models.hit_var.tokenizer import quantizer_of
 from tests.models.micro import MICRO
 
 
@@ -28,12 +35,12 @@ def test_presets_go_by_their_names() -> None:
         (("transformer", "Depth"), 2, r"config\.transformer: unknown keys \['Depth'\]"),
         (("transformer",), 3, "config.transformer: expected an object, found int"),
         (("transformer", "depth"), "six", "depth: expected int, found 'six'"),
-        (("transformer", "depth"), 0, "depth: expected a positive number, found 0"),
+        (("transformer", "depth"), 0, "depth: expected at least 1, found 0"),
         (("transformer", "depth"), True, "depth: expected int, found True"),
         (("transformer", "ar_grid"), "ful", "ar_grid: expected .*'full'.*found 'ful'"),
         (("transformer", "position_resample"), "bilinear", "position_resample: expected"),
         (("transformer", "prefix_injection"), 1, "prefix_injection: expected bool, found 1"),
-        (("transformer", "class_dropout"), 1.5, r"class_dropout: expected a number in \[0, 1\], found 1.5"),
+        (("transformer", "class_dropout"), 1.5, r"class_dropout: expected a value in \[0, 1\], found 1.5"),
         (("transformer", "heads"), 7, "width: expected a multiple of heads=7"),
         (("tokenizer", "phi_indexing"), "local", "phi_indexing: expected"),
         (("tokenizer", "resize_mode"), "lanczos", "resize_mode: expected"),
@@ -74,16 +81,16 @@ def test_geometry_of_the_paper() -> None:
     tokenizer = HIT_D16.tokenizer
     assert (tokenizer.stride, tokenizer.latent_size, tokenizer.image_size) == (16, 32, 512)
     assert tokenizer.target_sizes == (8, 16, 32)
-    assert tokenizer.target_steps == (3, 6, 10)
-    assert tokenizer.num_tokens == 3452
+    assert tokenizer.pyramid.steps == (3, 6, 10)
+    assert tokenizer.pyramid.num_tokens == 3452
 
 
 def test_geometry_of_hit_tiny() -> None:
     tokenizer = HIT_TINY.tokenizer
     assert (tokenizer.stride, tokenizer.latent_size, tokenizer.image_size) == (8, 16, 128)
     assert tokenizer.target_sizes == (4, 8, 16)
-    assert tokenizer.target_steps == (3, 6, 10)
-    assert tokenizer.num_tokens == 863
+    assert tokenizer.pyramid.steps == (3, 6, 10)
+    assert tokenizer.pyramid.num_tokens == 863
 
 
 # A bank of the default size, over little else.
@@ -91,18 +98,18 @@ SMALL = TokenizerConfig(code_dim=2, codebook_size=4, num_phi=4)
 
 
 def test_global_phi_index_is_the_same_at_each_target() -> None:
-    quantizer = MultiScaleQuantizer(SMALL)
+    quantizer = quantizer_of(SMALL)
     table = [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
-    assert quantizer.phi_index(2) == table
-    assert [quantizer.phi_index(target) for target in (0, 1)] == [table[:3], table[:6]]
+    assert list(quantizer.bank(2).phi_index) == table
+    assert [list(quantizer.bank(target).phi_index) for target in (0, 1)] == [table[:3], table[:6]]
 
 
 def test_phi_index_per_target_starts_anew() -> None:
-    quantizer = MultiScaleQuantizer(replace(SMALL, phi_indexing="per_target"))
-    assert quantizer.phi_index(0) == [0, 2, 3]
-    assert quantizer.phi_index(1) == [0, 0, 1, 2, 3, 3]
-    assert quantizer.phi_index(2) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+    quantizer = quantizer_of(replace(SMALL, phi_indexing="per_target"))
+    assert list(quantizer.bank(0).phi_index) == [0, 2, 3]
+    assert list(quantizer.bank(1).phi_index) == [0, 0, 1, 2, 3, 3]
+    assert list(quantizer.bank(2).phi_index) == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
 
 
 def test_one_phi_a_step() -> None:
-    assert MultiScaleQuantizer(replace(SMALL, num_phi=10)).phi_index(2) == list(range(10))
+    assert list(quantizer_of(replace(SMALL, num_phi=10)).bank(2).phi_index) == list(range(10))

@@ -14,20 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from hitsr_fast.models.config import HitConfig
-from hitsr_fast.models.hit_sampler import HitSampler
-from hitsr_fast.models.hit_transformer import HitTransformer
-from hitsr_fast.models.hit_var import HitVar, load_pretrained
-from hitsr_fast.nn.sampling import sampling_plan
+from hitsr_fast.models import HitSampler, HitTransformer, HitVar
+from hitsr_fast.models.hit_var import HitConfig
+from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.ops import cuda_graphs
-from hitsr_fast.pipeline import find_weights
 from hitsr_fast.reference import hit_sampler as reference
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
 
 SCALES = MICRO.tokenizer.scales
-LENGTHS = [scale * scale for scale in SCALES]
-TOKENS = MICRO.tokenizer.num_tokens
+LENGTHS = MICRO.tokenizer.pyramid.lengths
+TOKENS = MICRO.tokenizer.pyramid.num_tokens
 CLASS_FREE = MICRO.transformer.num_classes - 1
 
 
@@ -91,13 +88,14 @@ def test_cached_sampling_equals_the_uncached_forward_token_for_token(
 ) -> None:
     model = micro_model(config, torch.float64)
     features, classes = inputs()
-    tokens, finished = HitSampler(model).sample(features, classes, targets=targets, **options)
-    plan = sampling_plan(len(SCALES), MICRO.tokenizer.target_steps[targets - 1], **options)
+    sampling = SamplingOptions(**options)
+    tokens, finished = HitSampler(model).sample(features, classes, sampling, targets=targets)
+    plan = sampling.plan(len(SCALES), MICRO.tokenizer.pyramid.steps[targets - 1])
     assert torch.equal(tokens, uncached_greedy(model, features, classes, plan.strengths)[0])
     assert tokens.unique().numel() > 2 * targets, "the test would prove little on a constant"
     assert len(finished) == targets
     for target, latent in enumerate(finished):
-        expected = model.tokenizer.quantize.reconstruct(tokens, target)
+        expected = model.tokenizer.quantize.decode(tokens, target).reconstruction
         torch.testing.assert_close(latent.double(), expected, **TOLERANCES["float32_reordered"]._asdict())
 
 
@@ -109,11 +107,11 @@ def test_logits_of_cached_steps_are_those_of_the_whole_forward(
     model = micro_model(config, torch.float64)
     sampler, found = HitSampler(model), []
 
-    def record(rows: Tensor, logits: Any = sampler._logits) -> Tensor:
+    def record(rows: Tensor, logits: Any = sampler.classifier.logits) -> Tensor:
         found.append(logits(rows))
         return found[-1]
 
-    monkeypatch.setattr(sampler, "_logits", record)
+    monkeypatch.setattr(sampler.classifier, "logits", record)
     features, classes = inputs()
     sampler.sample(features, classes)
     _, expected = uncached_greedy(model, features, classes, (0.0,) * len(SCALES))
@@ -127,15 +125,15 @@ def test_logits_of_cached_steps_are_those_of_the_whole_forward(
 def test_codes_found_in_parts_are_the_same(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, seen = HitSampler(micro_model(MICRO)), []
     features, classes = inputs()
-    whole, _ = sampler.sample(features, classes, **options)
+    whole, _ = sampler.sample(features, classes, SamplingOptions(**options))
 
-    def record(rows: Tensor, logits: Any = sampler._logits) -> Tensor:
+    def record(rows: Tensor, logits: Any = sampler.classifier.logits) -> Tensor:
         seen.append(rows.shape[1])
         return logits(rows)
 
-    monkeypatch.setattr(sampler, "_logits", record)
-    monkeypatch.setattr(sampler, "_cached_rows", 3)
-    parts, _ = sampler.sample(features, classes, **options)
+    monkeypatch.setattr(sampler.classifier, "logits", record)
+    monkeypatch.setattr(sampler.classifier, "cached_rows", 3)
+    parts, _ = sampler.sample(features, classes, SamplingOptions(**options))
     assert torch.equal(whole, parts)
     assert max(seen) == 3 and sum(seen) == len(features) * sum(LENGTHS)
 
@@ -150,9 +148,10 @@ def test_codes_found_in_parts_are_the_same(options: dict[str, Any], monkeypatch:
 def test_the_plain_sampler_finds_the_same(config: HitConfig, options: dict[str, Any]) -> None:
     model = micro_model(config, torch.float64)
     features, classes = inputs()
-    plan = sampling_plan(len(SCALES), len(SCALES), **options)
+    sampling = SamplingOptions(**options)
+    plan = sampling.plan(len(SCALES), len(SCALES))
     tokens, finished = HitSampler(model).sample(
-        features, classes, generator=torch.Generator().manual_seed(3), **options
+        features, classes, sampling, generator=torch.Generator().manual_seed(3)
     )
     expected, maps = reference.sample(
         model,
@@ -173,7 +172,7 @@ def test_guidance_changes_the_tokens_but_not_those_of_the_first_scale() -> None:
     sampler = HitSampler(micro_model(dtype=torch.float64))
     features, classes = inputs()
     plain, _ = sampler.sample(features, classes)
-    guided, _ = sampler.sample(features, classes, guidance=4.0)
+    guided, _ = sampler.sample(features, classes, SamplingOptions(guidance=4.0))
     assert torch.equal(plain[:, :1], guided[:, :1])
     assert not torch.equal(plain, guided)
 
@@ -182,13 +181,14 @@ def test_guidance_changes_the_tokens_but_not_those_of_the_first_scale() -> None:
 def test_the_class_free_branch_ends_with_the_last_guided_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler, batches = HitSampler(micro_model()), []
 
-    def record(x: Tensor, *rest: Any, body: Any = sampler.body.forward) -> Tensor:
+    def record(x: Tensor, *rest: Any, body: Any = sampler.body) -> Tensor:
         batches.append(len(x))
         return body(x, *rest)
 
-    monkeypatch.setattr(sampler.body, "forward", record)
+    record.new_cache = sampler.body.new_cache  # type: ignore[attr-defined]
+    monkeypatch.setattr(sampler, "body", record)
     features, classes = inputs()
-    sampler.sample(features, classes, guidance=1.0, guided_scales=[1, 2])
+    sampler.sample(features, classes, SamplingOptions(guidance=1.0, guided_scales=[1, 2]))
     assert batches == [4, 4, 4, 2, 2, 2]
     batches.clear()
     sampler.sample(features, classes)
@@ -202,8 +202,14 @@ def test_sampling_repeats_with_a_seeded_generator(seed: int) -> None:
     features, classes = inputs(batch=1)
 
     def draw(seed: int) -> Tensor:
+        options = SamplingOptions(top_k=10, top_p=0.9, seed=seed)
         generator = torch.Generator().manual_seed(seed)
-        return sampler.sample(features, classes, targets=2, top_k=10, top_p=0.9, generator=generator)[0]
+        tokens, _ = sampler.sample(features, classes, options, targets=2)
+        again, _ = sampler.sample(
+            features, classes, replace(options, seed=None), targets=2, generator=generator
+        )
+        assert torch.equal(tokens, again)
+        return tokens
 
     first = draw(seed)
     torch.rand(3)  # the global generator plays no part
@@ -231,9 +237,16 @@ def test_sampling_repeats_with_a_seeded_generator(seed: int) -> None:
         ({"targets": 0}, ValueError, "targets: expected an integer from 1 to 3, found 0"),
         ({"targets": 4}, ValueError, "targets: expected an integer from 1 to 3, found 4"),
         ({"targets": 1.5}, TypeError, "targets: expected an integer from 1 to 3, found 1.5"),
-        ({"top_k": 1.5}, TypeError, "top_k: expected an integer from 0 to .*, found 1.5"),
-        ({"guided_scales": 5}, TypeError, "guided_scales: expected numbers of scales or None, found 5"),
-        ({"top_k": 2, "generator": 5}, TypeError, "generator: expected a torch.Generator or None, found 5"),
+        (
+            {"options": SamplingOptions(top_k=2), "generator": 5},
+            TypeError,
+            "generator: expected a torch.Generator or None, found 5",
+        ),
+        (
+            {"options": SamplingOptions(guided_scales=[6])},
+            ValueError,
+            r"guided_scales: expected numbers from 0 to 5, found \[6\]",
+        ),
     ],
 )
 def test_wrong_arguments_are_errors(changes: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -247,12 +260,6 @@ def test_integers_are_no_dtype_to_compute_in() -> None:
         HitSampler(micro_model(), dtype=torch.int8)
 
 
-def test_state_is_loaded_by_the_model_alone() -> None:
-    sampler = HitSampler(micro_model())
-    with pytest.raises(RuntimeError, match="load weights into a HitVar"):
-        sampler.load_state_dict(sampler.state_dict())
-
-
 @pytest.mark.parametrize("options", [{}, {"guidance": 1.0, "guided_scales": [2], "top_k": 4}], ids=str)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_an_image_that_overflows_has_latents_of_nan_and_others_do_not(
@@ -260,7 +267,7 @@ def test_an_image_that_overflows_has_latents_of_nan_and_others_do_not(
 ) -> None:
     sampler, (features, classes) = HitSampler(micro_model()), inputs(batch=3)
     features[1, 2, 3, 4] = bad
-    for latent in sampler.sample(features, classes, **options)[1]:
+    for latent in sampler.sample(features, classes, SamplingOptions(**options))[1]:
         assert latent[1].isnan().all() and latent[[0, 2]].isfinite().all()
 
 
@@ -269,7 +276,9 @@ def test_what_is_drawn_does_not_depend_on_the_targets() -> None:
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
     for _ in range(2):  # the generators agree afterwards, too
         few, all_ = (
-            sampler.sample(features, classes, targets=targets, top_k=0, generator=generator)[0]
+            sampler.sample(features, classes, SamplingOptions(top_k=0), targets=targets, generator=generator)[
+                0
+            ]
             for targets, generator in zip((1, 3), generators, strict=True)
         )
         assert torch.equal(few, all_[:, : few.shape[1]])
@@ -292,8 +301,9 @@ def test_weights_are_held_once() -> None:
     assert block.qkv_weight.data_ptr() == original.attn.mat_qkv.weight.data_ptr()
     assert block.fc1_weight.data_ptr() == original.ffn.fc1.weight.data_ptr()
     half = HitSampler(model, dtype=torch.bfloat16)
-    assert {buffer.dtype for buffer in half.body.buffers()} == {torch.bfloat16, torch.float32}
-    assert all(name.endswith("q_scale") or b.dtype == torch.bfloat16 for name, b in half.body.named_buffers())
+    for found in half.body.blocks:
+        *weights, q_scale = found
+        assert {weight.dtype for weight in weights} == {torch.bfloat16} and q_scale.dtype == torch.float32
     layers, width = MICRO.transformer.depth, MICRO.transformer.width
     assert half.modulation.shape == (layers, 6, 3, width)
 
@@ -301,7 +311,7 @@ def test_weights_are_held_once() -> None:
 @torch.no_grad()
 def test_bfloat16_decides_as_float32_does() -> None:
     """Given the same earlier tokens, so that one other code does not change all that follow."""
-    model = load_pretrained(find_weights("hit-tiny"))
+    model = HitVar.from_pretrained("hit-tiny", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     lr = torch.rand(2, 3, 8, 8, generator=generator)  # smooth, as photos are
     lr = torch.nn.functional.interpolate(lr, scale_factor=4, mode="bicubic").clamp(0, 1) * 2 - 1
@@ -313,15 +323,15 @@ def test_bfloat16_decides_as_float32_does() -> None:
 def forced_agreement(sampler: HitSampler, features: Tensor, classes: Tensor, tokens: Tensor) -> float:
     """Share of greedy choices that are those of `tokens`, each after the earlier ones of `tokens`."""
     chosen: list[Tensor] = []
-    codes = sampler._codes
+    codes = sampler.classifier.codes
 
     def forced(rows: Tensor, *rest: Any) -> Tensor:
         start = sum(part.shape[1] for part in chosen)
-        chosen.append(codes(rows, *rest).view(rows.shape[:2]))
+        chosen.append(codes(rows, *rest))
         return tokens[:, start : start + rows.shape[1]]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampler, "_codes", forced)
+        patch.setattr(sampler.classifier, "codes", forced)
         sampler.sample(features, classes)
     return float((torch.cat(chosen, 1) == tokens).float().mean())
 
@@ -336,7 +346,7 @@ def test_sampling_never_waits_for_the_device(
     with FakeTensorMode(), torch.device("cuda"):
         sampler = HitSampler(HitVar(MICRO), dtype=dtype)
         features, classes = torch.randn(2, 6, 8, 8), torch.zeros(2, dtype=torch.int64)
-        tokens, latents = sampler.sample(features, classes, **options)
+        tokens, latents = sampler.sample(features, classes, SamplingOptions(**options))
         assert (tokens.device.type, tokens.shape) == ("cuda", (2, TOKENS))
         assert [tuple(latent.shape) for latent in latents] == [(2, 6, side, side) for side in (2, 4, 8)]
         with pytest.raises(DataDependentOutputException):
@@ -348,7 +358,7 @@ def test_sampling_never_waits_for_the_device(
 def test_the_whole_walk_is_one_graph_to_a_compiler(options: dict[str, Any]) -> None:
     sampler = HitSampler(micro_model())
     features, classes = inputs()
-    plan = sampling_plan(len(SCALES), len(SCALES), **options)
+    plan = SamplingOptions(**options).plan(len(SCALES), len(SCALES))
     given = (features.float(), classes, plan.states(features.device, torch.Generator().manual_seed(0)), plan)
     compiled = torch.compile(sampler._walk, fullgraph=True, backend="aot_eager")
     for found, expected in zip(compiled(*given), sampler._walk(*given), strict=True):
@@ -377,7 +387,7 @@ def test_a_graph_for_each_batch_and_plan(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cuda_graphs, "capture", capture)
     monkeypatch.setattr(cuda_graphs, "_stream", lambda: 0)
     sampler = HitSampler(micro_model())
-    plans = [sampling_plan(len(SCALES), len(SCALES), guidance=g) for g in (0.0, 1.0)]
+    plans = [SamplingOptions(guidance=g).plan(len(SCALES), len(SCALES)) for g in (0.0, 1.0)]
     for batch in (1, 2):
         features, classes = inputs(batch=batch)
         for plan in plans:
@@ -397,8 +407,10 @@ def test_a_copy_and_a_cast_forget_the_graphs() -> None:
             torch.equal(a, b)
             for a, b in zip(other.sample(*inputs())[1], sampler.sample(*inputs())[1], strict=True)
         )
-    assert sampler.to(torch.float32)._graphs is not graphs
-    tokens, _ = sampler.sample(*inputs())
+    wide = sampler.to(torch.float32)
+    assert wide._graphs is not graphs and wide._graphs._launch.__self__ is wide
+    assert (wide.body_dtype, sampler.body_dtype) == (torch.float32, torch.bfloat16)
+    tokens, _ = wide.sample(*inputs())
     assert tokens.shape == (2, TOKENS)
 
 
@@ -409,9 +421,9 @@ def test_replayed_graphs_draw_what_the_eager_walk_draws() -> None:
     eager, graphed = HitSampler(model, cuda_graphs=False), HitSampler(model)
     for seed in range(4):
         features, classes = (tensor.cuda() for tensor in inputs(seed))
-        options = {"guidance": 1.0, "top_k": 7}
+        options = SamplingOptions(guidance=1.0, top_k=7)
         drawn = [
-            sampler.sample(features, classes, generator=torch.Generator().manual_seed(seed), **options)
+            sampler.sample(features, classes, options, generator=torch.Generator().manual_seed(seed))
             for sampler in (eager, graphed)
         ]
         assert torch.equal(drawn[0][0], drawn[1][0])

@@ -12,22 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hitsr_fast.models.config import TokenizerConfig
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.models import HitTokenizer
+from hitsr_fast.models.hit_var import TokenizerConfig
+from hitsr_fast.models.hit_var.tokenizer import quantizer_of
+from hitsr_fast.nn import ResidualQuantizer
 from hitsr_fast.ops import TokenizedPyramid, residual_decode, residual_quantize
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
 
 CONFIG = MICRO.tokenizer
+ENDS = (0, *CONFIG.pyramid.ends)
 CLOSE = TOLERANCES["float32_reordered"]._asdict()
 SEEDS = st.integers(0, 2**31)
 PHI_INDEXINGS: st.SearchStrategy[Literal["global", "per_target"]] = st.sampled_from(["global", "per_target"])
 
 
-def random_quantizer(seed: int, config: TokenizerConfig = CONFIG) -> MultiScaleQuantizer:
+def random_quantizer(seed: int, config: TokenizerConfig = CONFIG) -> ResidualQuantizer:
     generator = torch.Generator().manual_seed(seed)
-    quantizer = MultiScaleQuantizer(config)
+    quantizer = quantizer_of(config)
     with torch.no_grad():
         for parameter in quantizer.parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
@@ -41,18 +43,18 @@ def random_latents(seed: int, config: TokenizerConfig = CONFIG, batch: int = 2) 
     ]
 
 
-def partial(quantizer: MultiScaleQuantizer, indices: Tensor, steps: int, target: int) -> Tensor:
+def partial(quantizer: ResidualQuantizer, indices: Tensor, steps: int, target: int) -> Tensor:
     """What the first `steps` steps make of target number `target`."""
     size = CONFIG.target_sizes[target]
     if steps == 0:
         return torch.zeros(len(indices), CONFIG.code_dim, size, size)
     return residual_decode(
-        indices[:, : quantizer.token_offset(steps)],
+        indices[:, : ENDS[steps]],
         quantizer.codebook,
         quantizer.phi_weight,
         quantizer.phi_bias,
         scales=CONFIG.scales[:steps],
-        phi_index=quantizer.phi_index(target)[:steps],
+        phi_index=quantizer.bank(target).phi_index[:steps],
         size=(size, size),
     ).reconstruction
 
@@ -60,7 +62,7 @@ def partial(quantizer: MultiScaleQuantizer, indices: Tensor, steps: int, target:
 @torch.no_grad()
 def tokenized(
     seed: int, phi_indexing: Literal["global", "per_target"] = "global"
-) -> tuple[MultiScaleQuantizer, list[Tensor], TokenizedPyramid]:
+) -> tuple[ResidualQuantizer, list[Tensor], TokenizedPyramid]:
     quantizer = random_quantizer(seed, replace(CONFIG, phi_indexing=phi_indexing))
     latents = random_latents(seed)
     return quantizer, latents, quantizer.tokenize(latents)
@@ -75,13 +77,13 @@ def test_parts_plus_residual_equal_the_latent(
     quantizer, latents, (indices, reconstructions) = tokenized(seed, phi_indexing)
     for target, latent in enumerate(latents):
         parts = torch.zeros_like(latent)
-        first_own = CONFIG.target_steps[target - 1] if target else 0
-        for step in range(CONFIG.target_steps[target]):
+        first_own = CONFIG.pyramid.steps[target - 1] if target else 0
+        for step in range(CONFIG.pyramid.steps[target]):
             residual = latent - parts
             if step >= first_own:
                 scale = CONFIG.scales[step]
                 rows = F.adaptive_avg_pool2d(residual, scale).flatten(2).transpose(1, 2)
-                start = quantizer.token_offset(step)
+                start = ENDS[step]
                 chosen = quantizer.codebook[indices[:, start : start + scale * scale]]
                 nearest = (rows[:, :, None] - quantizer.codebook).norm(dim=-1).amin(-1)
                 found = (rows - chosen).norm(dim=-1)
@@ -98,17 +100,17 @@ def test_indices_decode_to_the_reconstruction(
 ) -> None:
     quantizer, _, (indices, reconstructions) = tokenized(seed, phi_indexing)
     for target, reconstruction in enumerate(reconstructions):
-        torch.testing.assert_close(quantizer.reconstruct(indices, target), reconstruction, **CLOSE)
+        torch.testing.assert_close(quantizer.decode(indices, target).reconstruction, reconstruction, **CLOSE)
 
 
 @given(seed=SEEDS)
 @torch.no_grad()
 def test_coarse_tokens_are_a_prefix(seed: int) -> None:
     quantizer, latents, (indices, reconstructions) = tokenized(seed)
-    assert indices.shape == (2, CONFIG.num_tokens)
-    for count, steps in enumerate(CONFIG.target_steps, start=1):
+    assert indices.shape == (2, CONFIG.pyramid.num_tokens)
+    for count, steps in enumerate(CONFIG.pyramid.steps, start=1):
         coarse = quantizer.tokenize(latents[:count])
-        assert torch.equal(coarse.indices, indices[:, : quantizer.token_offset(steps)])
+        assert torch.equal(coarse.indices, indices[:, : ENDS[steps]])
         for a, b in zip(coarse.reconstructions, reconstructions, strict=False):
             assert torch.equal(a, b)
 
@@ -117,14 +119,14 @@ def test_coarse_tokens_are_a_prefix(seed: int) -> None:
 @torch.no_grad()
 def test_a_change_in_a_scale_leaves_earlier_scales_alone(seed: int, step: int) -> None:
     quantizer, _, (indices, _) = tokenized(seed)
-    start, end = quantizer.token_offset(step), quantizer.token_offset(step + 1)
+    start, end = ENDS[step], ENDS[step + 1]
     changed = indices.clone()
     changed[:, start:end] = (changed[:, start:end] + 1) % CONFIG.codebook_size
-    for target, steps in enumerate(CONFIG.target_steps):
+    for target, steps in enumerate(CONFIG.pyramid.steps):
         for earlier in range(1, min(step, steps) + 1):
             before, after = (partial(quantizer, i, earlier, target) for i in (indices, changed))
             assert torch.equal(before, after)
-        before, after = (quantizer.reconstruct(i, target) for i in (indices, changed))
+        before, after = (quantizer.decode(i, target).reconstruction for i in (indices, changed))
         assert torch.equal(before, after) == (steps <= step)
 
 
@@ -134,7 +136,7 @@ def test_a_finer_image_leaves_coarser_tokens_alone(seed: int, target: int) -> No
     quantizer, latents, (indices, reconstructions) = tokenized(seed)
     latents[target] = latents[target] + 1.0
     changed = quantizer.tokenize(latents)
-    kept = quantizer.token_offset(CONFIG.target_steps[target - 1])
+    kept = ENDS[CONFIG.pyramid.steps[target - 1]]
     assert torch.equal(changed.indices[:, :kept], indices[:, :kept])
     assert not torch.equal(changed.indices[:, kept:], indices[:, kept:])
     for a, b in zip(changed.reconstructions[:target], reconstructions, strict=False):
@@ -191,7 +193,7 @@ def test_wrong_shapes_are_errors() -> None:
     for shape in ((1, 3, 32, 16), (3, 32, 32), (1, 1, 32, 32)):
         with pytest.raises(ValueError, match=r"image: expected \(B, 3, 32, 32\), found"):
             tokenizer.pyramid(torch.zeros(shape))
-    with pytest.raises(ValueError, match=r"latents\[0\]: expected a map of side 2, found \(8, 8\)"):
+    with pytest.raises(ValueError, match=r"latents\[0\]: expected a map of size \(2, 2\), found \(8, 8\)"):
         tokenizer.quantize.tokenize([torch.zeros(1, 6, 8, 8)])
     with pytest.raises(ValueError, match="latents: expected at least one map, found none"):
         tokenizer.quantize.tokenize([])

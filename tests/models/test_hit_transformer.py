@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from hitsr_fast.models.config import HitConfig
-from hitsr_fast.models.hit_transformer import AdaLNBlock, HitTransformer
+from hitsr_fast.models.hit_var import HitConfig
+from hitsr_fast.models.hit_var.transformer import AdaLNBlock, HitTransformer
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
 
 SCALES = MICRO.tokenizer.scales
 LENGTHS = [scale * scale for scale in SCALES]
-TOKENS = MICRO.tokenizer.num_tokens
+TOKENS = MICRO.tokenizer.pyramid.num_tokens
 CLASS_FREE = MICRO.transformer.num_classes - 1
 
 

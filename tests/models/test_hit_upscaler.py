@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 from dataclasses import replace
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hitsr_fast.models.hit_sampler import HitSampler
-from hitsr_fast.models.hit_upscaler import HitUpscaler
+from hitsr_fast.models import HitSampler, HitUpscaler
 from hitsr_fast.nn.autoencoder import resize
 from hitsr_fast.reference import hit_sampler as reference
 from tests.models.micro import MICRO, micro_model
@@ -82,8 +80,8 @@ def test_an_overflow_of_half_precision_is_seen() -> None:
         ({"lr": lr_tiles().long()}, TypeError, "lr: expected dtype float16 or .*, found int64"),
         ({"lr": lr_tiles()[:0]}, ValueError, "lr: expected B of at least 1"),
         ({"lr": lr_tiles()[..., 1:]}, ValueError, r"lr: expected shape \(B, C=3, h=8, w=8\)"),
-        ({"class_id": 3}, ValueError, "class_id: expected an integer from 0 to 2, found 3"),
-        ({"class_id": 0.5}, TypeError, "class_id: expected an integer from 0 to 2, found 0.5"),
+        ({"input": "scan"}, ValueError, "input: expected one of photo, clean, found 'scan'"),
+        ({"input": 0.5}, ValueError, "input: expected one of photo, clean, found 0.5"),
         ({"factors": [3]}, ValueError, r"factors: expected some of \(1, 2, 4\), found \(3,\)"),
     ],
 )
@@ -92,10 +90,14 @@ def test_wrong_arguments_are_errors(changes: dict[str, Any], error: type[Excepti
         HitUpscaler(micro_model()).super_resolve(**({"lr": lr_tiles()} | changes))
 
 
-def test_state_is_loaded_by_the_model_alone() -> None:
-    upscaler = HitUpscaler(micro_model())
-    with pytest.raises(RuntimeError, match="load weights into a HitVar"):
-        upscaler.load_state_dict(upscaler.state_dict())
+def test_it_is_laid_out_by_the_model_alone() -> None:
+    model, lr = micro_model(), lr_tiles()
+    upscaler = model.for_inference(torch.bfloat16)
+    assert upscaler.sampler.body_dtype == torch.bfloat16
+    assert not isinstance(upscaler, torch.nn.Module) and not hasattr(upscaler, "load_state_dict")
+    assert model.for_inference().sampler.body_dtype == torch.float32
+    expected = HitUpscaler(model, dtype=torch.bfloat16).super_resolve(lr)
+    assert all(torch.equal(image, expected[factor]) for factor, image in upscaler.super_resolve(lr).items())
 
 
 def test_it_can_be_pickled() -> None:
@@ -109,7 +111,7 @@ def test_decoders_see_the_tile_at_the_size_of_their_output() -> None:
     model, lr = micro_model(SEEING), lr_tiles()
     upscaler = HitUpscaler(model)
     out = upscaler.super_resolve(lr)
-    _, latents = upscaler.sampler.sample(upscaler.lr_features(lr), torch.zeros(2, dtype=torch.int64))
+    _, latents = upscaler.sampler.sample(upscaler.lr_features(lr), torch.ones(2, dtype=torch.int64))
     for target, (factor, latent) in enumerate(zip((1, 2, 4), latents, strict=True)):
         seen = resize(lr, (8 * factor, 8 * factor), "bilinear")
         expected = model.tokenizer.decode(latent, target, seen).clamp(-1, 1)
@@ -142,7 +144,7 @@ def test_bfloat16_gives_nearly_the_images_of_float32() -> None:
     model, lr = micro_model(SEEING), lr_tiles()
     half = HitUpscaler(model, dtype=torch.bfloat16)
     assert half.sampler.body_dtype == torch.bfloat16
-    tokens, latents = HitSampler(model).sample(model.lr_features(lr), torch.zeros(2, dtype=torch.int64))
+    tokens, latents = HitSampler(model).sample(model.lr_features(lr), torch.ones(2, dtype=torch.int64))
     assert tokens.shape[0] == 2
     for target, latent in enumerate(latents):
         exact = HitUpscaler(model).decode(latent, target, lr)
@@ -154,7 +156,7 @@ def test_bfloat16_gives_nearly_the_images_of_float32() -> None:
 def test_a_copy_in_float32_is_what_a_tile_of_nan_is_done_again_with() -> None:
     model, lr = micro_model(SEEING), lr_tiles(1)
     half = HitUpscaler(model, dtype=torch.bfloat16)
-    again = copy.deepcopy(half).to(torch.float32)
+    again = half.to(torch.float32)
     assert (half.sampler.body_dtype, again.sampler.body_dtype) == (torch.bfloat16, torch.float32)
     latent = half.lr_features(lr)
     exact = HitUpscaler(model).decode(latent, 2, lr)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hitsr_fast.models.checkpoints import CheckpointError
-from hitsr_fast.models.config import HitConfig
-from hitsr_fast.models.hit_var import HitVar, load_pretrained, save_pretrained
+from hitsr_fast.models import CheckpointError, HitVar, ModelNotFoundError
+from hitsr_fast.models.hit_var import HitConfig
+from hitsr_fast.nn.sampling import SamplingOptions
 from tests.models.micro import MICRO, micro_model
 
 OPTIONS = [
@@ -27,8 +27,8 @@ def lr_tiles(batch: int = 2) -> torch.Tensor:
 
 def test_geometry() -> None:
     model = micro_model()
-    assert model.lr_tile == 8
-    assert model.scale_factors == (1, 2, 4)
+    assert model.config.lr_tile == 8
+    assert model.config.scale_factors == (1, 2, 4)
 
 
 @pytest.mark.parametrize("config", OPTIONS, ids=["target grid", "full grid"])
@@ -45,8 +45,8 @@ def test_super_resolve(config: HitConfig) -> None:
 @pytest.mark.parametrize("factors", [(1,), (2,), (4,), (1, 2), (4, 1)])
 def test_some_factors_give_the_images_of_all(config: HitConfig, factors: tuple[int, ...]) -> None:
     model = micro_model(config)
-    every = model.super_resolve(lr_tiles(), guidance=1.0)
-    some = model.super_resolve(lr_tiles(), guidance=1.0, factors=factors)
+    every = model.super_resolve(lr_tiles(), SamplingOptions(guidance=1.0))
+    some = model.super_resolve(lr_tiles(), SamplingOptions(guidance=1.0), factors=factors)
     assert tuple(some) == factors
     for factor, image in some.items():
         assert torch.equal(image, every[factor])
@@ -54,13 +54,14 @@ def test_some_factors_give_the_images_of_all(config: HitConfig, factors: tuple[i
 
 def test_class_matters() -> None:
     model = micro_model()
-    degraded, clean = (model.super_resolve(lr_tiles(), class_id=i)[4] for i in (0, 1))
+    degraded, clean = (model.super_resolve(lr_tiles(), input=input)[4] for input in ("photo", "clean"))
     assert not torch.equal(degraded, clean)
 
 
 @pytest.mark.parametrize("config", [MICRO, BICUBIC], ids=["area", "bicubic"])
 def test_bfloat16_weights_give_float32_images(config: HitConfig) -> None:
-    out = micro_model(config, torch.bfloat16).super_resolve(lr_tiles(), guidance=1.0, factors=[1, 4])
+    model, guided = micro_model(config, torch.bfloat16), SamplingOptions(guidance=1.0)
+    out = model.super_resolve(lr_tiles(), guided, factors=[1, 4])
     assert all(image.dtype == torch.float32 and image.isfinite().all() for image in out.values())
 
 
@@ -76,20 +77,20 @@ def test_wrong_factors_are_errors(factors: tuple[int, ...]) -> None:
         micro_model().super_resolve(lr_tiles(), factors=factors)
 
 
-@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_k": 5, "top_p": 0.0}, {"top_p": 1.5}])
+@pytest.mark.parametrize("options", [{"top_k": -1}, {"top_k": 5, "top_p": -0.1}, {"top_p": 1.5}])
 def test_wrong_sampling_options_are_errors(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"top_[kp]: expected"):
-        micro_model().super_resolve(lr_tiles(), **options)  # type: ignore[arg-type]
+        micro_model().super_resolve(lr_tiles(), SamplingOptions(**options))  # type: ignore[arg-type]
 
 
 def test_save_and_load_round_trip(tmp_path: Path) -> None:
     model = micro_model()
-    save_pretrained(model, tmp_path / "model", torch.float32)
+    model.save_pretrained(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         "config.json",
         "model.safetensors",
     ]
-    loaded = load_pretrained(tmp_path / "model")
+    loaded = HitVar.from_pretrained(tmp_path / "model")
     assert loaded.config == model.config
     assert not loaded.training
     for key, value in model.state_dict().items():
@@ -98,19 +99,22 @@ def test_save_and_load_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(before[factor], after[factor]) for factor in (1, 2, 4))
 
 
-def test_weights_are_stored_in_half_precision(tmp_path: Path) -> None:
-    model = micro_model()
-    save_pretrained(model, tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_keep_their_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = micro_model(dtype=dtype)
+    model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    assert {value.dtype for value in stored.values()} == {torch.float16}
-    loaded = load_pretrained(tmp_path, dtype=torch.bfloat16)
-    assert {value.dtype for value in loaded.state_dict().values()} == {torch.bfloat16}
+    assert {value.dtype for value in stored.values()} == {dtype}
+    loaded = HitVar.from_pretrained(tmp_path).state_dict()
+    assert all(loaded[key].dtype == dtype and torch.equal(loaded[key], stored[key]) for key in stored)
+    wide = HitVar.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {value.dtype for value in wide.state_dict().values()} == {torch.float32}
 
 
 def test_loading_errors(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        load_pretrained(tmp_path)
-    save_pretrained(micro_model(), tmp_path)
+    with pytest.raises(ModelNotFoundError, match=r"has no config\.json"):
+        HitVar.from_pretrained(tmp_path)
+    micro_model().save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     head = stored.pop("transformer.head.bias")
     save_file(stored | {"wings": head}, tmp_path / "model.safetensors")
@@ -118,11 +122,11 @@ def test_loading_errors(tmp_path: Path) -> None:
         CheckpointError,
         match=r"does not fit .* missing keys: \['transformer\.head\.bias'\]; unexpected keys: \['wings'\]",
     ):
-        load_pretrained(tmp_path)
+        HitVar.from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"wings": 2}))
     with pytest.raises(ValueError, match=r"unknown keys \['wings'\]"):
-        load_pretrained(tmp_path)
+        HitVar.from_pretrained(tmp_path)
 
 
 def test_state_dict_round_trip() -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.nn.cached_body import CachedBody, KVCache
+from hitsr_fast.nn.cached_body import CachedBody, KVCache, linear_gelu
+from tests.tolerances import TOLERANCES
 
 LAYERS, B, L, HEADS, C = 3, 2, 4, 2, 8
 
@@ -30,12 +32,11 @@ def call(changed: dict[str, Any]) -> Tensor:
     stack = body()
     arguments = {"x": torch.randn(B, L, C), "modulation": torch.randn(LAYERS, 6, B, C), "start": 0}
     arguments |= {"cache": stack.new_cache(B, L)} | changed
-    out: Tensor = stack(**arguments)
-    return out
+    return stack(**arguments)
 
 
 def cache_of(layers: int) -> KVCache:
-    return KVCache(layers, B, L, HEADS, C // HEADS, dtype=torch.float32, device=torch.device("cpu"))
+    return KVCache(*torch.zeros(2, layers, B, L, HEADS, C // HEADS))
 
 
 @torch.no_grad()
@@ -71,3 +72,32 @@ def test_the_first_sequences_of_a_cache() -> None:
             cache.first(batch)
     with pytest.raises(TypeError, match=r"batch: expected an integer from 0 to B = 2, found 1\.0"):
         cache.first(1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [
+        (torch.float64, "float64_reordered"),
+        (torch.float32, "float32_reordered"),
+        (torch.bfloat16, "bfloat16"),
+        (torch.float16, "float16"),
+    ],
+)
+def test_onednn_is_called_only_where_it_multiplies_the_dtype(
+    dtype: torch.dtype, tolerance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU without products of half precision, in place of whichever runs the test."""
+
+    def product(x: Tensor, weight: Tensor, bias: Tensor, *gelu: Any) -> Tensor:
+        if x.dtype != torch.float32:
+            raise RuntimeError("could not create a primitive descriptor")
+        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", product)
+    for question in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, question, lambda: False)
+    x, weight, bias = (torch.randn(shape, dtype=torch.float64).to(dtype) for shape in ((3, 8), (5, 8), (5,)))
+    found = linear_gelu(x, weight, bias)
+    assert found.dtype == dtype
+    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
+    torch.testing.assert_close(found, expected.to(dtype), **TOLERANCES[tolerance]._asdict())

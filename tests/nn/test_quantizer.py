@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hitsr_fast.models.config import TokenizerConfig
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer, ReconstructionWalk
+from hitsr_fast.models.hit_var import TokenizerConfig
+from hitsr_fast.models.hit_var.tokenizer import quantizer_of
+from hitsr_fast.nn import ReconstructionWalk, ResidualQuantizer
 from hitsr_fast.ops import residual_decode
 from tests.tolerances import TOLERANCES
 
@@ -25,9 +26,9 @@ LENGTHS = [scale * scale for scale in CONFIG.scales]
 CLOSE = TOLERANCES["float32_reordered"]._asdict()
 
 
-def random_quantizer(seed: int = 0, config: TokenizerConfig = CONFIG) -> MultiScaleQuantizer:
+def random_quantizer(seed: int = 0, config: TokenizerConfig = CONFIG) -> ResidualQuantizer:
     generator = torch.Generator().manual_seed(seed)
-    quantizer = MultiScaleQuantizer(config)
+    quantizer = quantizer_of(config)
     with torch.no_grad():
         for parameter in quantizer.parameters():
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
@@ -36,10 +37,10 @@ def random_quantizer(seed: int = 0, config: TokenizerConfig = CONFIG) -> MultiSc
 
 def random_tokens(seed: int = 0, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(CONFIG.codebook_size, (batch, CONFIG.num_tokens), generator=generator)
+    return torch.randint(CONFIG.codebook_size, (batch, CONFIG.pyramid.num_tokens), generator=generator)
 
 
-def decoded(quantizer: MultiScaleQuantizer, tokens: Tensor, steps: int, target: int) -> Tensor:
+def decoded(quantizer: ResidualQuantizer, tokens: Tensor, steps: int, target: int) -> Tensor:
     size = CONFIG.target_sizes[target]
     return residual_decode(
         tokens[:, : sum(LENGTHS[:steps])],
@@ -47,14 +48,14 @@ def decoded(quantizer: MultiScaleQuantizer, tokens: Tensor, steps: int, target: 
         quantizer.phi_weight,
         quantizer.phi_bias,
         scales=CONFIG.scales[:steps],
-        phi_index=quantizer.phi_index(target)[:steps],
+        phi_index=quantizer.bank(target).phi_index[:steps],
         size=(size, size),
     ).reconstruction
 
 
 def owner(step: int) -> int:
     """The target that a step belongs to."""
-    return next(i for i, steps in enumerate(CONFIG.target_steps) if step < steps)
+    return next(i for i, steps in enumerate(CONFIG.pyramid.steps) if step < steps)
 
 
 @pytest.mark.parametrize("ar_grid", ["target", "full"])
@@ -62,10 +63,10 @@ def owner(step: int) -> int:
 @torch.no_grad()
 def test_each_step_is_fed_the_reconstruction_so_far(ar_grid: Grid, seed: int) -> None:
     quantizer, tokens = random_quantizer(seed), random_tokens(seed)
-    walk = ReconstructionWalk(quantizer, 2, ar_grid=ar_grid)
+    walk = ReconstructionWalk(quantizer.banks(), quantizer.pyramid, 2, ar_grid=ar_grid)
     for step, chosen in enumerate(tokens.split(LENGTHS, dim=1)):
         found = walk.advance(chosen)
-        assert len(walk.finished) == sum(steps <= step + 1 for steps in CONFIG.target_steps)
+        assert len(walk.finished) == sum(steps <= step + 1 for steps in CONFIG.pyramid.steps)
         if step + 1 == len(CONFIG.scales):
             assert found.shape == (2, 6, 0, 0)
             continue
@@ -74,7 +75,7 @@ def test_each_step_is_fed_the_reconstruction_so_far(ar_grid: Grid, seed: int) ->
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, expected, **CLOSE)
     for target, latent in enumerate(walk.finished):
-        torch.testing.assert_close(latent, quantizer.reconstruct(tokens, target), **CLOSE)
+        torch.testing.assert_close(latent, quantizer.decode(tokens, target).reconstruction, **CLOSE)
 
 
 @torch.no_grad()
@@ -90,11 +91,11 @@ def test_the_two_grids_differ() -> None:
 @torch.no_grad()
 def test_teacher_inputs_are_what_the_sampler_is_fed(ar_grid: Grid) -> None:
     quantizer, tokens = random_quantizer(), random_tokens()
-    walk = ReconstructionWalk(quantizer, 2, ar_grid=ar_grid)
+    walk = ReconstructionWalk(quantizer.banks(), quantizer.pyramid, 2, ar_grid=ar_grid)
     fed = [walk.advance(chosen) for chosen in tokens.split(LENGTHS, dim=1)][:-1]
     rows = torch.cat([m.permute(0, 2, 3, 1).reshape(2, -1, 6) for m in fed], 1)
     torch.testing.assert_close(quantizer.teacher_inputs(tokens, ar_grid=ar_grid), rows, **CLOSE)
-    assert rows.shape == (2, CONFIG.num_tokens - 1, 6)
+    assert rows.shape == (2, CONFIG.pyramid.num_tokens - 1, 6)
 
 
 @torch.no_grad()
@@ -108,7 +109,7 @@ def test_the_last_tokens_feed_nothing() -> None:
 @torch.no_grad()
 def test_finished_targets_stay_as_they_were() -> None:
     quantizer, tokens = random_quantizer(), random_tokens()
-    walk = ReconstructionWalk(quantizer, 2)
+    walk = ReconstructionWalk(quantizer.banks(), quantizer.pyramid, 2)
     kept: list[Tensor] = []
     for chosen in tokens.split(LENGTHS, dim=1):
         walk.advance(chosen)
@@ -119,9 +120,9 @@ def test_finished_targets_stay_as_they_were() -> None:
 @torch.no_grad()
 def test_half_precision_codebook_walks_in_float32() -> None:
     quantizer, tokens = random_quantizer().to(torch.bfloat16), random_tokens()
-    walk = ReconstructionWalk(quantizer, 2)
+    walk = ReconstructionWalk(quantizer.banks(), quantizer.pyramid, 2)
     for chosen in tokens.split(LENGTHS, dim=1):
         walk.advance(chosen)
     for target, latent in enumerate(walk.finished):
         assert latent.dtype == torch.float32
-        torch.testing.assert_close(latent, quantizer.reconstruct(tokens, target), **CLOSE)
+        torch.testing.assert_close(latent, quantizer.decode(tokens, target).reconstruction, **CLOSE)

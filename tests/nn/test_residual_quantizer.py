@@ -14,14 +14,15 @@ from torch import Tensor
 from benchmarks.peers.var_quantizer import EagerQuantizer
 from hitsr_fast.nn import ResidualQuantizer
 from hitsr_fast.ops import Metric, nearest_code
-from tests.nn.eager import eager_of, phi_gradients, randomize
+from hitsr_fast.pyramid import ScalePyramid
+from tests.nn.eager import eager_of, randomize
 from tests.tolerances import TOLERANCES
 
 SAME = TOLERANCES["float64_reordered"]._asdict()
 SCALES = [1, 2, (3, 4), 5, (6, 7)]
 OPTIONS = [
-    {"share_phi": share, "metric": metric, "phi_ratio": ratio}
-    for share in (0, 1, 2, 4)
+    {"num_phi": phis, "metric": metric, "phi_ratio": ratio}
+    for phis in (5, 1, 2, 4)
     for metric in ("l2", "cosine")
     for ratio in (0.5, 0.0)
 ]
@@ -30,7 +31,7 @@ OPTIONS = [
 def make(
     dtype: torch.dtype = torch.float64, scales: Any = SCALES, K: int = 40, **options: Any
 ) -> ResidualQuantizer:
-    quantizer = ResidualQuantizer(K, 3, scales, **options).to(dtype)
+    quantizer = ResidualQuantizer(K, 3, ScalePyramid(scales), **options).to(dtype)
     randomize(quantizer)
     return quantizer
 
@@ -59,14 +60,13 @@ def test_the_training_pass_is_that_of_var(options: dict[str, Any]) -> None:
         (out.reconstruction, expected.reconstruction),
         (out.loss, expected.loss),
         (z.grad, expected_z.grad),
-        (quantizer.embedding.weight.grad, eager.codebook.grad),
+        (quantizer.codebook.grad, eager.codebook.grad),
     ]
     if quantizer.phi_ratio:
-        pairs += zip(
-            phi_gradients(quantizer.quant_resi), (eager.phi_weight.grad, eager.phi_bias.grad), strict=True
-        )
-    else:
-        assert not list(quantizer.quant_resi.parameters())
+        pairs += [
+            (quantizer.phi_weight.grad, eager.phi_weight.grad),
+            (quantizer.phi_bias.grad, eager.phi_bias.grad),
+        ]
     for found, want in pairs:
         torch.testing.assert_close(found, want, **SAME)
     assert_same_usage(quantizer, eager)
@@ -77,7 +77,7 @@ def test_gradcheck_of_the_loss() -> None:
 
     Finite differences see what a stopped gradient hides: each check takes the other part off, as a value.
     """
-    quantizer = make(K=6, share_phi=1, scales=[1, 2, (2, 3)], commitment=0.5)
+    quantizer = make(K=6, num_phi=1, scales=[1, 2, (2, 3)], commitment=0.5)
     z = torch.randn(1, 3, 2, 3, dtype=torch.float64)
     names = [name for name, _ in quantizer.named_parameters()]
     parameters = [parameter.detach().clone().requires_grad_() for parameter in quantizer.parameters()]
@@ -130,17 +130,11 @@ def test_straight_through() -> None:
     assert torch.equal(grad, weight)
 
 
-@pytest.mark.parametrize("share", [0, 1, 4])
-def test_names_of_the_state_dict(share: int) -> None:
-    names = {
-        0: [f"quant_resi.{i}.{part}" for i in range(5) for part in ("weight", "bias")],
-        1: ["quant_resi.qresi.weight", "quant_resi.qresi.bias"],
-        4: [f"quant_resi.qresi_ls.{i}.{part}" for i in range(4) for part in ("weight", "bias")],
-    }[share]
-    state = make(share_phi=share).state_dict()
-    assert list(state) == ["ema_vocab_hit_SV", *names, "embedding.weight"]
+def test_names_of_the_state_dict() -> None:
+    state = make().state_dict()
+    assert list(state) == ["codebook", "phi_weight", "phi_bias", "ema_vocab_hit_SV"]
     assert state["ema_vocab_hit_SV"].shape == (5, 40)
-    assert list(make(share_phi=share, phi_ratio=0.0).state_dict()) == ["ema_vocab_hit_SV", "embedding.weight"]
+    assert list(make(track_usage=False).state_dict()) == ["codebook", "phi_weight", "phi_bias"]
 
 
 def test_statistics_of_other_scales_are_left_out() -> None:
@@ -150,7 +144,7 @@ def test_statistics_of_other_scales_are_left_out() -> None:
     before = target.ema_vocab_hit_SV.clone()
     target.load_state_dict(source.state_dict())
     assert torch.equal(target.ema_vocab_hit_SV, before)
-    assert torch.equal(target.embedding.weight, source.embedding.weight)
+    assert torch.equal(target.codebook, source.codebook)
     twin = make()
     twin.load_state_dict(target.state_dict())
     assert torch.equal(twin.ema_vocab_hit_SV, before)
@@ -195,7 +189,7 @@ def test_usage_is_summed_over_processes(monkeypatch: pytest.MonkeyPatch) -> None
 def test_decode_and_teacher_inputs() -> None:
     quantizer, z = make(), latent()
     eager = eager_of(quantizer)
-    out, encoded = quantizer.quantize(z, inputs=True, per_scale=True), eager.encode(z, every_map=True)
+    out, encoded = quantizer.quantize(z, return_inputs=True, per_scale=True), eager.encode(z, every_map=True)
     assert out.reconstructions is not None
     torch.testing.assert_close(out.reconstructions, torch.stack(encoded.maps), **SAME)
     torch.testing.assert_close(quantizer.decode(out.indices).reconstruction, encoded.maps[-1], **SAME)
@@ -224,10 +218,8 @@ def test_a_changed_codebook_is_searched(metric: Metric) -> None:
     z = latent(torch.float32)
     for _ in range(2):
         found = quantizer.quantize(z).indices
-        assert torch.equal(
-            found.flatten(), nearest_code(z, quantizer.embedding.weight, metric=metric).flatten()
-        )
-        quantizer.embedding.weight.data.normal_()
+        assert torch.equal(found.flatten(), nearest_code(z, quantizer.codebook, metric=metric).flatten())
+        quantizer.codebook.data.normal_()
 
 
 def test_copies_and_files() -> None:
@@ -272,14 +264,14 @@ def test_training_compiles_and_counts() -> None:
 
 
 def test_counts_of_sixteen_bit_modules_do_not_saturate() -> None:
-    quantizer = ResidualQuantizer(2, 8, (1, 2, 32)).bfloat16().train()
+    quantizer = ResidualQuantizer(2, 8, ScalePyramid((1, 2, 32))).bfloat16().train()
     quantizer(torch.randn(4, 8, 32, 32, dtype=torch.bfloat16))
     assert quantizer.ema_vocab_hit_SV[2].float().sum() >= 0.99 * 0.1 * 4 * 32 * 32
 
 
 def test_fewer_scales_than_the_statistics_have_rows() -> None:
-    quantizer = ResidualQuantizer(64, 8, (1, 2, 4)).train()
-    quantizer.scales = (1, 4)
+    quantizer = ResidualQuantizer(64, 8, ScalePyramid((1, 2, 4))).train()
+    quantizer.pyramid = ScalePyramid((1, 4))
     z = torch.randn(2, 8, 4, 4)
     quantizer(z)
     assert quantizer.ema_vocab_hit_SV[2].eq(0).all() and len(quantizer.usage(z)) == 2

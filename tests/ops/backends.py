@@ -16,10 +16,11 @@ from torch import Tensor
 from hitsr_fast import env
 from hitsr_fast.dispatch import operations, use_backend
 from hitsr_fast.ops import (
-    nearest_code_cpu,
+    instruction_sets,
     nearest_code_triton,
     residual_quantize_triton,
     scale_block_attention_triton,
+    use_instruction_set,
 )
 
 INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "portable")
@@ -39,9 +40,14 @@ def missing(backend: str) -> str | None:
     """Why a backend cannot run on this machine, or None."""
     name, _, isa = backend.partition(":")
     reason = operations()["residual_quantize"].reasons()[name]  # the op that has them all
-    if reason is None and isa and isa not in nearest_code_cpu.instruction_sets():
+    if reason is None and isa and isa not in instruction_sets():
         return "this machine lacks it"
     return reason
+
+
+def refusal(op: str, backend: str, *args: Any) -> str | None:
+    """Why a backend cannot run a call with such arguments, whatever the machine."""
+    return operations()[op].backends[backend].refusal(args)
 
 
 def require(backend: str) -> None:
@@ -67,7 +73,7 @@ def forced(backend: str) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(use_backend(name))
         if isa:
-            stack.enter_context(pytest.MonkeyPatch.context()).setenv("HITSR_FAST_CPU_ISA", isa)
+            stack.enter_context(use_instruction_set(isa))
         if on_gpu(backend):
             stack.enter_context(torch.device("cuda"))
         elif name == "triton":

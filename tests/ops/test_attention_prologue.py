@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hitsr_fast.dispatch import operations
 from hitsr_fast.ops import attention_prologue
-from hitsr_fast.ops.attention_prologue_triton import constants, supports
-from tests.ops.backends import INTERPRETED, fewer_when_interpreted, sizes
+from hitsr_fast.ops.attention_prologue_triton import constants
+from tests.ops.backends import INTERPRETED, fewer_when_interpreted, refusal, sizes
 from tests.tolerances import TOLERANCES
 
 NAMES = {torch.float32: "float32_reordered", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -200,8 +199,8 @@ def test_caches_of_unequal_strides(backend: str, turned: str) -> None:
 def test_the_cpu_leaves_a_stride_over_channels_to_the_reference() -> None:
     arguments = problem((2, 3, 2, 4, 0, 1), torch.float32, torch.float32, STEPS[3])
     arguments["v_cache"] = arguments["v_cache"].mT.contiguous().mT
-    cpu = operations()["attention_prologue"].backends["cpu"]
-    assert cpu.supports(*arguments.values()) == "needs caches with a stride of 1 over D, found 2"
+    reason = refusal("attention_prologue", "cpu", *arguments.values())
+    assert reason == "needs caches with a stride of 1 over D, found 2"
     check(arguments)
 
 
@@ -416,10 +415,12 @@ def test_compiles_for_any_start() -> None:
 def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(B: int = 1, NH: int = 1, D: int = 2) -> str | None:
         cache = torch.empty(1).expand(B, 1, NH, D)
-        return supports(torch.zeros(B, 1, 1), cache, cache, 0, None, None, None)
+        return refusal(
+            "attention_prologue", "triton", torch.zeros(B, 1, 1), cache, cache, 0, None, None, None
+        )
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert reason() == "needs CUDA or HIP tensors, found cpu"
+    assert reason() == "needs CUDA or HIP tensors, found qkv on cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert reason() is None
     assert reason(D=1026) == "needs D of at most 1024, found 1026"

@@ -50,7 +50,7 @@ def test_without_the_extension_tests_fail_where_it_is_required() -> None:
 
 def test_an_instruction_set_that_the_processor_lacks_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extension, "unavailable", lambda module="_C": None)
-    monkeypatch.setattr(backends.nearest_code_cpu, "instruction_sets", lambda: ["portable"])
+    monkeypatch.setattr(backends, "instruction_sets", lambda: ["portable"])
     monkeypatch.setenv("HITSR_TEST_REQUIRE", "cpu")
     assert missing("cpu:portable") is None
     with pytest.raises(pytest.skip.Exception, match="cpu:avx2: this machine lacks it"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hitsr_fast.ops import group_norm_silu
-from hitsr_fast.ops.group_norm_silu_triton import supports, tile_of
-from tests.ops.backends import sizes
+from hitsr_fast.ops.group_norm_silu_triton import tile_of
+from tests.ops.backends import refusal, sizes
 from tests.tolerances import TOLERANCES
 
 NAMES = {torch.float32: "float32_reordered", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -239,14 +240,15 @@ def test_bad_arguments() -> None:
 def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     x, row = torch.zeros(1, 2, 3, 4), torch.zeros(2)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert supports(x, row, row, 1, 1e-6) == "needs CUDA or HIP tensors, found cpu"
+    supports = functools.partial(refusal, "group_norm_silu", "triton")
+    assert supports(x, row, row, 1, 1e-6) == "needs CUDA or HIP tensors, found x on cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert supports(x, row, row, 1, 1e-6) is None
     many = torch.zeros(1, 1, 1, 1).expand(65536, 1, 1, 1)
-    assert supports(many, row[:1], row[:1], 1) == "needs B of at most 65535, found 65536"
+    assert supports(many, row[:1], row[:1], 1, 1e-6) == "needs B of at most 65535, found 65536"
     wide = torch.zeros(1, 8194, 1, 1)
     reason = "needs at most 4096 channels in a group, found 4097"
-    assert supports(wide, wide[0, :, 0, 0], wide[0, :, 0, 0], 2) == reason
+    assert supports(wide, wide[0, :, 0, 0], wide[0, :, 0, 0], 2, 1e-6) == reason
 
 
 def test_tiles_are_of_one_size() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -12,9 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hitsr_fast.ops import gated_residual, modulated_layer_norm
-from hitsr_fast.ops.modulated_layer_norm_triton import supports
 from hitsr_fast.reference import modulated_layer_norm as reference
-from tests.ops.backends import sizes
+from tests.ops.backends import refusal, sizes
 from tests.tolerances import TOLERANCES
 
 NAMES = {torch.float32: "float32_reordered", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -204,8 +204,11 @@ def test_bad_arguments() -> None:
 def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     x, row = torch.zeros(1, 2, 3), torch.zeros(1, 3)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert supports(x, row, row, 1e-6) == "needs CUDA or HIP tensors, found cpu"
+    supports = functools.partial(refusal, "gated_residual", "triton")
+    assert supports(x, x, row) == "needs CUDA or HIP tensors, found x on cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert supports(x, row, row, 1e-6) is None
-    assert supports(torch.zeros(1, 1, 8193), row) == "needs C of at most 8192, found 8193"
-    assert supports(torch.zeros(65536, 1, 1), row) == "needs B of at most 65535, found 65536"
+    assert supports(x, x, row) is None
+    assert supports(torch.zeros(1, 1, 8193), x, row) == "needs C of at most 8192, found 8193"
+    assert supports(torch.zeros(65536, 1, 1), x, row) == "needs B of at most 65535, found 65536"
+    reason = refusal("modulated_layer_norm", "triton", x, row, row, 1e-6, torch.float64)
+    assert reason == "needs float16, bfloat16 or float32, found out_dtype of float64"

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.ops import nearest_code, nearest_code_cpu, nearest_code_triton, prepare_codebook
-from hitsr_fast.ops.nearest_code_inputs import as_maps
+from hitsr_fast.ops import nearest_code, nearest_code_triton, prepare_codebook
+from hitsr_fast.ops.nearest_code_triton import as_maps
 from hitsr_fast.reference.nearest_code import nearest_code as reference
-from tests.ops.backends import SHIPPED, placed, sizes
+from tests.ops.backends import SHIPPED, placed, refusal, sizes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 OP = torch.ops.hitsr_fast.nearest_code.default
@@ -377,13 +377,14 @@ def test_each_backend_takes_its_own_packed_form(backend: str, metric: str) -> No
 
 @pytest.mark.backends("cpu")
 def test_rows_that_the_screen_cannot_decide_are_counted(backend: str) -> None:
-    before = nearest_code_cpu.full_scans()
+    full_scans = torch.ops.hitsr_fast._nearest_code_full_scans
+    before = full_scans()
     x, codebook = problem("random", 50, 600, 8)
     nearest_code(x, codebook)
-    assert nearest_code_cpu.full_scans() == before
+    assert full_scans() == before
     x, codebook = problem("equal", 50, 600, 8)
     nearest_code(x, codebook)
-    assert nearest_code_cpu.full_scans() == before + 50
+    assert full_scans() == before + 50
 
 
 @pytest.mark.backends("cpu")
@@ -401,11 +402,11 @@ def test_what_the_compiled_backends_leave_to_the_reference(monkeypatch: pytest.M
         (torch.zeros(1, 257), torch.zeros(1, 257), "needs C of at most 256, found 257"),
     ]:
         assert nearest_code(x, codebook).tolist() == [0]
-        for module in (nearest_code_cpu, nearest_code_triton):
-            assert (module.supports(x, codebook, [], "", "l2") or "").endswith(reason)
+        for backend in ("cpu", "triton"):
+            assert (refusal("nearest_code", backend, x, codebook) or "").endswith(reason)
     x, codebook = torch.zeros(65536, 1, 1), torch.zeros(65536, 1, 1)
     reason = "needs at most 65535 groups, found 65536"
-    assert nearest_code_triton.supports(x, codebook, [], "", "l2") == reason
+    assert refusal("nearest_code", "triton", x, codebook) == reason
 
 
 def test_strided_input_and_mixed_dtypes(backend: str) -> None:

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from benchmarks.shapes import MODELS
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.models.hit_var import load_pretrained
+from hitsr_fast.models import HitVar
 from hitsr_fast.ops import (
     Metric,
     ResidualQuantized,
@@ -32,9 +33,8 @@ from hitsr_fast.ops import (
     residual_step,
 )
 from hitsr_fast.ops import residual_quantize_triton as triton
-from hitsr_fast.pipeline import find_weights
 from hitsr_fast.reference.nearest_code import nearest_code as definition
-from tests.ops.backends import SHIPPED, fewer_when_interpreted, placed
+from tests.ops.backends import SHIPPED, fewer_when_interpreted, placed, refusal
 from tests.ops.residual_quantizer import (
     Bank,
     assert_agrees,
@@ -54,7 +54,7 @@ METRICS: tuple[Metric, ...] = ("l2", "cosine")
 not_interpreted = pytest.mark.backends("reference", "cpu")  # too much for Triton's interpreter
 PHOTO = Path(__file__).parents[2] / "examples" / "budgie-osprey.jpg"
 HIT: dict[str, Any] = {
-    "scales": [4, 6, 8, 10, 14, 16, 20, 24, 28, 32],
+    "scales": list(MODELS["hit-d16"].scales),
     "phi_index": [0, 0, 1, 1, 1, 2, 2, 3, 3, 3],
 }
 RECTANGLE: dict[str, Any] = {
@@ -101,7 +101,7 @@ def plain(
 @given(problem=problems())
 def test_the_definition_is_the_plain_algorithm(problem: dict[str, Any]) -> None:
     z, codes = torch.randn(2, 3, *problem["size"], dtype=torch.float64), bank()
-    out = residual_quantize(z, *codes, **encode_arguments(problem), inputs=True, per_scale=True)
+    out = residual_quantize(z, *codes, **encode_arguments(problem), return_inputs=True, per_scale=True)
     expected = plain(z, codes, problem["scales"], problem["phi_index"], problem["phi_ratio"])
     assert torch.equal(out.indices, expected[0])
     for found, want in zip(out[1:], expected[1:], strict=True):
@@ -139,12 +139,12 @@ def check(z: Tensor, codes: Bank, problem: dict[str, Any], metric: Metric = "l2"
     if replayed:
         replay = torch.randint(codes.codebook.shape[0], (z.shape[0], replayed))
     found = residual_quantize(
-        z, *codes, **arguments, metric=metric, replay=replay, inputs=True, per_scale=True
+        z, *codes, **arguments, metric=metric, replay=replay, return_inputs=True, per_scale=True
     )
     assert_agrees(found, z, codes, **arguments, metric=metric, replayed=replayed)
     if replay is not None:
         assert torch.equal(found.indices[:, :replayed], replay)
-    decoded = residual_decode(found.indices, *codes, **problem, inputs=True, per_scale=True)
+    decoded = residual_decode(found.indices, *codes, **problem, return_inputs=True, per_scale=True)
     for one, other in zip(decoded, found[1:], strict=True):
         assert torch.equal(one, other)
     reconstruction, pooled = steps(found.indices, codes, problem)
@@ -203,13 +203,13 @@ def test_the_search_is_exact(
 
 @not_interpreted
 @pytest.mark.parametrize(
-    ("scales", "C", "P"), [([1, 2, 3, 4, 5, 6, 8, 10, 13, 16], 32, 4), ([(1, 3), (4, 5), (9, 7)], 8, 1)]
+    ("scales", "C", "P"), [(MODELS["var-256"].scales, 32, 4), ([(1, 3), (4, 5), (9, 7)], 8, 1)]
 )
 def test_scales_of_models(backend: str, scales: list[Any], C: int, P: int) -> None:
     H, W = (scales[-1], scales[-1]) if isinstance(scales[-1], int) else scales[-1]
     z, codes = torch.randn(2, C, H, W), bank(K=512, C=C, P=P, dtype=torch.float32)
     arguments: dict[str, Any] = {"scales": scales, "phi_index": phi_table(len(scales), P)}
-    out = residual_quantize(z, *codes, **arguments, inputs=True, per_scale=True)
+    out = residual_quantize(z, *codes, **arguments, return_inputs=True, per_scale=True)
     assert_agrees(out, z, codes, **arguments)
 
 
@@ -227,7 +227,7 @@ def test_a_whole_pyramid_is_as_good_as_the_definition(backend: str) -> None:
 @pytest.mark.parametrize("target", [0, 1, 2])
 def test_latents_of_photos(backend: str, target: int) -> None:
     """Nearly all tokens are the definition's, and none of the quality is lost."""
-    tokenizer = load_pretrained(find_weights("hit-tiny")).tokenizer.float().eval()
+    tokenizer = HitVar.from_pretrained("hit-tiny", dtype=torch.float32).tokenizer
     with Image.open(PHOTO) as image:
         photo = torch.from_numpy(np.array(image.convert("RGB")))
     side = tokenizer.config.target_sizes[target] * tokenizer.config.stride
@@ -271,7 +271,7 @@ def test_the_rule_of_agreement_tells_a_wrong_code() -> None:
 def test_decode_is_the_sum_of_what_the_scales_add(backend: str, problem: dict[str, Any]) -> None:
     codes = bank(dtype=torch.float32)
     indices = torch.randint(0, 9, (2, sum(h * w for h, w in problem["scales"])))
-    out = residual_decode(indices, *codes, **problem, inputs=True, per_scale=True)
+    out = residual_decode(indices, *codes, **problem, return_inputs=True, per_scale=True)
     bare = residual_decode(indices, *codes, **problem)
     assert_decodes(out, indices, codes, **problem)
     assert torch.equal(bare.reconstruction, out.reconstruction)
@@ -305,9 +305,9 @@ def test_what_is_asked_for_changes_nothing_else(backend: str, problem: dict[str,
 def test_what_is_not_asked_for_changes_nothing(backend: str) -> None:
     z, codes = torch.randn(2, 3, 4, 5), bank(dtype=torch.float32)
     arguments = encode_arguments(SMALL)
-    expected = residual_quantize(z, *codes, **arguments, inputs=True, per_scale=True)
+    expected = residual_quantize(z, *codes, **arguments, return_inputs=True, per_scale=True)
     for inputs, per_scale in [(False, False), (True, False), (False, True)]:
-        found = residual_quantize(z, *codes, **arguments, inputs=inputs, per_scale=per_scale)
+        found = residual_quantize(z, *codes, **arguments, return_inputs=inputs, per_scale=per_scale)
         assert (found.inputs is None, found.reconstructions is None) == (not inputs, not per_scale)
         for one, other in zip(found, expected, strict=True):
             assert one is None or torch.equal(one, other)
@@ -358,9 +358,9 @@ def test_an_exact_code_is_found_and_leaves_nothing(backend: str) -> None:
 def test_images_of_a_batch_are_independent(backend: str, bad: float) -> None:
     z, codes = torch.randn(3, 3, 4, 5), bank(40, dtype=torch.float32)
     arguments = encode_arguments(SMALL)
-    expected = residual_quantize(z, *codes, **arguments, inputs=True)
+    expected = residual_quantize(z, *codes, **arguments, return_inputs=True)
     z[1] = bad
-    found = residual_quantize(z, *codes, **arguments, inputs=True)
+    found = residual_quantize(z, *codes, **arguments, return_inputs=True)
     assert found.indices[1].eq(0).all()
     others = ResidualQuantized(found.indices[::2], found.reconstruction[::2], None, None)
     assert_agrees(others, z[::2], codes, **arguments)
@@ -370,7 +370,7 @@ def test_images_of_a_batch_are_independent(backend: str, bad: float) -> None:
 
 def test_an_empty_batch(backend: str) -> None:
     codes, z = bank(dtype=torch.float32), torch.zeros(0, 3, 9, 5)
-    found = residual_quantize(z, *codes, **encode_arguments(RECTANGLE), inputs=True, per_scale=True)
+    found = residual_quantize(z, *codes, **encode_arguments(RECTANGLE), return_inputs=True, per_scale=True)
     assert [tuple(x.shape) for x in found] == [(0, 72), (0, 3, 9, 5), (0, 71, 3), (4, 0, 3, 9, 5)]
     decoded = residual_decode(found.indices, *codes, **RECTANGLE)
     assert decoded.reconstruction.shape == (0, 3, 9, 5)
@@ -667,7 +667,7 @@ def test_phi_is_shared_by_scales_without_gradients_of_their_own(monkeypatch: pyt
 
 def test_what_has_no_gradient() -> None:
     z, codes = torch.randn(1, 3, 2, 2, requires_grad=True), bank(dtype=torch.float32, grad=True)
-    out = residual_quantize(z, *codes, scales=[1, 2], phi_index=[0, 0], inputs=True, per_scale=True)
+    out = residual_quantize(z, *codes, scales=[1, 2], phi_index=[0, 0], return_inputs=True, per_scale=True)
     assert out.inputs is not None and out.reconstructions is not None
     assert not out.indices.requires_grad and not out.inputs.requires_grad
     for result in (out.reconstruction, out.reconstructions):
@@ -706,12 +706,12 @@ def test_cuts_do_not_matter(
     """Blocks of rows and places in turns or all at once, tiles of codes shared out or not."""
     z, codes = torch.randn(2, 3, 9, 5), bank(400, dtype=torch.float32)
     arguments = encode_arguments(RECTANGLE)
-    expected = residual_quantize(z, *codes, **arguments, inputs=True)
+    expected = residual_quantize(z, *codes, **arguments, return_inputs=True)
     monkeypatch.setattr(triton, "_FEW_ROWS", few)
     monkeypatch.setattr(triton, "_SEARCH_PROGRAMS", search)
     monkeypatch.setattr(triton, "_UPDATE_PROGRAMS", update)
     monkeypatch.setattr(triton, "_WORKSPACE", workspace)
-    found = residual_quantize(z, *codes, **arguments, inputs=True)
+    found = residual_quantize(z, *codes, **arguments, return_inputs=True)
     for one, other in zip(found[:3], expected[:3], strict=True):
         assert torch.equal(one, other)
 
@@ -746,12 +746,12 @@ def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     z, codes = torch.zeros(1, 3, 2, 2), bank(dtype=torch.float32)
     indices = torch.zeros(1, 1, dtype=torch.int64)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert triton.supports_step(z, indices, codes.codebook) == (
-        "needs CUDA or HIP tensors, found reconstruction on cpu"
-    )
+    reason = refusal("residual_step", "triton", z, indices, *codes)
+    assert reason == "needs CUDA or HIP tensors, found reconstruction on cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert triton.supports_quantize(z.double(), *codes) is None
-    assert triton.supports_decode(indices, torch.zeros(1, 257)) == "needs C of at most 256, found 257"
+    assert refusal("residual_step", "triton", z, indices, *codes) is None
+    wide = torch.zeros(1, 257), codes.phi_weight, codes.phi_bias
+    assert refusal("residual_decode", "triton", indices, *wide) == "needs C of at most 256, found 257"
 
 
 class Launches:
@@ -846,8 +846,8 @@ def test_on_a_gpu(batch: int) -> None:
     z = torch.randn(batch, 32, 32, 32)
     on_gpu = [tensor.cuda() for tensor in codes]
     with use_backend("triton"):
-        found = residual_quantize(z.cuda(), *on_gpu, **HIT, inputs=True, per_scale=True)
-        decoded = residual_decode(found.indices, *on_gpu, **HIT, size=32, inputs=True, per_scale=True)
+        found = residual_quantize(z.cuda(), *on_gpu, **HIT, return_inputs=True, per_scale=True)
+        decoded = residual_decode(found.indices, *on_gpu, **HIT, size=32, return_inputs=True, per_scale=True)
     for one, other in zip(decoded, found[1:], strict=True):
         assert torch.equal(one, other)
     assert_agrees(found, z, codes, **HIT)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hitsr_fast.dispatch import use_backend
-from hitsr_fast.ops import sample_codes, sample_codes_triton
+from hitsr_fast.ops import sample_codes
 from hitsr_fast.ops.sample_codes import random_state
 from hitsr_fast.reference import sample_codes as definition
-from tests.ops.backends import INTERPRETED, sizes
+from tests.ops.backends import INTERPRETED, refusal, sizes
 from tests.ops.chi_square import chi_square, chi_square_bound
 
 OP = torch.ops.hitsr_fast.sample_codes.default
@@ -409,7 +409,11 @@ def test_compiled_calls_move_the_generator_on() -> None:
 
 def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert sample_codes_triton.supports(torch.zeros(1, 4)) == "needs CUDA or HIP tensors, found cpu"
+
+    def reason(V: int) -> str | None:
+        return refusal("sample_codes", "triton", torch.zeros(1, V), None, None)
+
+    assert reason(4) == "needs CUDA or HIP tensors, found logits on cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert sample_codes_triton.supports(torch.zeros(1, 16385)) == "needs V of at most 16384, found 16385"
-    assert sample_codes_triton.supports(torch.zeros(1, 16384)) is None
+    assert reason(16385) == "needs V of at most 16384, found 16385"
+    assert reason(16384) is None

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hitsr_fast.models.hit_transformer import HitTransformer
-from hitsr_fast.nn.quantizer import MultiScaleQuantizer
+from hitsr_fast.models import HitTransformer
+from hitsr_fast.models.hit_var.tokenizer import quantizer_of
+from hitsr_fast.nn import ResidualQuantizer
 from hitsr_fast.ops import nearest_code, residual_decode
 from hitsr_fast.train.codebook import fill_codebook
 from hitsr_fast.train.self_correction import code_neighbours, tokenize_with_mistakes
@@ -16,6 +17,7 @@ from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
 
 CONFIG = MICRO.tokenizer
+ENDS = (0, *CONFIG.pyramid.ends)
 CLOSE = TOLERANCES["float32_reordered"]._asdict()
 
 
@@ -31,13 +33,13 @@ def random_latents(batch: int, seed: int = 0) -> list[Tensor]:
 
 
 @torch.no_grad()
-def relative_error(quantizer: MultiScaleQuantizer, latents: list[Tensor]) -> float:
+def relative_error(quantizer: ResidualQuantizer, latents: list[Tensor]) -> float:
     _, reconstructions = quantizer.tokenize(latents)
     return float((reconstructions[-1] - latents[-1]).square().mean() / latents[-1].var())
 
 
 def test_fill_codebook_uses_most_codes_and_lowers_the_error() -> None:
-    quantizer = MultiScaleQuantizer(CONFIG)
+    quantizer = quantizer_of(CONFIG)
     latents, unseen = random_latents(32), random_latents(8, seed=1)
     before = relative_error(quantizer, unseen)
     report = fill_codebook(quantizer, latents)
@@ -47,7 +49,7 @@ def test_fill_codebook_uses_most_codes_and_lowers_the_error() -> None:
 
 
 def test_fill_codebook_sets_phi_to_the_identity() -> None:
-    quantizer = MultiScaleQuantizer(CONFIG)
+    quantizer = quantizer_of(CONFIG)
     fill_codebook(quantizer, random_latents(16), rounds=1, iterations=1)
     indices = torch.randint(CONFIG.codebook_size, (1, 64))
     plain = residual_decode(
@@ -66,7 +68,7 @@ def test_fill_codebook_sets_phi_to_the_identity() -> None:
 def test_fill_codebook_repeats_with_its_seed() -> None:
     books = []
     for seed in (0, 0, 1):
-        quantizer = MultiScaleQuantizer(CONFIG)
+        quantizer = quantizer_of(CONFIG)
         fill_codebook(quantizer, random_latents(16), rounds=2, iterations=2, seed=seed)
         books.append(quantizer.codebook.detach().clone())
     assert torch.equal(books[0], books[1])
@@ -77,7 +79,7 @@ def test_more_rounds_fit_better() -> None:
     """Later rounds know the residuals that the codes of earlier scales really leave."""
     errors = []
     for rounds in (1, 3):
-        quantizer = MultiScaleQuantizer(CONFIG)
+        quantizer = quantizer_of(CONFIG)
         fill_codebook(quantizer, random_latents(32), rounds=rounds)
         errors.append(relative_error(quantizer, random_latents(32)))
     assert errors[1] < errors[0]
@@ -125,7 +127,7 @@ def test_labels_mend_the_mistakes() -> None:
     neighbours = code_neighbours(quantizer.codebook, 5)
     generator = torch.Generator().manual_seed(0)
     labels, tokens = tokenize_with_mistakes(quantizer, latents, neighbours, 0.6, generator)
-    assert labels.shape == tokens.shape == (3, CONFIG.num_tokens)
+    assert labels.shape == tokens.shape == (3, CONFIG.pyramid.num_tokens)
     wrong = labels != tokens
     assert 0.05 < wrong.float().mean() < 0.6
     assert (neighbours[labels[wrong]] == tokens[wrong][:, None]).any(1).all()
@@ -133,8 +135,8 @@ def test_labels_mend_the_mistakes() -> None:
 
     for step in (2, 5):
         target = 0 if step < 2 else 1 if step < 4 else 2
-        start, end = quantizer.token_offset(step), quantizer.token_offset(step + 1)
-        so_far = quantizer._decode(tokens, step, target).reconstruction
+        start, end = ENDS[step], ENDS[step + 1]
+        so_far = quantizer.decode(tokens[:, : ENDS[step]], target).reconstruction
         pooled = torch.nn.functional.adaptive_avg_pool2d(latents[target] - so_far, CONFIG.scales[step])
         rows = pooled.permute(0, 2, 3, 1).reshape(-1, CONFIG.code_dim)
         nearest = nearest_code(rows, quantizer.codebook).view(3, -1)

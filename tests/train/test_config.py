@@ -8,11 +8,13 @@ from dataclasses import fields
 
 import pytest
 
+from hitsr_fast.losses.config import ReconstructionLossConfig
 from hitsr_fast.train.config import (
     AutoencoderConfig,
     DecoderTrainConfig,
     LoopConfig,
     Recipe,
+    StageConfig,
     TokenizerTrainConfig,
     TransformerTrainConfig,
 )
@@ -66,6 +68,13 @@ RANGES: dict[type, dict[str, str]] = {
         "top_k": ANY_COUNT,
         "colour_fixed": SHARE,
     },
+    ReconstructionLossConfig: {
+        "alex": ANY_COUNT,
+        "vgg": ANY_COUNT,
+        "vgg_share": SHARE,
+        "crop": COUNT,
+        "jitter": ANY_COUNT,
+    },
     Recipe: {"seed": ANY_COUNT, "clean_prob": SHARE, "codebook_images": COUNT},
 }
 WRONG: dict[str, list[float]] = {
@@ -85,19 +94,43 @@ RIGHT: dict[str, list[float]] = {
 CASES = [(config, name, expected) for config, names in RANGES.items() for name, expected in names.items()]
 
 
+STAGES = [config for config in RANGES if issubclass(config, StageConfig)]
+
+
 @pytest.mark.parametrize(("config", "name", "expected"), CASES)
 def test_ranges(config: type, name: str, expected: str) -> None:
+    whole = type(getattr(config(), name)) is int
     for value in RIGHT[expected]:
         assert getattr(config(**{name: value}), name) == value
-        Recipe(**{name: value} if config is Recipe else {}).check()
     for value in WRONG[expected]:
-        with pytest.raises(ValueError, match=re.escape(f"{name}: expected {expected}, found {value}") + "$"):
-            made = config(**{name: value})
-            if isinstance(made, Recipe):
-                made.check()
+        found = "int" if whole and isinstance(value, float) else expected
+        with pytest.raises(ValueError, match=re.escape(f"{name}: expected {found}, found {value}") + "$"):
+            config(**{name: value})
+    for value in (True, "1", None):
+        kind = "int" if whole else "float"
+        with pytest.raises(ValueError, match=re.escape(f"{name}: expected {kind}, found {value!r}") + "$"):
+            config(**{name: value})
+
+
+@pytest.mark.parametrize("config", STAGES)
+def test_dtypes(config: type[StageConfig]) -> None:
+    assert config().dtype == "auto"
+    for dtype in ("float32", "bfloat16"):
+        assert config(dtype=dtype).dtype == dtype  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"dtype: expected .*'float32', 'bfloat16'.*, found 'float16'"):
+        config(dtype="float16")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("config", RANGES)
 def test_every_number_has_a_range(config: type) -> None:
     numbers = {field.name for field in fields(config) if type(getattr(config(), field.name)) in (int, float)}
     assert numbers == set(RANGES[config])
+
+
+def test_a_recipe_is_json_both_ways() -> None:
+    recipe = Recipe(holdout=("a", "b"), decoder=DecoderTrainConfig(dtype="float32", sampled=0.5))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    with pytest.raises(ValueError, match=r"config\.decoder: unknown keys \['dtpye'\]"):
+        Recipe.from_json('{"decoder": {"dtpye": "float32"}}')
+    with pytest.raises(ValueError, match=r"dtype: expected .*, found 'half'"):
+        Recipe.from_json('{"decoder": {"dtype": "half"}}')

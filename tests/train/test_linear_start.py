@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hitsr_fast.models.config import HIT_TINY
-from hitsr_fast.models.hit_tokenizer import HitTokenizer
+from hitsr_fast.models import HitTokenizer
+from hitsr_fast.models.hit_var import HIT_TINY
 from hitsr_fast.train.linear_start import start_linear
 from tests.tolerances import TOLERANCES
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.models.hit_transformer import HitTransformer
+from hitsr_fast.models import HitTransformer
 from hitsr_fast.train.config import LoopConfig
 from hitsr_fast.train.loop import ResumeError, learning_rate, moving_average, parameter_groups, train
 from tests.models.micro import MICRO
@@ -176,6 +176,8 @@ def test_learning_rate() -> None:
     rates = [learning_rate(i / 1000, config) for i in range(1001)]
     assert 0 < rates[0] < 0.01
     assert rates[100] == pytest.approx(1.0)
+    assert rates[50] == pytest.approx(0.5, rel=1e-3)
+    assert rates[325] == pytest.approx(0.05 + 0.95 * (1 + math.sqrt(0.5)) / 2)
     assert rates[550] == pytest.approx((1 + 0.05) / 2)
     assert rates[1000] == pytest.approx(0.05)
     assert all(a < b for a, b in pairwise(rates[:101]))

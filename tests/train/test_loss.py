@@ -1,3 +1,5 @@
+"""The losses as functions, each against its formula in float64."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -6,11 +8,13 @@ import pytest
 import torch
 
 from hitsr_fast.losses.config import ReconstructionLossConfig
+from hitsr_fast.losses.latent import codebook_loss
 from hitsr_fast.losses.reconstruction import ReconstructionLoss, shared_crop
+from hitsr_fast.losses.tokens import token_loss, token_weights
 from hitsr_fast.metrics.lpips_weights import LpipsWeightsNotFoundError
-from hitsr_fast.train.transformer import token_weights
 from tests.tolerances import TOLERANCES
 
+EXACT = TOLERANCES["float64_reordered"]._asdict()
 PIXELS = ReconstructionLossConfig(alex=0.0, vgg=0.0)
 
 
@@ -83,3 +87,47 @@ def test_token_weights_even_out_the_scales() -> None:
             part.sum(), torch.tensor(29 / 3), **TOLERANCES["float32_reordered"]._asdict()
         )
     assert token_weights(scales, balance=0.0).eq(1).all()
+
+
+def test_token_weights_are_a_power_of_the_scales_length() -> None:
+    weights = token_weights((1, 2, 4), balance=0.75).double()
+    expected = torch.tensor([1.0] * 1 + [4**-0.75] * 4 + [16**-0.75] * 16, dtype=torch.float64)
+    torch.testing.assert_close(
+        weights, expected * 21 / expected.sum(), **TOLERANCES["float32_reordered"]._asdict()
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_token_loss(smoothing: float) -> None:
+    """Its value and gradient: -w (1 - s + s/K) log p of the label, -w s/K log p of each other code."""
+    logits = torch.randn(3, 5, 7, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.randint(7, (3, 5)), torch.rand(5, dtype=torch.float64)
+    loss = token_loss(logits, labels, weights, smoothing)
+    (found,) = torch.autograd.grad(loss, logits)
+    with torch.no_grad():
+        p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+        target = torch.full_like(p, smoothing / 7)
+        for b in range(3):
+            for t in range(5):
+                target[b, t, labels[b, t]] += 1 - smoothing
+        expected = -(weights[:, None] * target * p.log()).sum() / 15
+        torch.testing.assert_close(loss.detach(), expected, **EXACT)
+        torch.testing.assert_close(found, weights[:, None] * (p - target) / 15, **EXACT)
+
+
+@pytest.mark.parametrize("commitment", [0.0, 0.4])
+def test_codebook_loss(commitment: float) -> None:
+    """Each side takes its own term's gradient: 2 (q - z) / N var and 2 commitment (z - q) / N var."""
+    quantized, latent = (torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    loss = codebook_loss(quantized, latent, commitment)
+    loss.backward()
+    with torch.no_grad():
+        difference, n = quantized - latent, latent.numel()
+        variance = (latent - latent.mean()).square().sum() / (n - 1)
+        expected = (1 + commitment) * difference.square().sum() / n / variance
+        torch.testing.assert_close(loss, expected, **EXACT)
+        torch.testing.assert_close(quantized.grad, 2 * difference / n / variance, **EXACT)
+        if commitment == 0:
+            assert latent.grad is None
+        else:
+            torch.testing.assert_close(latent.grad, -2 * commitment * difference / n / variance, **EXACT)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from hitsr_fast.losses.config import ReconstructionLossConfig
 from hitsr_fast.metrics.lpips_weights import LpipsWeightsNotFoundError
-from hitsr_fast.models.config import PRESETS
-from hitsr_fast.models.hit_var import HitVar, load_pretrained
+from hitsr_fast.models import HitVar
+from hitsr_fast.models.hit_var import PRESETS
 from hitsr_fast.train.config import (
     AutoencoderConfig,
     DecoderTrainConfig,
@@ -116,7 +116,7 @@ def test_a_run_leaves_a_model_and_a_log(run: Run) -> None:
     assert {"held_out_psnr_y", "held_out_64_psnr_y", "held_out_loss", "codes", "accuracy"} <= names
     assert not any("lpips" in name for name in names), "no entry where the weights are absent"
 
-    loaded = load_pretrained(run.folder / "model")
+    loaded = HitVar.from_pretrained(run.folder / "model")
     assert loaded.config == model.config
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value.half().float()), key

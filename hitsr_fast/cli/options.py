@@ -1,0 +1,80 @@
+"""What the commands that run a model have in common."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from hitsr_fast.pipeline import HitSR, UpscaleOptions
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Where a model runs, and how it samples."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto is cuda where there is a device."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """To compute in; auto is bfloat16 where the device multiplies it in hardware, else float32."""
+
+    seed: int = 0
+    """Of the draws, where top-k is not 1, and of what else is random."""
+
+    guidance: float = 0.0
+    """Classifier-free guidance; 0 is none."""
+
+    guided_scales: tuple[int, ...] | None = None
+    """Numbers of the scales of the token pyramid that are guided, 0 the coarsest; all by default."""
+
+    top_k: int = 1
+    """Draw among that many codes; 1 takes the likeliest, 0 draws among all."""
+
+    top_p: float = 1.0
+    """Draw among the likeliest codes of that total probability."""
+
+    temperature: float = 1.0
+    """What the logits are divided by before the draw."""
+
+    colour_fix: bool = True
+    """Take colours (the low frequencies) from the input."""
+
+    input: Literal["photo", "clean"] = "clean"
+    """What the model is told of the inputs: photo has noise, blur or artefacts, clean was only made
+    smaller."""
+
+    class_id: Literal[0, 1] | None = None
+    """Deprecated: 0 is --input photo, 1 is --input clean."""
+
+    def load(self, model: str) -> HitSR:
+        """The model of that name, see `HitSR.from_pretrained`."""
+        import torch
+
+        from hitsr_fast.dispatch import forced_backend
+        from hitsr_fast.pipeline import HitSR, pick_device
+
+        forced_backend()  # a wrong name is an error before the work
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        return HitSR.from_pretrained(model, pick_device(self.device), dtype)
+
+    def upscale_options(self, **others: Any) -> UpscaleOptions:
+        """These and `others` as checked options; a deprecated one is a line on stderr."""
+        from hitsr_fast.pipeline import UpscaleOptions
+
+        told = self.input
+        if self.class_id is not None:
+            told = "clean" if self.class_id else "photo"
+            print(f"warning: --class-id is deprecated: use --input {told}", file=sys.stderr)
+        return UpscaleOptions.of(
+            seed=self.seed,
+            guidance=self.guidance,
+            guided_scales=self.guided_scales,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            temperature=self.temperature,
+            colour_fix=self.colour_fix,
+            input=told,
+            **others,
+        )

@@ -1,0 +1,210 @@
+"""The shelf of models: what a family of models offers, and how a folder with weights becomes one of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from hitsr_fast.configs import Config
+from hitsr_fast.models.hub import CONFIG_FILE, WEIGHTS_FILE, find_weights
+from hitsr_fast.nn.sampling import SamplingOptions
+
+ModelT = TypeVar("ModelT", bound="Model")
+
+Input = Literal["photo", "clean"]
+INPUTS: tuple[Input, ...] = get_args(Input)
+
+
+class CheckpointError(ValueError):
+    """A state dict does not fit a model; the message lists missing, unexpected and mis-shaped keys."""
+
+
+class SuperResolver(Protocol):
+    """What a model laid out for inference offers, whatever its family."""
+
+    @property
+    def lr_tile(self) -> int:
+        """Side in pixels of the square input the model takes."""
+
+    @property
+    def scale_factors(self) -> tuple[int, ...]:
+        """Factors at which the model can give an output, ascending."""
+
+    @property
+    def num_scales(self) -> int:
+        """Scales of its token pyramid."""
+
+    @property
+    def colour_fix_levels(self) -> Mapping[int, int]:
+        """Dyadic levels that stay the model's own in the colour fix, of each factor."""
+
+    def super_resolve(
+        self,
+        lr: Tensor,
+        sampling: SamplingOptions = SamplingOptions(),  # noqa: B008  # frozen
+        *,
+        input: Input = "clean",
+        factors: Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[int, Tensor]:
+        """Restore and enlarge LR tiles.
+
+        Args:
+            lr: `(B, 3, t, t)` floating in [-1, 1] with `t = lr_tile`.
+            sampling: How codes are drawn.
+            input: What the tiles are: `"photo"` has noise, blur or artefacts, `"clean"` was only made
+                smaller.
+            factors: Wanted factors, out of `scale_factors`; all by default.
+            generator: Source of randomness in place of `sampling.seed`; unused when greedy.
+
+        Returns:
+            `{factor: (B, 3, factor * t, factor * t)}` float32 in [-1, 1].
+
+        Raises:
+            TypeError: If an argument is of another type or dtype.
+            ValueError: If the tile has the wrong side, a factor is not on offer, or an option is out of its
+                range.
+        """
+
+    def to(self, dtype: torch.dtype) -> SuperResolver:
+        """The same with weights in `dtype`; itself it stays as it is."""
+
+
+class ModelConfig(Config):
+    """Configuration of a model; a family's adds `model_type`, which names the family, with a default."""
+
+    model_type: str
+
+
+class Model(nn.Module):
+    """A model to train, save and load. A family derives from it, names its configuration and is registered.
+
+    Its `forward` is what training calls.
+    """
+
+    config_class: ClassVar[type[ModelConfig]]
+    config: ModelConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def for_inference(self, dtype: torch.dtype | None = None) -> SuperResolver:
+        """The model laid out for inference; it does not follow later changes of the weights.
+
+        Args:
+            dtype: To compute in, floating; by default that of the weights.
+        """
+        raise NotImplementedError
+
+    def super_resolve(self, *args: Any, **options: Any) -> dict[int, Tensor]:
+        """`self.for_inference().super_resolve(...)`: to upscale often, keep what `for_inference` gives."""
+        return self.for_inference().super_resolve(*args, **options)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write `config.json` and `model.safetensors`, weights in their own dtypes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
+        temporary = folder / f"{WEIGHTS_FILE}.tmp"
+        temporary.write_bytes(save(state))
+        temporary.replace(folder / WEIGHTS_FILE)
+        (folder / CONFIG_FILE).write_text(self.config.to_json())
+
+    @classmethod
+    def from_pretrained(
+        cls: type[ModelT],
+        name_or_folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> ModelT:
+        """Load what `save_pretrained` wrote, in evaluation mode; `Model` loads any registered family.
+
+        Args:
+            name_or_folder: See `find_weights`.
+            device: Where to put the weights.
+            dtype: To convert them to; by default they stay as they were saved.
+
+        Raises:
+            ModelNotFoundError: No such model, or one of its two files is missing.
+            CheckpointError: Keys are missing, unexpected or mis-shaped; the message names them.
+            ValueError: A file is broken, or the model is of another family.
+
+        Notes:
+            A `config.json` without `model_type` is that of a HIT-VAR.
+
+        Example:
+            >>> Model.from_pretrained("hit-tiny").config.model_type
+            'hit_var'
+        """
+        folder = find_weights(name_or_folder)
+        path = folder / WEIGHTS_FILE
+        family = _family(folder / CONFIG_FILE)
+        if not issubclass(family, cls):
+            raise ValueError(f"{folder}: expected a {cls.__name__}, found a {family.__name__}")
+        model = family(family.config_class.load(folder / CONFIG_FILE))
+        try:
+            load_state(model, load_file(path), str(path))
+        except SafetensorError as error:
+            raise ValueError(f"model: {path} is broken: {error}") from error
+        return model.to(device=device, dtype=dtype).eval()
+
+
+_FAMILIES: dict[str, type[Model]] = {}
+
+
+def register(family: type[ModelT]) -> type[ModelT]:
+    """Put a family on the shelf, under its configuration's `model_type`."""
+    _FAMILIES[family.config_class.model_type] = family
+    return family
+
+
+def _family(path: Path) -> type[Model]:
+    """Family of the model whose `config.json` is at `path`."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    found = values.get("model_type", "hit_var") if isinstance(values, dict) else "hit_var"
+    if found not in _FAMILIES:
+        raise ValueError(f"{path}: model_type: expected one of {sorted(_FAMILIES)}, found {found!r}")
+    return _FAMILIES[found]
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Make a complete state dict the weights of `model`, in its dtypes, or change nothing.
+
+    Args:
+        model: Changed in place.
+        state: Tensors by key.
+        source: What to call the state dict in an error.
+
+    Raises:
+        CheckpointError: If keys are missing, unexpected or mis-shaped.
+    """
+    check_state({key: tuple(value.shape) for key, value in model.state_dict().items()}, state, source)
+    model.load_state_dict(state, assign=True)
+
+
+def check_state(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError unless `state` has exactly the keys of `expected`, in these shapes."""
+    misshaped = [
+        f"{key}: expected {expected[key]}, found {tuple(state[key].shape)}"
+        for key in sorted(set(expected) & set(state))
+        if tuple(state[key].shape) != expected[key]
+    ]
+    problems = {
+        "missing": sorted(set(expected) - set(state)),
+        "unexpected": sorted(set(state) - set(expected)),
+        "mis-shaped": misshaped,
+    }
+    if any(problems.values()):
+        found = "; ".join(f"{name} keys: {keys}" for name, keys in problems.items() if keys)
+        raise CheckpointError(f"{source} does not fit the model; {found}")

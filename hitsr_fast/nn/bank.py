@@ -1,0 +1,150 @@
+"""`QuantizerBank`: what a multi-scale residual quantizer consists of; `ReconstructionWalk`: step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hitsr_fast.ops import (
+    Metric,
+    ResidualDecoded,
+    ResidualQuantized,
+    residual_decode,
+    residual_quantize,
+    residual_step,
+)
+from hitsr_fast.pyramid import Scale, ScalePyramid
+
+
+class QuantizerBank(NamedTuple):
+    """Codebook and phis, and the `residual_*` ops on them.
+
+    Codes are int64 indices `(B, T)`, or rows `(B, T, C)`: mixtures of codes, which are in no codebook.
+
+    Attributes:
+        codebook: `(K, C)`.
+        phi_weight: `(P, C, C, 3, 3)`.
+        phi_bias: `(P, C)`.
+        phi_index: Which phi each scale uses.
+        phi_ratio: r of phi; 0 leaves it out.
+        metric: Of `nearest_code`.
+    """
+
+    codebook: Tensor
+    phi_weight: Tensor
+    phi_bias: Tensor
+    phi_index: tuple[int, ...]
+    phi_ratio: float
+    metric: Metric = "l2"
+
+    def to(self, dtype: torch.dtype) -> QuantizerBank:
+        """The same in another dtype."""
+        codebook, weight, bias = (tensor.to(dtype) for tensor in self[:3])
+        return self._replace(codebook=codebook, phi_weight=weight, phi_bias=bias)
+
+    def quantize(self, z: Tensor, scales: Sequence[Scale], **options: Any) -> ResidualQuantized:
+        """`residual_quantize` of `(B, C, H, W)` over some first scales, with its other options."""
+        options |= self._options(scales)
+        return residual_quantize(z, *self[:3], metric=self.metric, **options)
+
+    def decode(
+        self, codes: Tensor, scales: Sequence[Scale], size: Sequence[int], **options: Any
+    ) -> ResidualDecoded:
+        """`residual_decode` of the codes of some first scales at a size, with its other options."""
+        bank, indices = self._resolved(codes)
+        options |= self._options(scales)
+        return residual_decode(indices, *bank[:3], size=size, **options)
+
+    def step(
+        self, reconstruction: Tensor, codes: Tensor, step: int, scale: Scale, next_scale: Scale | None
+    ) -> Tensor:
+        """`residual_step`: the codes of scale number `step` are added to `(B, C, H, W)` in place."""
+        bank, indices = self._resolved(codes)
+        phi = self.phi_index[step]
+        return residual_step(
+            reconstruction,
+            indices,
+            bank.codebook,
+            bank.phi_weight[phi],
+            bank.phi_bias[phi],
+            scale=scale,
+            next_scale=next_scale,
+            phi_ratio=self.phi_ratio,
+        )
+
+    def _options(self, scales: Sequence[Scale]) -> dict[str, Any]:
+        phi_index = self.phi_index[: len(scales)]
+        return {"scales": scales, "phi_index": phi_index, "phi_ratio": self.phi_ratio}
+
+    def _resolved(self, codes: Tensor) -> tuple[QuantizerBank, Tensor]:
+        """A bank and indices into it; rows become a codebook of their own."""
+        if codes.dim() != 3:
+            return self, codes
+        B, T, C = codes.shape
+        dtype = torch.promote_types(codes.dtype, self.phi_weight.dtype)
+        indices = torch.arange(B * T, device=codes.device).view(B, T)
+        return self._replace(codebook=codes.reshape(-1, C)).to(dtype), indices
+
+
+class ReconstructionWalk:
+    """The reconstruction as it grows step by step: what the sampler and teacher forcing feed on.
+
+    With `ar_grid="target"` a step accumulates on the grid of its own target; when a target is complete its
+    reconstruction is kept in `finished` and the codes so far are decoded again on the next target's grid, so
+    the map that conditions a step is the one whose residual was quantized at that step.
+
+    Args:
+        banks: Of each target.
+        pyramid: Scales and targets.
+        batch: Images.
+        ar_grid: `"target"`, or `"full"` for the grid of the last target throughout.
+    """
+
+    def __init__(
+        self, banks: Sequence[QuantizerBank], pyramid: ScalePyramid, batch: int, *, ar_grid: str = "target"
+    ) -> None:
+        self.banks, self.pyramid = banks, pyramid
+        self.ar_grid = ar_grid
+        self.step = 0
+        self.finished: list[Tensor] = []
+        self._codes: list[Tensor] = []
+        self._target = 0 if ar_grid == "target" else len(banks) - 1
+        codebook = banks[0].codebook
+        dtype = torch.promote_types(codebook.dtype, torch.float32)
+        shape = (batch, codebook.shape[1], *pyramid.targets[self._target])
+        self._map = torch.zeros(shape, dtype=dtype, device=codebook.device)
+
+    def advance(self, codes: Tensor) -> Tensor:
+        """Add the codes of the current step; returns the next step's input map `(B, C, h, w)`.
+
+        After the last step the returned map is empty, `(B, C, 0, 0)`.
+        """
+        with torch.no_grad():  # not as a decorator, which the compiler does not see through here
+            return self._advanced(codes)
+
+    def _advanced(self, codes: Tensor) -> Tensor:
+        pyramid, step = self.pyramid, self.step
+        self._codes.append(codes)
+        self.step += 1
+        following = pyramid.sizes[self.step] if self.step < len(pyramid.sizes) else None
+        completes = self.step in pyramid.steps
+        crossing = self.ar_grid == "target" and completes and following is not None
+        bank = self.banks[self._target]
+        pooled = bank.step(self._map, codes, step, pyramid.sizes[step], None if crossing else following)
+        if completes:
+            target = pyramid.steps.index(self.step)
+            self.finished.append(self._map if target == self._target else self._decoded(target))
+        if crossing and following is not None:
+            self._target += 1
+            self._map = self._decoded(self._target)
+            pooled = F.adaptive_avg_pool2d(self._map, following)
+        return pooled
+
+    def _decoded(self, target: int) -> Tensor:
+        """The codes so far on the grid of a target."""
+        pyramid, codes = self.pyramid, torch.cat(self._codes, 1)
+        return self.banks[target].decode(codes, pyramid.sizes[: self.step], pyramid.targets[target])[0]

@@ -1,1 +1,0 @@
-"""Tile helpers that several Triton kernels share."""
