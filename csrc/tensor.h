@@ -54,7 +54,7 @@ inline void check_shape(const Tensor& tensor, Shape shape, const char* name) {
   HITSR_CHECK(tensor.sizes() == shape, name, ": expected shape ", shape, ", found ", tensor.sizes());
 }
 
-// On the CPU, contiguous, `empty` uninitialised. Not through the dispatcher, which takes as long as a small kernel.
+// On the CPU, contiguous. Not through the dispatcher, which takes as long as a small kernel.
 inline Tensor empty(Shape shape, ScalarType dtype) {
   namespace stable = torch::stable::detail;
   int64_t strides[8], stride = 1;
@@ -65,20 +65,12 @@ inline Tensor empty(Shape shape, ScalarType dtype) {
       &handle));
   return Tensor(handle);
 }
-inline Tensor zeros(Shape shape) {
-  Tensor found = empty(shape, ScalarType::Float);
-  std::memset(found.data_ptr(), 0, static_cast<size_t>(found.numel()) * sizeof(float));
-  return found;
-}
-
-inline Tensor with_dtype(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
 // A tensor's values of some dtype, in a row; itself where it lies so.
 inline Tensor in_a_row(const Tensor& tensor, ScalarType dtype) {
-  const Tensor found = with_dtype(tensor, dtype);
-  return found.is_contiguous() ? found : torch::stable::contiguous(found);
+  if (tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
+  Tensor found = empty(tensor.sizes(), dtype);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(found.get(), tensor.get(), 0));
+  return found;
 }
 
 template <typename T>
@@ -93,7 +85,11 @@ class Buffer {
   explicit Buffer(int64_t count)
       : memory_(empty({count * static_cast<int64_t>(sizeof(E)) + 64}, ScalarType::Byte)),
         first_(reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) / 64 * 64)) {}
-  Buffer(int64_t count, E value) : Buffer(count) { std::fill_n(first_, count, value); }
+  static Buffer zeros(int64_t count) {
+    Buffer found(count);
+    std::memset(found.first_, 0, static_cast<size_t>(count) * sizeof(E));
+    return found;
+  }
   E* at(int64_t i) const { return first_ + i; }
 
  private:
