@@ -36,8 +36,8 @@ template <typename... Parts>
   (text << ... << parts);
   throw std::invalid_argument(text.str());
 }
-#define HITSR_CHECK(condition, ...)               \
-  do {                                            \
+#define HITSR_CHECK(condition, ...)                    \
+  do {                                                 \
     if (!(condition)) hitsr_fast::refuse(__VA_ARGS__); \
   } while (false)
 
@@ -61,8 +61,8 @@ inline Tensor empty(Shape shape, ScalarType dtype) {
   for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides, stable::to<int32_t>(stable::from(dtype)), aoti_torch_device_type_cpu(), 0,
-      &handle));
+      static_cast<int64_t>(shape.size()), shape.data(), strides, stable::to<int32_t>(stable::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 // A tensor's values of some dtype, in a row; itself where it lies so.
@@ -112,7 +112,7 @@ void visit_dtype(const Tensor& tensor, const char* name, const F& run) {
   }
 }
 
-// Declares a private op and gives it its one implementation: `define(library, "name(...) -> ...", TORCH_BOX(&function))`.
+// Declares a private op and gives it its one implementation: define(library, "name(...) -> ...", TORCH_BOX(&function)).
 inline void define(
     torch::stable::detail::StableLibrary& library, const char* schema,
     void (*function)(StableIValue*, uint64_t, uint64_t)) {
