@@ -78,8 +78,9 @@ def check_number(name: str, value: object, low: float = -math.inf, high: float =
 
 def check_positive(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a number, ValueError unless it is finite and above 0."""
-    check_number(name, value)
-    if not value > 0:  # type: ignore[operator]
+    if not isinstance(value, _NUMBER):
+        raise TypeError(f"{name}: expected a finite number above 0, found {value!r}")
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number above 0, found {value}")
 
 

@@ -249,7 +249,7 @@ EXAMPLES = {
                 phi_ratio=ratio,
                 replay=replay,
                 metric=metric,
-                inputs=inputs,
+                return_inputs=inputs,
                 per_scale=each,
             )
         ),
@@ -264,7 +264,7 @@ EXAMPLES = {
             phi_index=phi,
             size=size,
             phi_ratio=ratio,
-            inputs=inputs,
+            return_inputs=inputs,
             per_scale=each,
         ),
         "residual_decode_backward",

@@ -233,7 +233,7 @@ def test_bad_arguments() -> None:
         with pytest.raises(error, match=message):
             group_norm_silu(*arguments)
     for eps in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"eps: expected a finite value above 0, found {eps}"):
+        with pytest.raises(ValueError, match=f"eps: expected a finite number above 0, found {eps}"):
             group_norm_silu(x, row, row, 2, eps=eps)
 
 

@@ -191,7 +191,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(TypeError, match="shift: expected dtype"):
         modulated_layer_norm(x, row, row.bool())
     for eps in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"eps: expected a finite value above 0, found {eps}"):
+        with pytest.raises(ValueError, match=f"eps: expected a finite number above 0, found {eps}"):
             modulated_layer_norm(x, row, row, eps=eps)
     with pytest.raises(TypeError, match=r"out_dtype: expected float16 or .* float64, found int32"):
         modulated_layer_norm(x, row, row, out_dtype=torch.int32)

@@ -234,8 +234,8 @@ def test_latents_of_photos(backend: str, target: int) -> None:
     crops = photo.movedim(2, 0).unfold(1, side, side).unfold(2, side, side).movedim(0, 2).flatten(0, 1)
     quantizer = tokenizer.quantize
     arguments: dict[str, Any] = {
-        "scales": tokenizer.config.scales[: tokenizer.config.target_steps[target]],
-        "phi_index": quantizer.phi_index(target),
+        "scales": tokenizer.config.scales[: tokenizer.config.pyramid.steps[target]],
+        "phi_index": quantizer.bank(target).phi_index,
         "phi_ratio": tokenizer.config.phi_ratio,
     }
     codes = Bank(quantizer.codebook.detach(), quantizer.phi_weight.detach(), quantizer.phi_bias.detach())
@@ -288,11 +288,11 @@ def test_what_is_asked_for_changes_nothing_else(backend: str, problem: dict[str,
     )
     bare = residual_quantize(z, *codes, **arguments)
     assert bare.inputs is None and bare.reconstructions is None
-    for asked in ({"inputs": True}, {"per_scale": True}, {"inputs": True, "per_scale": True}):
+    for asked in ({"return_inputs": True}, {"per_scale": True}, {"return_inputs": True, "per_scale": True}):
         out = residual_quantize(z, *codes, **arguments, **asked)
         assert torch.equal(out.indices, bare.indices)
         assert torch.equal(out.reconstruction, bare.reconstruction)
-        assert (out.inputs is not None) == ("inputs" in asked)
+        assert (out.inputs is not None) == ("return_inputs" in asked)
         if out.reconstructions is not None:
             assert torch.equal(out.reconstructions[-1], out.reconstruction)
     prepared = prepare_codebook(codes.codebook)
@@ -379,7 +379,12 @@ def test_an_empty_batch(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_sixteen_bit_input_is_computed_in_float32(backend: str, dtype: torch.dtype) -> None:
     z, codes = torch.randn(1, 3, 4, 4, dtype=dtype), bank(dtype=dtype)
-    arguments: dict[str, Any] = {"scales": [2, 4], "phi_index": [0, 1], "inputs": True, "per_scale": True}
+    arguments: dict[str, Any] = {
+        "scales": [2, 4],
+        "phi_index": [0, 1],
+        "return_inputs": True,
+        "per_scale": True,
+    }
     out = residual_quantize(z, *codes, **arguments)
     wide = residual_quantize(z.float(), *codes.to(torch.float32), **arguments)
     assert torch.equal(out.indices, wide.indices)
@@ -483,7 +488,7 @@ def quantize_with(**changes: Any) -> Any:
         ({"scales": [2, 5]}, ValueError, r"scales: expected at most the map's \(4, 4\), found \(5, 5\)"),
         ({"phi_index": [0]}, ValueError, "phi_index: expected an entry for each of 2 scales, found 1"),
         ({"phi_index": [0, 2]}, ValueError, "phi_index: expected entries from 0 to 1"),
-        ({"phi_ratio": 1.5}, ValueError, "phi_ratio: expected 0 to 1, found 1.5"),
+        ({"phi_ratio": 1.5}, ValueError, "phi_ratio: expected a number from 0 to 1, found 1.5"),
         ({"metric": "dot"}, ValueError, "metric: expected one of"),
         ({"replay": torch.zeros(1, 4)}, TypeError, "replay: expected dtype int64"),
         ({"replay": torch.zeros(2, 4, dtype=torch.int64)}, ValueError, r"replay: expected shape \(B=1, T0\)"),

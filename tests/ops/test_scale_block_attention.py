@@ -373,8 +373,10 @@ def test_an_instruction_set_that_is_missing_is_refused(monkeypatch: pytest.Monke
         scale_block_attention(*qkv(1, 5, 2, 4, dtype=torch.float32), block_lengths=[5])
 
 
+@pytest.mark.filterwarnings("ignore:hitsr_fast._C:RuntimeWarning")
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hitsr_fast.extension.unavailable", lambda: "not built")
+    monkeypatch.delenv("HITSR_FAST_CPU_ISA", raising=False)
+    monkeypatch.setattr("hitsr_fast.extension.unavailable", lambda module="_C": "not built")
     q, k, v = qkv(1, 50, 2, 8, dtype=torch.float32)
     with use_backend("cpu"):
         out = scale_block_attention(q, k, v, block_lengths=[20, 30])
