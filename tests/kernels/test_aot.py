@@ -467,7 +467,7 @@ def parameters() -> Iterator[Any]:
                 yield pytest.param(case, target, marks=marks, id=f"{op}-{case.name}-{target}")
 
 
-@pytest.mark.parametrize(("case", "target"), parameters())
+@pytest.mark.parametrize(("case", "target"), list(parameters()))
 def test_kernels(case: Case, target: str, tmp_path: Path) -> None:
     kernels = compile_launches(TARGETS[target], case.launch, tmp_path)
     assert set(kernels) == set(case.kernels)
