@@ -21,6 +21,7 @@ from benchmarks.shapes import MODELS
 from hitsr_fast._version import __version__
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.models import HitUpscaler, HitVar
+from hitsr_fast.models.base import INPUTS, Input
 from hitsr_fast.models.hit_var.config import PRESETS
 from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.ops import modulated_layer_norm
@@ -29,6 +30,8 @@ from hitsr_fast.reference import hit_sampler as reference
 
 _PHOTO = Path(__file__).parents[1] / "examples" / "budgie-osprey.jpg"
 _MOST_NOISE = 10**-3.5  # 35 dB
+_INPUT: Input = "photo"  # as in the published results
+_CLASS = INPUTS.index(_INPUT)
 
 Stage = Literal["tiles", "encode", "sample", "decode", "photo", "scale"]
 
@@ -159,28 +162,28 @@ class _PlainModel:
         self.num_scales = len(config.tokenizer.scales)
         self.colour_fix_levels = dict(zip(config.scale_factors, config.colour_fix_levels, strict=True))
 
-    def super_resolve(self, lr: Tensor, **_options: Any) -> dict[int, Tensor]:
-        return reference.super_resolve(self.model, lr)
+    def super_resolve(self, lr: Tensor, *_sampling: Any, **_options: Any) -> dict[int, Tensor]:
+        return reference.super_resolve(self.model, lr, _CLASS)
 
 
 def _classes(features: Tensor) -> Tensor:
-    return torch.ones(len(features), dtype=torch.int64, device=features.device)
+    return torch.full((len(features),), _CLASS, dtype=torch.int64, device=features.device)
 
 
 def _images(upscaled: Any) -> Sequence[Tensor]:
-    return upscaled.x1, upscaled.x2, upscaled.x4
+    return tuple(upscaled.values())
 
 
 def _plain(case: GenerateCase, inputs: Inputs) -> Call:
     model, stage, target = _model(case.preset, inputs[0].device), case.stage, case.target
     sr = HitSR(_PlainModel(model), inputs[0].device)  # type: ignore[arg-type]
     calls: dict[str, Callable[[], Any]] = {
-        "tiles": lambda: tuple(reference.super_resolve(model, inputs[0]).values()),
+        "tiles": lambda: tuple(reference.super_resolve(model, inputs[0], _CLASS).values()),
         "encode": lambda: (model.lr_features(inputs[0]),),
         "sample": lambda: reference.sample(model, inputs[0], _classes(inputs[0]), targets=target + 1)[1],
         "decode": lambda: (model.decode([inputs[0]] * 3, target, inputs[1]).clamp(-1, 1),),
         "scale": lambda: _plain_scale(model, case, inputs),
-        "photo": lambda: _images(sr.upscale(inputs[0])),
+        "photo": lambda: _images(sr.upscale(inputs[0], input=_INPUT)),
     }
 
     def call() -> Any:
@@ -228,13 +231,13 @@ def _ours(dtype: torch.dtype, graphs: bool) -> Provider[GenerateCase]:
         upscaler = HitUpscaler(_model(case.preset, device), dtype=dtype, cuda_graphs=graphs)
         sr = HitSR(upscaler, device)
         calls: dict[str, Call] = {
-            "tiles": lambda: tuple(upscaler.super_resolve(inputs[0]).values()),
+            "tiles": lambda: tuple(upscaler.super_resolve(inputs[0], input=_INPUT).values()),
             "encode": lambda: (upscaler.lr_features(inputs[0]),),
             "sample": lambda: upscaler.sampler.sample(
                 inputs[0], _classes(inputs[0]), targets=case.target + 1
             )[1],
             "decode": lambda: (upscaler.decode(inputs[0], case.target, inputs[1]),),
-            "photo": lambda: _images(sr.upscale(inputs[0])),
+            "photo": lambda: _images(sr.upscale(inputs[0], input=_INPUT)),
         }
         return _our_scale(upscaler, case, inputs) if case.stage == "scale" else calls[case.stage]
 

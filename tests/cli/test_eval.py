@@ -93,7 +93,7 @@ def test_table_and_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         for method in ("bicubic", "hit-tiny")
     ]
     assert len(report["images"]) == 3 * 3 * 2
-    assert report["settings"]["seed"] == 0
+    assert (report["settings"]["seed"], report["settings"]["input"]) == (0, "clean")
     assert report["notes"] == []
 
     with out[1].open() as file:
