@@ -21,7 +21,7 @@ from benchmarks.shapes import MODELS
 from hitsr_fast._version import __version__
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.models import HitUpscaler, HitVar
-from hitsr_fast.models.hit_var import PRESETS
+from hitsr_fast.models.hit_var.config import PRESETS
 from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.ops import modulated_layer_norm
 from hitsr_fast.pipeline import HitSR

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
-from hitsr_fast.models.hit_var import HIT_D16, HIT_TINY, HitConfig
+from hitsr_fast.models.hit_var.config import HIT_D16, HIT_TINY, HitConfig
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-// The module hitsr_fast._C, on Python's limited API. It declares no op: schemas live in Python (hitsr_fast/ops), and the
-// sources in cpu/ register what they implement as private ops when this library is loaded.
-#include <Python.h>
+// The module hitsr_fast._C. It declares no public op: schemas live in Python (hitsr_fast/ops), and the sources in cpu/
+// register what they implement as private ops.
 #include <torch/headeronly/version.h>
+
+#include "module.h"
 
 namespace {
 
@@ -18,12 +19,6 @@ PyObject* build_info(PyObject*, PyObject*) {
       "{s:s,s:s,s:l}", "torch", TORCH_VERSION, "compiler", kCompiler, "cxx_standard", static_cast<long>(__cplusplus));
 }
 
-PyMethodDef methods[] = {
-    {"build_info", build_info, METH_NOARGS, "What this module was built with: torch, compiler, cxx_standard."},
-    {nullptr, nullptr, 0, nullptr}};
-PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_C", "Compiled backends of hitsr_fast.", -1, methods, nullptr, nullptr, nullptr, nullptr};
-
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__C() { return make_module("_C", "Compiled backends of hitsr_fast.", build_info); }

@@ -36,8 +36,8 @@ template <typename... Parts>
   (text << ... << parts);
   throw std::invalid_argument(text.str());
 }
-#define HITSR_CHECK(condition, ...)               \
-  do {                                            \
+#define HITSR_CHECK(condition, ...)                    \
+  do {                                                 \
     if (!(condition)) hitsr_fast::refuse(__VA_ARGS__); \
   } while (false)
 
@@ -54,31 +54,23 @@ inline void check_shape(const Tensor& tensor, Shape shape, const char* name) {
   HITSR_CHECK(tensor.sizes() == shape, name, ": expected shape ", shape, ", found ", tensor.sizes());
 }
 
-// On the CPU, contiguous, `empty` uninitialised. Not through the dispatcher, which takes as long as a small kernel.
+// On the CPU, contiguous. Not through the dispatcher, which takes as long as a small kernel.
 inline Tensor empty(Shape shape, ScalarType dtype) {
   namespace stable = torch::stable::detail;
   int64_t strides[8], stride = 1;
   for (size_t i = shape.size(); i-- > 0; stride *= std::max<int64_t>(shape[i], 1)) strides[i] = stride;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(shape.size()), shape.data(), strides, stable::to<int32_t>(stable::from(dtype)), aoti_torch_device_type_cpu(), 0,
-      &handle));
+      static_cast<int64_t>(shape.size()), shape.data(), strides, stable::to<int32_t>(stable::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
-inline Tensor zeros(Shape shape) {
-  Tensor found = empty(shape, ScalarType::Float);
-  std::memset(found.data_ptr(), 0, static_cast<size_t>(found.numel()) * sizeof(float));
-  return found;
-}
-
-inline Tensor with_dtype(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
 // A tensor's values of some dtype, in a row; itself where it lies so.
 inline Tensor in_a_row(const Tensor& tensor, ScalarType dtype) {
-  const Tensor found = with_dtype(tensor, dtype);
-  return found.is_contiguous() ? found : torch::stable::contiguous(found);
+  if (tensor.scalar_type() == dtype && tensor.is_contiguous()) return tensor;
+  Tensor found = empty(tensor.sizes(), dtype);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(found.get(), tensor.get(), 0));
+  return found;
 }
 
 template <typename T>
@@ -93,7 +85,11 @@ class Buffer {
   explicit Buffer(int64_t count)
       : memory_(empty({count * static_cast<int64_t>(sizeof(E)) + 64}, ScalarType::Byte)),
         first_(reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) / 64 * 64)) {}
-  Buffer(int64_t count, E value) : Buffer(count) { std::fill_n(first_, count, value); }
+  static Buffer zeros(int64_t count) {
+    Buffer found(count);
+    std::memset(found.first_, 0, static_cast<size_t>(count) * sizeof(E));
+    return found;
+  }
   E* at(int64_t i) const { return first_ + i; }
 
  private:
@@ -116,7 +112,7 @@ void visit_dtype(const Tensor& tensor, const char* name, const F& run) {
   }
 }
 
-// Declares a private op and gives it its one implementation: `define(library, "name(...) -> ...", TORCH_BOX(&function))`.
+// Declares a private op and gives it its one implementation: define(library, "name(...) -> ...", TORCH_BOX(&function)).
 inline void define(
     torch::stable::detail::StableLibrary& library, const char* schema,
     void (*function)(StableIValue*, uint64_t, uint64_t)) {

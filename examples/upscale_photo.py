@@ -15,7 +15,7 @@ sr = HitSR.from_pretrained("hit-tiny")
 with Image.open(photo) as image:
     out = sr.upscale(image)
 
-for factor, picture in ((1, out.x1), (2, out.x2), (4, out.x4)):
+for factor, picture in out.items():
     target = Path(f"{photo.stem}_x{factor}.png")
     picture.save(target)
     print(target, "x".join(map(str, picture.size)))

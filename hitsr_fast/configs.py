@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -85,14 +84,6 @@ class Config:
     def from_json(cls: type[ConfigT], text: str) -> ConfigT:
         """Read a configuration; raises `ValueError` on unknown keys and on wrong values."""
         return _build(cls, json.loads(text), "config")
-
-    @classmethod
-    def load(cls: type[ConfigT], path: Path) -> ConfigT:
-        """Read the configuration file at `path`; raises `ValueError` with its name where it is wrong."""
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
 
 def _build(cls: type[ConfigT], values: Any, where: str) -> ConfigT:

@@ -12,7 +12,14 @@ import torch
 from torch.autograd import forward_ad
 
 from hitsr_fast import env, extension
-from hitsr_fast.backends import NAMES, Backend, Reference, forced_instruction_set, use_instruction_set
+from hitsr_fast.backends import (
+    NAMES,
+    Backend,
+    Reference,
+    forced_instruction_set,
+    kernel_sets,
+    use_instruction_set,
+)
 from hitsr_fast.checks import check_choice, short_name
 
 _LIBRARY = torch.library.Library("hitsr_fast", "DEF")
@@ -303,17 +310,30 @@ def explain(op: str, *args: Any) -> None:
     print(_table(reasons, chosen=able[0] if able else None))
 
 
-def support_table() -> str:
-    """Markdown table of the ops and the dtypes that each backend takes, as the backends say themselves."""
+def support_tables() -> tuple[str, str]:
+    """Markdown of what is supported, as the backends say themselves; docs/architecture.md shows it.
+
+    Returns:
+        Of each op, the dtypes that each backend takes; of each file of C++ kernels, its instruction sets.
+
+    Raises:
+        RuntimeError: the extension, which knows its kernels, is unavailable.
+    """
     short = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64"}
 
     def taken(backend: Backend | None) -> str:
         return "" if backend is None else " ".join(short[short_name(dtype)] for dtype in backend.dtypes)
 
-    rows = [["op", *NAMES], ["---"] * (len(NAMES) + 1)]
-    for name, found in sorted(operations().items()):
-        rows.append([f"`{name}`", *(taken(found.backends.get(backend)) for backend in NAMES)])
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    ops = [
+        [f"`{name}`", *(taken(found.backends.get(backend)) for backend in NAMES)]
+        for name, found in sorted(operations().items())
+    ]
+    kernels = [[f"`{name}`", ", ".join(sets)] for name, sets in kernel_sets().items()]
+    return _markdown(["op", *NAMES], ops), _markdown(["kernels", "instruction sets"], kernels)
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in [head, ["---"] * len(head), *rows])
 
 
 def _table(reasons: dict[str, str | None], chosen: str | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -302,3 +303,11 @@ def test_explain_prints_the_table(
 def test_every_op_has_a_reference() -> None:
     for name, operation in dispatch.operations().items():
         assert operation.reasons()["reference"] is None, name
+
+
+def test_the_docs_show_what_the_backends_say() -> None:
+    """Where this fails, put the two tables of `dispatch.support_tables()` between the marks."""
+    text = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text()
+    for mark, table in zip(("support", "kernels"), dispatch.support_tables(), strict=True):
+        shown = text.partition(f"<!-- {mark} -->\n")[2].partition(f"<!-- /{mark} -->")[0]
+        assert shown == table

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hitsr_fast.models.hit_var import HIT_D16
+from hitsr_fast.models.hit_var.config import HIT_D16
 from hitsr_fast.pyramid import ScalePyramid
 
 

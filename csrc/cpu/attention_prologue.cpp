@@ -67,7 +67,8 @@ class Tokens {
       const Tensor& qkv, const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, int64_t start,
       const std::string& isa)
       : L(q.size(1)), heads(q.size(2)), D(q.size(3)), start(start), to_query(HITSR_SELECT(isa, kPart<T, T>)),
-        to_cache(HITSR_SELECT(isa, kPart<T, U>)), qkv(data<const T>(qkv)), q(data<T>(q)), k_cache(k_cache), v_cache(v_cache) {}
+        to_cache(HITSR_SELECT(isa, kPart<T, U>)), qkv(data<const T>(qkv)), q(data<T>(q)), k_cache(k_cache),
+        v_cache(v_cache) {}
 
   // bias, scale, rotary: of the whole call, or null. memory: [heads * (D + 1)] floats.
   void operator()(int64_t row, const float* bias, const float* scale, const float* rotary, float* memory) const {

@@ -1,5 +1,5 @@
-// The kernel of attention_prologue (foreach_isa.h). The loops are plain, for the compiler to turn into vectors; `omp simd`
-// lets it order a sum as it likes.
+// The kernel of attention_prologue (foreach_isa.h). The loops are plain, for the compiler to turn into vectors; `omp
+// simd` lets it order a sum as it likes.
 
 template <typename T, typename U>
 void part(const T* from, const Steps& steps, int64_t heads, int64_t D, float* memory, U* to, int64_t stride) {

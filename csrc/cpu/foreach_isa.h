@@ -2,7 +2,7 @@
 // of the build is compiled for, and in a namespace of its name. A file includes this inside an unnamed namespace, after
 // instruction_sets.h and the types that the kernels share; HITSR_SELECT then finds the kernels.
 //
-//   HITSR_OP                         the op
+//   HITSR_OP                           the op
 //   HITSR_AVX512_BF16, HITSR_AMX_BF16  defined where it has code for these; else they are the next lower set's
 //
 // Kernels find `Vectors` (vectors/*.h) and, where the set has them, HITSR_PAIRS (products of pairs of bfloat16) and

@@ -42,7 +42,8 @@ struct Kernels {
 void advise_large_pages(const Tensor& tensor) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{2} << 20, kLeast = uintptr_t{32} << 20;
-  const auto from = reinterpret_cast<uintptr_t>(tensor.data_ptr()), size = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
+  const auto from = reinterpret_cast<uintptr_t>(tensor.data_ptr());
+  const auto size = static_cast<uintptr_t>(tensor.numel()) * tensor.element_size();
   if (size < kLeast) return;
   const uintptr_t begin = (from + kPage - 1) / kPage * kPage, end = (from + size) / kPage * kPage;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);

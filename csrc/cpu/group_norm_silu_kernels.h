@@ -1,5 +1,5 @@
-// The kernels of group_norm_silu (foreach_isa.h). Most loops are plain, for the compiler to turn into vectors; `omp simd`
-// lets it order a sum as it likes.
+// The kernels of group_norm_silu (foreach_isa.h). Most loops are plain, for the compiler to turn into vectors; `omp
+// simd` lets it order a sum as it likes.
 
 #include "cpu/vectors/power_of_two.h"
 

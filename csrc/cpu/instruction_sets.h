@@ -10,7 +10,6 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <new>
 #include <string>
 #include <vector>
@@ -28,8 +27,10 @@ bool list_kernels(const char* op, unsigned sets);
 
 // The kernels of an op for an instruction set, or for the next lower one that it has code for:
 // `HITSR_SELECT("avx2", kKernels<float>)`, after foreach_isa.h, of what each set's namespace calls kKernels.
-#define HITSR_SELECT(isa, ...) \
-  select(isa, {&portable::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__, &avx512_bf16::__VA_ARGS__, &amx_bf16::__VA_ARGS__})
+#define HITSR_SELECT(isa, ...)                                                                                       \
+  select(                                                                                                            \
+      isa, {&portable::__VA_ARGS__, &avx2::__VA_ARGS__, &avx512::__VA_ARGS__, &avx512_bf16::__VA_ARGS__,              \
+            &amx_bf16::__VA_ARGS__})
 
 template <typename Kernels>
 const Kernels& select(const std::string& isa, const Kernels* const (&kernels)[kInstructionSets]) {

@@ -59,11 +59,31 @@ Tensor floats_of(const Tensor& values, int64_t B, int64_t n, const char* name) {
 
 int64_t blocks_of(int64_t L) { return (L + kBlock - 1) / kBlock; }
 
-// Of floats (B, blocks, ...).
-Tensor sum_of_blocks(const Tensor& sums) {
-  const int64_t blocks = 1;
-  return torch::stable::sum(sums, Shape(blocks));
-}
+// Sums over blocks of rows, [B][blocks][count] of them, which have a part each.
+class Sums {
+ public:
+  Sums(int64_t B, int64_t blocks, int64_t count)
+      : B_(B), blocks_(blocks), count_(count), parts_(Buffer<float>::zeros(B * blocks * count)) {}
+
+  float* part(int64_t block) const { return parts_.at(block * count_); }
+
+  // Vectors [first, first + C) of the sums, (B, C).
+  Tensor total(int64_t first, int64_t C, ScalarType dtype) const {
+    const Tensor found = empty({B_, C}, ScalarType::Float);
+    for (int64_t image = 0; image < B_; ++image) {
+      float* to = data<float>(found) + image * C;
+      std::fill_n(to, C, 0.0f);
+      for (int64_t block = image * blocks_; block < (image + 1) * blocks_; ++block) {
+        for (int64_t c = 0; c < C; ++c) to[c] += part(block)[first + c];
+      }
+    }
+    return in_a_row(found, dtype);
+  }
+
+ private:
+  int64_t B_, blocks_, count_;
+  Buffer<float> parts_;
+};
 
 // A task for each block of rows: its number, the image, its first row of all, and how many.
 template <typename F>
@@ -109,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor> norm(
           rows, C, memory, data<R>(out) + row * C, data<float>(mean) + row, data<float>(rstd) + row);
     });
   });
-  return {with_dtype(out, out_dtype), mean, rstd};
+  return {in_a_row(out, out_dtype), mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor> norm_backward(
@@ -120,21 +140,21 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   const int64_t B = x.size(0), L = x.size(1), C = x.size(2);
   const Tensor scale = floats_of(scale_in, B, C, "scale");
   const Tensor mean = floats_of(mean_in, B, L, "mean"), rstd = floats_of(rstd_in, B, L, "rstd");
-  const Tensor grad_x = empty(x.sizes(), dtype), sums = zeros({B, blocks_of(L), 2, C});
+  const Tensor grad_x = empty(x.sizes(), dtype);
+  const Sums sums(B, blocks_of(L), 2 * C);
   with_dtypes(x, x, [&](auto value, auto) {
     using T = decltype(value);
     const auto kernel = HITSR_SELECT(isa, kKernels<T, T>).norm_backward;
     for_each_block(x, [&](int64_t block, int64_t image, int64_t row, int64_t rows, float* memory) {
-      float* to = data<float>(sums) + block * 2 * C;
+      float* to = sums.part(block);
       kernel(
           data<T>(grad) + row * C, data<T>(x) + row * C, data<float>(scale) + image * C, data<float>(mean) + row,
           data<float>(rstd) + row, rows, C, memory, data<T>(grad_x) + row * C, to, to + C);
     });
   });
-  const Tensor whole = sum_of_blocks(sums);
   return {
-      with_dtype(grad_x, x_in.scalar_type()), in_a_row(torch::stable::select(whole, 1, 0), scale_in.scalar_type()),
-      in_a_row(torch::stable::select(whole, 1, 1), ScalarType::Float)};
+      in_a_row(grad_x, x_in.scalar_type()), sums.total(0, C, scale_in.scalar_type()),
+      sums.total(C, C, ScalarType::Float)};
 }
 
 Tensor residual(const Tensor& x_in, const Tensor& y_in, const Tensor& gate_in, const std::string& isa) {
@@ -153,7 +173,7 @@ Tensor residual(const Tensor& x_in, const Tensor& y_in, const Tensor& gate_in, c
           data<S>(x) + row * C, data<R>(y) + row * C, data<float>(gate) + image * C, rows, C, data<S>(out) + row * C);
     });
   });
-  return with_dtype(out, x_in.scalar_type());
+  return in_a_row(out, x_in.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> residual_backward(
@@ -162,17 +182,18 @@ std::tuple<Tensor, Tensor> residual_backward(
   const Tensor y = rows_of(y_in, y_in, dtype, "y"), grad = rows_of(grad_in, y_in, dtype, "grad");
   const int64_t B = y.size(0), C = y.size(2);
   const Tensor gate = floats_of(gate_in, B, C, "gate");
-  const Tensor grad_y = empty(y.sizes(), dtype), sums = zeros({B, blocks_of(y.size(1)), C});
+  const Tensor grad_y = empty(y.sizes(), dtype);
+  const Sums sums(B, blocks_of(y.size(1)), C);
   with_dtypes(y, y, [&](auto value, auto) {
     using T = decltype(value);
     const auto kernel = HITSR_SELECT(isa, kKernels<T, T>).residual_backward;
     for_each_block(y, [&](int64_t block, int64_t image, int64_t row, int64_t rows, float*) {
       kernel(
           data<T>(grad) + row * C, data<T>(y) + row * C, data<float>(gate) + image * C, rows, C,
-          data<T>(grad_y) + row * C, data<float>(sums) + block * C);
+          data<T>(grad_y) + row * C, sums.part(block));
     });
   });
-  return {with_dtype(grad_y, y_in.scalar_type()), with_dtype(sum_of_blocks(sums), gate_in.scalar_type())};
+  return {in_a_row(grad_y, y_in.scalar_type()), sums.total(0, C, gate_in.scalar_type())};
 }
 
 }  // namespace

@@ -51,7 +51,8 @@ std::vector<std::vector<int64_t>> part_shapes(int64_t G, int64_t K, int64_t C, c
 }
 
 std::vector<ScalarType> part_dtypes(bool cosine) {
-  return {ScalarType::Float, ScalarType::Int, ScalarType::Float, cosine ? ScalarType::Double : ScalarType::Float, ScalarType::Float};
+  const ScalarType exact = cosine ? ScalarType::Double : ScalarType::Float;
+  return {ScalarType::Float, ScalarType::Int, ScalarType::Float, exact, ScalarType::Float};
 }
 
 // `value` as the screen keeps it: a float's bits, or those of the nearest bfloat16 with the lower half zero.
@@ -72,12 +73,13 @@ void pack_exact(const T* codes, int64_t K, int64_t C, bool cosine, E* exact) {
       double norm = 1;
       if (cosine) {
         double energy = 0;
-        for (int64_t c = 0; c < C; ++c) energy += static_cast<double>(wide(code[c])) * static_cast<double>(wide(code[c]));
+        for (int64_t c = 0; c < C; ++c) energy += double{wide(code[c])} * double{wide(code[c])};
         norm = energy > 0 ? std::sqrt(energy) : 1.0;
       }
       E* to = exact + k / kClass * C * kClass + k % kClass;
       for (int64_t c = 0; c < C; ++c) {
-        to[c * kClass] = cosine ? static_cast<E>(static_cast<double>(wide(code[c])) / norm) : static_cast<E>(wide(code[c]));
+        const float value = wide(code[c]);
+        to[c * kClass] = cosine ? static_cast<E>(value / norm) : static_cast<E>(value);
       }
     }
   });

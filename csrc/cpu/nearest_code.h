@@ -1,4 +1,5 @@
-// Packed codebooks of the CPU backend of nearest_code, and what searches them. docs/ops/nearest_code.md derives the bounds.
+// Packed codebooks of the CPU backend of nearest_code, and what searches them. docs/ops/nearest_code.md derives the
+// bounds.
 #pragma once
 
 #include <memory>

@@ -15,8 +15,8 @@ constexpr int64_t steps_of(int64_t channels) {
   return steps <= kTileSteps ? steps : (steps + kTileSteps - 1) / kTileSteps * kTileSteps;
 }
 #else
-// kRows by kBlocks of kLanes codes is the register tile. A step of kLanes codes, a pair of bfloat16 channels or one float
-// channel, is loaded, or one row's is spread on all lanes; step(scores, x, codes) = scores + x * codes.
+// kRows by kBlocks of kLanes codes is the register tile. A step of kLanes codes, a pair of bfloat16 channels or one
+// float channel, is loaded, or one row's is spread on all lanes; step(scores, x, codes) = scores + x * codes.
 struct Isa : Vectors {
 #if defined(HITSR_PAIRS)
   static constexpr bool kPairs = true;

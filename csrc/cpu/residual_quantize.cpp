@@ -109,8 +109,8 @@ class Pyramid {
     const int64_t C = map.channels, stride = map.channels_stride;
     const Tensor weight = in_a_row(phi_weight, ScalarType::Float), bias = in_a_row(phi_bias, ScalarType::Float);
     phis_ = bias.numel() / C;
-    weight_.emplace(phis_ * 9 * C * stride, 0.0f);
-    bias_.emplace(phis_ * stride, 0.0f);
+    weight_ = Buffer<float>::zeros(phis_ * 9 * C * stride);
+    bias_ = Buffer<float>::zeros(phis_ * stride);
     const float* from = data<const float>(weight);
     float* to = weight_->at(0);
     for (int64_t p = 0; p < phis_; ++p) {
@@ -154,9 +154,9 @@ class Pyramid {
 class Worker {
  public:
   Worker(const Pyramid& pyramid, const nearest::Codebook* book, const std::string& isa)
-      : codes_(pyramid.map.width * pyramid.map.channels_stride, 0.0f),
+      : codes_(Buffer<float>::zeros(pyramid.map.width * pyramid.map.channels_stride)),
         across_(pyramid.map_floats()),
-        smoothed_((kBandRows + 2) * (pyramid.map.stride + 2) * pyramid.map.channels_stride, 0.0f),
+        smoothed_(Buffer<float>::zeros((kBandRows + 2) * (pyramid.map.stride + 2) * pyramid.map.channels_stride)),
         rows_(pyramid.most_tokens * pyramid.map.channels_stride),
         band{codes_.at(0), across_.at(0), smoothed_.at(0)},
         rows(rows_.at(0)),

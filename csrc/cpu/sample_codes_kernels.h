@@ -1,6 +1,6 @@
-// The kernels of sample_codes (foreach_isa.h). The loops are plain, for the compiler to turn into vectors: all but a few
-// float operations a logit are on integers, in which it may order sums as it likes. Those few round as the definition's
-// do, one by one: setup.py forbids to contract them.
+// The kernels of sample_codes (foreach_isa.h). The loops are plain, for the compiler to turn into vectors: all but a
+// few float operations a logit are on integers, in which it may order sums as it likes. Those few round as the
+// definition's do, one by one: setup.py forbids to contract them.
 
 constexpr int32_t kMagnitude = 0x7fffffff;
 constexpr int32_t kInfinity = 0x7f800000;

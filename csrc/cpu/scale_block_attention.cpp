@@ -119,7 +119,8 @@ class Attention {
 
   void pack_first() const {
     const int64_t whole = round_up(keys_, kBlockKeys), tasks = static_cast<int64_t>(spans_.size());
-    const int64_t busy = round_up(kTasksOfAThread * torch::stable::get_num_threads(), tasks) / tasks;  // heads that keep all threads so
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t busy = round_up(kTasksOfAThread * threads, tasks) / tasks;  // heads that keep all threads so
     const int64_t together = std::min(std::max(kHeadsAtATime, busy), heads_);
     const Buffer<E> keys(together * whole * padded_), values(together * whole * padded_);
     for (int64_t head = 0; head < heads_; head += together) {

@@ -1,9 +1,11 @@
-// The module hitsr_fast._C_cuda. Like _C it declares no op; the sources beside it register what they implement.
-#include <Python.h>
-#include <cuda_runtime_api.h>
+// The module hitsr_fast._C_cuda. Like _C it declares no public op; the sources beside it register what they implement.
 #include <torch/headeronly/version.h>
 
 #include <string>
+
+#include <cuda_runtime_api.h>
+
+#include "module.h"
 
 namespace {
 
@@ -13,12 +15,6 @@ PyObject* build_info(PyObject*, PyObject*) {
       "{s:s,s:s,s:s}", "torch", TORCH_VERSION, "cuda", cuda.c_str(), "targets", HITSR_FAST_CUDA_TARGETS);
 }
 
-PyMethodDef methods[] = {
-    {"build_info", build_info, METH_NOARGS, "What this module was built with: torch, cuda, targets."},
-    {nullptr, nullptr, 0, nullptr}};
-PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, "_C_cuda", "CUDA backends of hitsr_fast.", -1, methods, nullptr, nullptr, nullptr, nullptr};
-
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C_cuda() { return PyModule_Create(&definition); }
+PyMODINIT_FUNC PyInit__C_cuda() { return make_module("_C_cuda", "CUDA backends of hitsr_fast.", build_info); }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -63,18 +63,9 @@ class ModelOptions:
         """These and `others` as checked options; a deprecated one is a line on stderr."""
         from hitsr_fast.pipeline import UpscaleOptions
 
-        told = self.input
-        if self.class_id is not None:
-            told = "clean" if self.class_id else "photo"
-            print(f"warning: --class-id is deprecated: use --input {told}", file=sys.stderr)
-        return UpscaleOptions.of(
-            seed=self.seed,
-            guidance=self.guidance,
-            guided_scales=self.guided_scales,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            temperature=self.temperature,
-            colour_fix=self.colour_fix,
-            input=told,
-            **others,
-        )
+        options = {name: value for name, value in asdict(self).items() if name not in ("device", "dtype")}
+        class_id = options.pop("class_id")
+        if class_id is not None:
+            options["input"] = ("photo", "clean")[class_id]
+            print(f"warning: --class-id is deprecated: use --input {options['input']}", file=sys.stderr)
+        return UpscaleOptions.of(**options, **others)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from hitsr_fast.checks import check_choice
 from hitsr_fast.configs import Config
 from hitsr_fast.models.hub import CONFIG_FILE, WEIGHTS_FILE, find_weights
 from hitsr_fast.nn.sampling import SamplingOptions
@@ -145,11 +146,11 @@ class Model(nn.Module):
             'hit_var'
         """
         folder = find_weights(name_or_folder)
-        path = folder / WEIGHTS_FILE
-        family = _family(folder / CONFIG_FILE)
+        path, config = folder / WEIGHTS_FILE, load_config(folder / CONFIG_FILE)
+        family = _FAMILIES[config.model_type]
         if not issubclass(family, cls):
             raise ValueError(f"{folder}: expected a {cls.__name__}, found a {family.__name__}")
-        model = family(family.config_class.load(folder / CONFIG_FILE))
+        model = family(config)
         try:
             load_state(model, load_file(path), str(path))
         except SafetensorError as error:
@@ -166,16 +167,16 @@ def register(family: type[ModelT]) -> type[ModelT]:
     return family
 
 
-def _family(path: Path) -> type[Model]:
-    """Family of the model whose `config.json` is at `path`."""
+def load_config(path: Path) -> ModelConfig:
+    """Read a model's `config.json`, of any family; raises `ValueError` with its name where it is wrong."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text)
+        model_type = values.get("model_type", "hit_var") if isinstance(values, dict) else "hit_var"
+        check_choice("model_type", model_type, sorted(_FAMILIES))
+        return _FAMILIES[model_type].config_class.from_json(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    found = values.get("model_type", "hit_var") if isinstance(values, dict) else "hit_var"
-    if found not in _FAMILIES:
-        raise ValueError(f"{path}: model_type: expected one of {sorted(_FAMILIES)}, found {found!r}")
-    return _FAMILIES[found]
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -78,8 +78,7 @@ class HitSR:
         """Load a model from `config.json` and `model.safetensors`.
 
         Args:
-            name_or_folder: the name of a packaged model (`hit-tiny`), a local folder, or a Hugging Face hub
-                id `owner/name` (needs the `hub` extra), looked for in this order.
+            name_or_folder: see `find_weights`.
             device: `auto` is CUDA where there is one, else the CPU.
             dtype: to compute in; by default see `pick_dtype`.
 

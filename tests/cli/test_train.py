@@ -12,7 +12,7 @@ from PIL import Image
 
 from hitsr_fast.cli import main
 from hitsr_fast.cli.train import Train
-from hitsr_fast.models.hit_var import HIT_TINY
+from hitsr_fast.models.hit_var.config import HIT_TINY
 from hitsr_fast.train import recipe as recipe_module
 from hitsr_fast.train.config import Recipe
 from hitsr_fast.train.loop import ResumeError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hitsr_fast.models import HitVar
-from hitsr_fast.models.hit_var import HitConfig, TokenizerConfig, TransformerConfig
+from hitsr_fast.models.hit_var.config import HitConfig, TokenizerConfig, TransformerConfig
 
 MICRO = HitConfig(
     name="micro",

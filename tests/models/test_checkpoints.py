@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.models import CheckpointError, HitTokenizer, HitTransformer, init_from_var, load_vqvae
 from hitsr_fast.models.base import load_state
-from hitsr_fast.models.hit_var import HIT_D16, HitConfig, TokenizerConfig, TransformerConfig
+from hitsr_fast.models.hit_var.config import HIT_D16, HitConfig, TokenizerConfig, TransformerConfig
 from tests.models.public_checkpoints import (
     meta_state,
     random_state,

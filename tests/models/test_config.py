@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hitsr_fast.models.hit_var import (
+from hitsr_fast.models.base import load_config
+from hitsr_fast.models.hit_var.config import (
     HIT_D16,
     HIT_TINY,
     PRESETS,
@@ -70,7 +71,7 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path) -> None:
     for text in ("{", '{"wings": 2}', "[]"):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"config\.json: "):
-            HitConfig.load(path)
+            load_config(path)
 
 
 def test_a_whole_number_may_stand_for_a_share() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from hitsr_fast.models import HitSampler, HitTransformer, HitVar
-from hitsr_fast.models.hit_var import HitConfig
+from hitsr_fast.models.hit_var.config import HitConfig
 from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.ops import cuda_graphs
 from hitsr_fast.reference import hit_sampler as reference

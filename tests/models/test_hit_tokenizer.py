@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hitsr_fast.models import HitTokenizer
-from hitsr_fast.models.hit_var import TokenizerConfig
+from hitsr_fast.models.hit_var.config import TokenizerConfig
 from hitsr_fast.models.hit_var.tokenizer import quantizer_of
 from hitsr_fast.nn import ResidualQuantizer
 from hitsr_fast.ops import TokenizedPyramid, residual_decode, residual_quantize

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hitsr_fast.models.hit_var import HitConfig
+from hitsr_fast.models.hit_var.config import HitConfig
 from hitsr_fast.models.hit_var.transformer import AdaLNBlock, HitTransformer
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES

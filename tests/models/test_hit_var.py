@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hitsr_fast.models import CheckpointError, HitVar, ModelNotFoundError
-from hitsr_fast.models.hit_var import HitConfig
+from hitsr_fast.models.hit_var.config import HitConfig
 from hitsr_fast.nn.sampling import SamplingOptions
 from tests.models.micro import MICRO, micro_model
 

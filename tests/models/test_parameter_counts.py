@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hitsr_fast.models import HitVar
-from hitsr_fast.models.hit_var import HIT_D16, HIT_TINY
+from hitsr_fast.models.hit_var.config import HIT_D16, HIT_TINY
 from tests.models.public_checkpoints import VAR_BUFFERS, var_shapes, vqvae_shapes
 
 

@@ -50,7 +50,7 @@ def test_a_config_without_a_type_is_a_hit_var(tmp_path: Path) -> None:
     path.write_text(json.dumps(values))
     assert isinstance(Model.from_pretrained(tmp_path), HitVar)
     path.write_text(json.dumps(values | {"model_type": "hit"}))
-    with pytest.raises(ValueError, match=r"config\.json: model_type: expected .*'hit_var'.* found 'hit'"):
+    with pytest.raises(ValueError, match=r"config\.json: model_type: expected .*hit_var.*, found 'hit'"):
         Model.from_pretrained(tmp_path)
 
 

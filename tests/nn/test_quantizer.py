@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hitsr_fast.models.hit_var import TokenizerConfig
+from hitsr_fast.models.hit_var.config import TokenizerConfig
 from hitsr_fast.models.hit_var.tokenizer import quantizer_of
 from hitsr_fast.nn import ReconstructionWalk, ResidualQuantizer
 from hitsr_fast.ops import residual_decode

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
 from hitsr_fast import ops
-from hitsr_fast.dispatch import PRIORITY, BackendUnavailableError, operations, use_backend
+from hitsr_fast.dispatch import NAMES, BackendUnavailableError, operations, use_backend
 from tests.ops.backends import threads
 
 OPS = torch.ops.hitsr_fast
@@ -427,7 +427,7 @@ def test_dtypes_are_those_that_it_says(op: str, backend: str) -> None:
 def test_a_forced_backend_that_cannot_run_raises_with_every_reason(op: str) -> None:
     for arguments in calls(op):
         reasons = operations()[op].reasons(*arguments)
-        for name in PRIORITY:
+        for name in NAMES:
             if reasons[name] is not None:
                 with use_backend(name), pytest.raises(BackendUnavailableError) as error:
                     run(op, arguments)

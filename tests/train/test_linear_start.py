@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hitsr_fast.models import HitTokenizer
-from hitsr_fast.models.hit_var import HIT_TINY
+from hitsr_fast.models.hit_var.config import HIT_TINY
 from hitsr_fast.train.linear_start import start_linear
 from tests.tolerances import TOLERANCES
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from hitsr_fast.losses.config import ReconstructionLossConfig
 from hitsr_fast.metrics.lpips_weights import LpipsWeightsNotFoundError
 from hitsr_fast.models import HitVar
-from hitsr_fast.models.hit_var import PRESETS
+from hitsr_fast.models.hit_var.config import PRESETS
 from hitsr_fast.train.config import (
     AutoencoderConfig,
     DecoderTrainConfig,

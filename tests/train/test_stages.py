@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.imaging.colour import wavelet_colour_fix
 from hitsr_fast.losses.config import ReconstructionLossConfig
-from hitsr_fast.models.hit_var import HitVar
+from hitsr_fast.models import HitVar
 from hitsr_fast.models.hit_var.sampler import HitSampler
 from hitsr_fast.train import stage as stage_module
 from hitsr_fast.train.autoencoder import AutoencoderStage
