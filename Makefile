@@ -27,7 +27,7 @@ test: lint
 # As on a CPU without AVX-512: a better one would hide what only that one meets.
 test-avx2: $(VENV)/.installed-dev
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 HITSR_FAST_CPU_ISA=avx2 \
-		$(BIN)/python -m pytest -m "not slow and not gpu" --ignore-glob="*_triton.py" \
+		$(BIN)/python -m pytest -m "not slow and not gpu" \
 		tests/ops tests/nn tests/models tests/compat tests/train tests/benchmarks/test_commands.py
 
 lint: $(VENV)/.installed-dev

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.shapes import MODELS
 from hitsr_fast.ops import attention_prologue_triton as prologue
 from hitsr_fast.ops import group_norm_silu_triton as group_norm
 from hitsr_fast.ops import modulated_layer_norm_triton as layer_norm
@@ -23,6 +24,7 @@ from hitsr_fast.ops import nearest_code_triton as nearest
 from hitsr_fast.ops import residual_quantize_triton as residual
 from hitsr_fast.ops import sample_codes_triton as sampling
 from hitsr_fast.ops import scale_block_attention_triton as attention
+from hitsr_fast.reference.residual_quantize import QuantizeCall
 from tests.kernels.aot import TARGETS, TENSOR_CORE, Kernel, check_resources, compile_launches
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -206,7 +208,10 @@ class Search:
         B, C, side = self.batch, self.channels, self.side
         codebook, z = torch.zeros(4096, C), torch.zeros(B, C, 32, 32, dtype=self.dtype)
         indices = torch.zeros(B, side * side, dtype=torch.int64)
-        search = residual._Searcher(codebook, [], "", self.metric)
+        bank = (codebook, torch.zeros(4, C, C, 3, 3), torch.zeros(4, C))
+        search = residual._Searcher(
+            QuantizeCall(z, *bank, [], "", [side, side], [0], 0.5, None, self.metric, self.inputs, False)
+        )
         inputs = torch.zeros(B, side * side, C) if self.inputs else None
         search(z, residual.Scale(side, side, 0, 0), indices, z.float(), inputs)
 
@@ -251,7 +256,8 @@ class Update:
         C, out = self.channels, torch.zeros(2, self.channels, 32, 32)
         bank = torch.zeros(4, C, C, 3, 3, dtype=self.dtype)
         codebook, bias = torch.zeros(4096, C, dtype=self.dtype), torch.zeros(4, C, dtype=self.dtype)
-        bank = residual._by_taps(bank) if self.packed else bank
+        if self.packed:
+            bank = bank.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
         update = residual._Updater(codebook, bank, bias, self.ratio, out)
         indices = torch.zeros(2, 3452, dtype=torch.int64)
         before, left = None if self.first else out, out if self.residual else None
@@ -379,8 +385,7 @@ FORWARD, DKDV, DQ, DELTA = (
 )
 DECODE, COMBINE = "_cached_attention_kernel", "_cached_attention_combine_kernel"
 TRAINING = {FORWARD: "forward", DKDV: "dkdv", DQ: "dq"}
-# Of HIT-VAR at 512 pixels: the prefix and the first scale, then the other nine.
-BLOCKS = [1040, 36, 64, 100, 196, 256, 400, 576, 784, 1024]
+BLOCKS = MODELS["hit-d16"].blocks  # of HIT-VAR at 512 pixels
 # Instructions of a thread in a turn of the loop over whole tiles, over its scores: bfloat16, D = 64.
 ATTENTION_BUDGET = {
     "sm_80": {FORWARD: 12.2, DKDV: 16.4, DQ: 10.9},

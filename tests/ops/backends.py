@@ -42,6 +42,8 @@ def missing(backend: str) -> str | None:
     reason = operations()["residual_quantize"].reasons()[name]  # the op that has them all
     if reason is None and isa and isa not in instruction_sets():
         return "this machine lacks it"
+    if reason is None and isa and env.cpu_isa() not in (None, isa):
+        return f"HITSR_FAST_CPU_ISA holds this run to {env.cpu_isa()}"
     return reason
 
 

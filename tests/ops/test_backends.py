@@ -52,9 +52,14 @@ def test_an_instruction_set_that_the_processor_lacks_is_no_failure(monkeypatch: 
     monkeypatch.setattr(extension, "unavailable", lambda module="_C": None)
     monkeypatch.setattr(backends, "instruction_sets", lambda: ["portable"])
     monkeypatch.setenv("HITSR_TEST_REQUIRE", "cpu")
+    monkeypatch.delenv("HITSR_FAST_CPU_ISA", raising=False)
     assert missing("cpu:portable") is None
     with pytest.raises(pytest.skip.Exception, match="cpu:avx2: this machine lacks it"):
         require("cpu:avx2")
+    monkeypatch.setattr(backends, "instruction_sets", lambda: ["avx2", "portable"])
+    monkeypatch.setenv("HITSR_FAST_CPU_ISA", "avx2")
+    assert missing("cpu:avx2") is None
+    assert missing("cpu:portable") == "HITSR_FAST_CPU_ISA holds this run to avx2"
 
 
 def test_a_gpu_is_never_required_and_the_interpreter_is(monkeypatch: pytest.MonkeyPatch) -> None:
