@@ -149,7 +149,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Implementations:
 @_small((1, _ROWS, 3 * 2 * _HIT.D), (3 * 2 * _HIT.D,))
 def attention_prologue(qkv: Tensor, bias: Tensor) -> Implementations:
     """Of tokens that are the first in the cache; the eager lines add the bias, too."""
-    k_cache, v_cache = qkv.new_empty(2, *_TOKENS_OF_HEADS).unbind()
+    k_cache, v_cache = (qkv.new_empty(_TOKENS_OF_HEADS) for _ in range(2))
     scale = qkv.new_full((2,), 4.0)
 
     def eager() -> Tensor:

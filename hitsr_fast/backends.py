@@ -347,10 +347,16 @@ def active_instruction_set() -> str:
         RuntimeError: the extension is unavailable; the message says why.
         ValueError: `HITSR_FAST_CPU_ISA` names one that this machine does not have.
     """
-    names, forced = instruction_sets(), forced_instruction_set()
-    if forced is not None and forced not in names:
-        raise ValueError(f"HITSR_FAST_CPU_ISA: expected one of {', '.join(names)}, found {forced!r}")
-    return forced or names[0]
+    forced = forced_instruction_set()
+    if forced is None:
+        return _quickest_set()
+    check_choice("HITSR_FAST_CPU_ISA", forced, instruction_sets())
+    return forced
+
+
+@functools.cache
+def _quickest_set() -> str:
+    return instruction_sets()[0]
 
 
 @contextmanager

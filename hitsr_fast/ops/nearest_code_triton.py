@@ -28,8 +28,8 @@ def as_maps(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Rows `(N, C)`, `(G, N, C)` or a map `(B, C, H, W)` as a view `(G, B, H, W, C)`; shape of the result."""
     if x.dim() == 4:
         return x.movedim(1, -1)[None], (x.shape[0], *x.shape[2:])
-    rows = x if x.dim() == 3 else x[None]
-    return rows[:, None, None], tuple(x.shape[:-1])
+    groups = x.shape[0] if x.dim() == 3 else 1
+    return x.reshape(groups, 1, 1, *x.shape[-2:]), tuple(x.shape[:-1])
 
 
 def padded_channels(channels: int) -> int:
