@@ -78,25 +78,6 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// Memory for `count` elements, on a cache line.
-template <typename E>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : memory_(empty({count * static_cast<int64_t>(sizeof(E)) + 64}, ScalarType::Byte)),
-        first_(reinterpret_cast<E*>((reinterpret_cast<uintptr_t>(memory_.data_ptr()) + 63) / 64 * 64)) {}
-  static Buffer zeros(int64_t count) {
-    Buffer found(count);
-    std::memset(found.first_, 0, static_cast<size_t>(count) * sizeof(E));
-    return found;
-  }
-  E* at(int64_t i) const { return first_ + i; }
-
- private:
-  Tensor memory_;
-  E* first_;
-};
-
 // Calls `run` with a value of the tensor's type.
 template <typename F>
 void visit_dtype(const Tensor& tensor, const char* name, const F& run) {

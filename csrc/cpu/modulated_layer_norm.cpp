@@ -5,8 +5,8 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/instruction_sets.h"
-#include "cpu/vectors/floats16.h"
 #include "tensor.h"
 
 namespace hitsr_fast {
@@ -123,10 +123,14 @@ std::tuple<Tensor, Tensor, Tensor> norm(
     using S = decltype(in);
     using R = decltype(result);
     const auto kernel = HITSR_SELECT(isa, kKernels<S, R>).norm;
+    const S* const from = data<S>(x);
+    const float *const factors = data<float>(scale), *const offsets = data<float>(shift);
+    R* const to = data<R>(out);
+    float *const means = data<float>(mean), *const inverses = data<float>(rstd);
     for_each_block(x, [&](int64_t, int64_t image, int64_t row, int64_t rows, float* memory) {
       kernel(
-          data<S>(x) + row * C, data<float>(scale) + image * C, data<float>(shift) + image * C, static_cast<float>(eps),
-          rows, C, memory, data<R>(out) + row * C, data<float>(mean) + row, data<float>(rstd) + row);
+          from + row * C, factors + image * C, offsets + image * C, static_cast<float>(eps), rows, C, memory,
+          to + row * C, means + row, inverses + row);
     });
   });
   return {in_a_row(out, out_dtype), mean, rstd};
@@ -145,11 +149,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward(
   with_dtypes(x, x, [&](auto value, auto) {
     using T = decltype(value);
     const auto kernel = HITSR_SELECT(isa, kKernels<T, T>).norm_backward;
+    const T *const given = data<T>(grad), *const from = data<T>(x);
+    const float *const factors = data<float>(scale), *const means = data<float>(mean);
+    const float* const inverses = data<float>(rstd);
+    T* const to = data<T>(grad_x);
     for_each_block(x, [&](int64_t block, int64_t image, int64_t row, int64_t rows, float* memory) {
-      float* to = sums.part(block);
       kernel(
-          data<T>(grad) + row * C, data<T>(x) + row * C, data<float>(scale) + image * C, data<float>(mean) + row,
-          data<float>(rstd) + row, rows, C, memory, data<T>(grad_x) + row * C, to, to + C);
+          given + row * C, from + row * C, factors + image * C, means + row, inverses + row, rows, C, memory,
+          to + row * C, sums.part(block), sums.part(block) + C);
     });
   });
   return {
@@ -168,9 +175,12 @@ Tensor residual(const Tensor& x_in, const Tensor& y_in, const Tensor& gate_in, c
     using S = decltype(stream);
     using R = decltype(branch);
     const auto kernel = HITSR_SELECT(isa, kKernels<S, R>).residual;
+    const S* const from = data<S>(x);
+    const R* const added = data<R>(y);
+    const float* const gates = data<float>(gate);
+    S* const to = data<S>(out);
     for_each_block(x, [&](int64_t, int64_t image, int64_t row, int64_t rows, float*) {
-      kernel(
-          data<S>(x) + row * C, data<R>(y) + row * C, data<float>(gate) + image * C, rows, C, data<S>(out) + row * C);
+      kernel(from + row * C, added + row * C, gates + image * C, rows, C, to + row * C);
     });
   });
   return in_a_row(out, x_in.scalar_type());
@@ -187,10 +197,11 @@ std::tuple<Tensor, Tensor> residual_backward(
   with_dtypes(y, y, [&](auto value, auto) {
     using T = decltype(value);
     const auto kernel = HITSR_SELECT(isa, kKernels<T, T>).residual_backward;
+    const T *const given = data<T>(grad), *const from = data<T>(y);
+    const float* const gates = data<float>(gate);
+    T* const to = data<T>(grad_y);
     for_each_block(y, [&](int64_t block, int64_t image, int64_t row, int64_t rows, float*) {
-      kernel(
-          data<T>(grad) + row * C, data<T>(y) + row * C, data<float>(gate) + image * C, rows, C,
-          data<T>(grad_y) + row * C, sums.part(block));
+      kernel(given + row * C, from + row * C, gates + image * C, rows, C, to + row * C, sums.part(block));
     });
   });
   return {in_a_row(grad_y, y_in.scalar_type()), sums.total(0, C, gate_in.scalar_type())};

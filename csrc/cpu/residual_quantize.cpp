@@ -7,6 +7,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/nearest_code.h"
 

@@ -9,6 +9,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/scale_block_attention_layouts.h"
 
