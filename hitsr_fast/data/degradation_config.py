@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from hitsr_fast.configs import Config, Share
@@ -106,10 +106,9 @@ VARSR: Final = DegradationConfig(
         poisson_scale_range=(0.05, 2.0),
         jpeg_range=(60, 95),
     ),
-    second=OrderConfig(
+    second=replace(
+        _X4PLUS_SECOND,
         blur_prob=0.5,
-        sigma_range=(0.2, 1.5),
-        resize_probs=(0.3, 0.4, 0.3),
         resize_range=(0.6, 1.2),
         gaussian_noise_range=(1.0, 12.0),
         poisson_scale_range=(0.05, 1.0),

@@ -60,14 +60,8 @@ class TilePlan:
     @classmethod
     def cover(cls, height: int, width: int, tile: int, overlap: int) -> TilePlan:
         """Plan for a `height x width` image; see `tile_starts` for the arguments."""
-        return cls(
-            height,
-            width,
-            tile,
-            overlap,
-            tile_starts(height, tile, overlap),
-            tile_starts(width, tile, overlap),
-        )
+        tops, lefts = (tile_starts(side, tile, overlap) for side in (height, width))
+        return cls(height, width, tile, overlap, tops, lefts)
 
     @property
     def num_tiles(self) -> int:

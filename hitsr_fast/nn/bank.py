@@ -65,16 +65,9 @@ class QuantizerBank(NamedTuple):
         """`residual_step`: the codes of scale number `step` are added to `(B, C, H, W)` in place."""
         bank, indices = self._resolved(codes)
         phi = self.phi_index[step]
-        return residual_step(
-            reconstruction,
-            indices,
-            bank.codebook,
-            bank.phi_weight[phi],
-            bank.phi_bias[phi],
-            scale=scale,
-            next_scale=next_scale,
-            phi_ratio=self.phi_ratio,
-        )
+        own = bank.codebook, bank.phi_weight[phi], bank.phi_bias[phi]
+        sizes: dict[str, Any] = {"scale": scale, "next_scale": next_scale}
+        return residual_step(reconstruction, indices, *own, **sizes, phi_ratio=self.phi_ratio)
 
     def _options(self, scales: Sequence[Scale]) -> dict[str, Any]:
         phi_index = self.phi_index[: len(scales)]

@@ -72,14 +72,9 @@ class CachedBlock(NamedTuple):
     def run(
         self, x: Tensor, modulation: Tensor, cache: tuple[Tensor, Tensor], start: int, body: CachedBody
     ) -> Tensor:
-        """The block's output for new tokens `x` `(B, L, C)` at places from `start` on.
+        """As `CachedBody`, of one block: `modulation` is `(6, B, C)`, `cache` its keys and values.
 
-        Args:
-            x: Floating; in float32 it loses less from block to block.
-            modulation: `(6, B, C)`, in VAR's order.
-            cache: Keys and values `(B, T, NH, D)`; rows from `start` on are written.
-            start: Tokens before these.
-            body: Whose softmax scale and eps count.
+        In float32 `x` loses less from block to block.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind()
         dtype = self.qkv_weight.dtype
@@ -105,12 +100,7 @@ class CachedBody:
     """
 
     def __init__(
-        self,
-        blocks: Iterable[Any],
-        heads: int,
-        softmax_scale: float,
-        dtype: torch.dtype,
-        eps: float = 1e-6,
+        self, blocks: Iterable[Any], heads: int, softmax_scale: float, dtype: torch.dtype, eps: float = 1e-6
     ) -> None:
         self.heads, self.softmax_scale, self.dtype, self.eps = heads, softmax_scale, dtype, eps
         self.blocks = [CachedBlock.of(block, dtype) for block in blocks]
@@ -141,12 +131,8 @@ class CachedBody:
         """
         layers = len(self.blocks)
         check_shape("x", x, "B L C")
-        check_shape(
-            "modulation",
-            modulation,
-            "layers 6 B C",
-            **{"layers": layers, "6": 6, "B": len(x), "C": x.shape[2]},
-        )
+        sides = {"layers": layers, "6": 6, "B": len(x), "C": x.shape[2]}
+        check_shape("modulation", modulation, "layers 6 B C", **sides)
         check_shape("cache.k", cache.k, "layers B T NH D", layers=layers)
         for block, rows, k, v in zip(self.blocks, modulation, cache.k, cache.v, strict=True):
             x = block.run(x, rows, (k, v), start, self)

@@ -127,13 +127,8 @@ class SamplingPlan(NamedTuple):
             logits, strength = guided_logits(logits, strength)[None], 0.0
         conditional, *rest = logits.unbind()
         codes: Tensor = torch.ops.hitsr_fast.sample_codes(
-            conditional,
-            rest[0] if rest else None,
-            None if states is None else states[step],
-            strength,
-            self.top_k,
-            self.top_p,
-            self.temperature,
+            *(conditional, rest[0] if rest else None, None if states is None else states[step]),
+            *(strength, self.top_k, self.top_p, self.temperature),
         )
         return codes
 

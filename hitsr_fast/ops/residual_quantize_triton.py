@@ -274,18 +274,10 @@ def residual_decode_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return results.reconstruction, results.inputs, results.reconstructions
 
 
-def residual_step_triton(
-    reconstruction: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    scale: Sequence[int],
-    next_scale: Sequence[int],
-    phi_ratio: float,
-) -> Tensor:
+def residual_step_triton(*args: Any) -> Tensor:
     """As `reference.residual_step`."""
-    pooled = reconstruction.new_empty((*reconstruction.shape[:2], *next_scale))
+    reconstruction, indices, codebook, phi_weight, phi_bias, scale, next_scale, phi_ratio = args
+    pooled: Tensor = reconstruction.new_empty((*reconstruction.shape[:2], *next_scale))
     if reconstruction.numel() > 0:
         (this,) = _walk(scale, [0])
         update = _Updater(codebook, phi_weight[None], phi_bias[None], phi_ratio, reconstruction)

@@ -168,17 +168,11 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float:
 # --- flash kernels of PyTorch and FlashAttention, which know no blocks: once per block, on the keys it sees
 
 
-def _by_block(
-    attend: Callable[..., tuple[Tensor, Tensor]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_lengths: Sequence[int],
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
+def _by_block(attend: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor]:
     """As `reference.scale_block_attention`; `attend` is given queries, keys, values and the scale."""
+    q, k, v, block_lengths, softmax_scale = args
     if q.numel() == 0:
-        return reference.scale_block_attention(q, k, v, block_lengths, softmax_scale)
+        return reference.scale_block_attention(*args)
     q, k, v = _readable(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -189,19 +183,12 @@ def _by_block(
 
 
 def _backward_by_block(
-    differentiate: Callable[..., Sequence[Tensor]],
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_lengths: Sequence[int],
-    softmax_scale: float,
+    differentiate: Callable[..., Sequence[Tensor]], *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.scale_block_attention_backward`; sums over blocks run in the dtype of lse."""
+    grad, q, k, v, out, lse, block_lengths, softmax_scale = args
     if q.numel() == 0:
-        return reference.scale_block_attention_backward(grad, q, k, v, out, lse, block_lengths, softmax_scale)
+        return reference.scale_block_attention_backward(*args)
     grad, q, k, v, out = _readable(grad, q, k, v, out)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (k, v))
@@ -214,15 +201,9 @@ def _backward_by_block(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _of_cache(
-    attend: Callable[..., tuple[Tensor, Tensor]],
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    length: int,
-    softmax_scale: float,
-) -> Tensor:
+def _of_cache(attend: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> Tensor:
     """As `reference.cached_attention`."""
+    q, k_cache, v_cache, length, softmax_scale = args
     if q.numel() == 0:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return attend(*_readable(q, k_cache[:, :length], v_cache[:, :length]), softmax_scale)[0].contiguous()
@@ -268,16 +249,8 @@ def _flash(
     return out, lse
 
 
-def _flash_backward(
-    version: FlashVersion,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float,
-) -> Sequence[Tensor]:
+def _flash_backward(version: FlashVersion, *args: Any) -> Sequence[Tensor]:
+    grad, q, k, v, out, lse, softmax_scale = args
     module = version.load()
     if version.number == 4:
         grads: Sequence[Tensor] = module._flash_attn_bwd(
@@ -371,11 +344,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradient(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (
-        *_attention_backward(grad, *ctx.saved_tensors, ctx.block_lengths, ctx.softmax_scale),
-        None,
-        None,
-    )
+    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.block_lengths, ctx.softmax_scale)
+    return *grads, None, None
 
 
 @op(
@@ -385,9 +355,7 @@ def _gradient(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor 
     triton=Launch(triton.scale_block_attention_triton, limits=triton.LIMITS, unless=triton.unsupported),
     flash_attn=Flash(_attention_flash, unless=_flash_unsupported),
     native=Native(
-        "_scale_block_attention",
-        dtypes=UP_TO_FLOAT32,
-        otherwise=functools.partial(_by_block, _pytorch),
+        "_scale_block_attention", dtypes=UP_TO_FLOAT32, otherwise=functools.partial(_by_block, _pytorch)
     ),
     gradient=Gradient(_save, _gradient),
 )

@@ -127,10 +127,8 @@ def _block(
     if attn.l2_norm:
         wide = torch.promote_types(x.dtype, torch.float32)
         factor = attn.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp()
-        q, k = (
-            (F.normalize(q.to(wide), dim=-1) * factor).to(v.dtype),
-            F.normalize(k.to(wide), dim=-1).to(v.dtype),
-        )
+        q = (F.normalize(q.to(wide), dim=-1) * factor).to(v.dtype)
+        k = F.normalize(k.to(wide), dim=-1).to(v.dtype)
         softmax_scale = 1.0
     if cache is not None:
         k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)

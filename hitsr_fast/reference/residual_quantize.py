@@ -112,9 +112,8 @@ def residual_quantize(
         if tokens.start >= replayed:
             rows = _rows(_pool(residual, size)).reshape(-1, z.shape[1])
             indices[:, tokens] = nearest_code(rows, codebook, metric).view(z.shape[0], size[0] * size[1])
-        step = _spread(
-            indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], size, z.shape[2:], phi_ratio
-        )
+        codes = _gather(indices[:, tokens], codebook, size)
+        step = _spread(codes, phi_weight[phi], phi_bias[phi], phi_ratio, z.shape[2:])
         out.add(step)
         residual -= step
     return out.reconstruction, indices, out.inputs, out.reconstructions
@@ -140,7 +139,8 @@ def residual_decode(
     """
     out = _Accumulator((indices.shape[0], codebook.shape[1], *size), codebook, scales, inputs, per_scale)
     for scale, tokens, phi in _walk(scales, phi_index):
-        out.add(_spread(indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], scale, size, phi_ratio))
+        codes = _gather(indices[:, tokens], codebook, scale)
+        out.add(_spread(codes, phi_weight[phi], phi_bias[phi], phi_ratio, size))
     return out.reconstruction, out.inputs, out.reconstructions
 
 
@@ -216,8 +216,8 @@ def residual_step(
 
     Arguments and result are those of `ops.residual_step`; after the last scale `next_scale` is `(0, 0)`.
     """
-    size = reconstruction.shape[2:]
-    reconstruction += _spread(indices, codebook, phi_weight, phi_bias, scale, size, phi_ratio)
+    codes = _gather(indices, codebook, scale)
+    reconstruction += _spread(codes, phi_weight, phi_bias, phi_ratio, reconstruction.shape[2:])
     if tuple(next_scale) == (0, 0):
         return reconstruction.new_empty(*reconstruction.shape[:2], 0, 0)
     return _pool(reconstruction, next_scale).clone(memory_format=torch.contiguous_format)
@@ -282,17 +282,9 @@ def _gather(indices: Tensor, codebook: Tensor, size: Sequence[int]) -> Tensor:
     return rows.transpose(1, 2).reshape(indices.shape[0], codebook.shape[1], *size).contiguous()
 
 
-def _spread(
-    indices: Tensor,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Sequence[int],
-    size: Sequence[int],
-    phi_ratio: float,
-) -> Tensor:
+def _spread(codes: Tensor, weight: Tensor, bias: Tensor, phi_ratio: float, size: Sequence[int]) -> Tensor:
     """phi(bicubic(codes)): what one scale adds to the reconstruction, `(B, C, *size)`."""
-    h = _upsample(_gather(indices, codebook, scale), size)
+    h = _upsample(codes, size)
     if phi_ratio == 0:
         return h
     return (1 - phi_ratio) * h + phi_ratio * F.conv2d(h, weight.to(h.dtype), bias.to(h.dtype), padding=1)
