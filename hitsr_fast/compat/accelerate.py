@@ -96,14 +96,7 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
 
 
 def undo(model: nn.Module) -> None:
-    """Give a model that `accelerate` has changed its own sampler and quantizer back.
-
-    Args:
-        model: as `accelerate` returned it.
-
-    Raises:
-        ValueError: it is not accelerated.
-    """
+    """Give a model that `accelerate` returned its own sampler and quantizer back; ValueError for another."""
     if not isinstance(model, _Accelerated):
         raise ValueError("model: expected one that `accelerate` returned, found that it is not accelerated")
     model.undo()

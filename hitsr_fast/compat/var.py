@@ -162,8 +162,7 @@ class VectorQuantizer2(ResidualQuantizer):
     def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
         """What teacher forcing feeds the model: `(B, T - h0 * w0, C)`; None where there is no scale to feed.
 
-        Args:
-            gt_ms_idx_Bl: indices `(B, h * w)` of the scales; those of the last one feed nothing.
+        The indices `(B, h * w)` of the last scale feed nothing.
         """
         return self._teacher_inputs([indices.long() for indices in gt_ms_idx_Bl], self.pyramid)
 
@@ -174,13 +173,9 @@ class VectorQuantizer2(ResidualQuantizer):
     def get_next_autoregressive_input(
         self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The sampler's step: adds a map of codes to `f_hat` in place.
+        """The sampler's step: adds a map of codes, or of mixtures of them, to `f_hat` in place.
 
-        Args:
-            si: number of the scale, out of SN.
-            SN: number of scales.
-            f_hat: `(B, C, H, W)`; changed.
-            h_BChw: `(B, C, h, w)`, of codes or of mixtures of codes.
+        It is scale number `si` out of `SN`.
 
         Returns:
             `f_hat`, and the next scale's input `(B, C, h2, w2)`; `f_hat` again after the last scale.

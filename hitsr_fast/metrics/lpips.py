@@ -101,14 +101,11 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of each image in `a` to its partner in `b`.
+        """Distance of each image in `a` to its partner in `b`: float32 `(B,)`, 0 for equal images.
 
         Args:
             a: floating point, `(B, 3, H, W)` in [-1, 1]. Gradients flow to it.
             b: the same shape and device; the target, without gradient.
-
-        Returns:
-            float32 `(B,)`; 0 for equal images.
 
         Raises:
             TypeError: not floating-point tensors.

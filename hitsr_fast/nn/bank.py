@@ -24,21 +24,13 @@ class QuantizerBank(NamedTuple):
     """Codebook and phis, and the `residual_*` ops on them.
 
     Codes are int64 indices `(B, T)`, or rows `(B, T, C)`: mixtures of codes, which are in no codebook.
-
-    Attributes:
-        codebook: `(K, C)`.
-        phi_weight: `(P, C, C, 3, 3)`.
-        phi_bias: `(P, C)`.
-        phi_index: Which phi each scale uses.
-        phi_ratio: r of phi; 0 leaves it out.
-        metric: Of `nearest_code`.
     """
 
-    codebook: Tensor
-    phi_weight: Tensor
-    phi_bias: Tensor
-    phi_index: tuple[int, ...]
-    phi_ratio: float
+    codebook: Tensor  # (K, C)
+    phi_weight: Tensor  # (P, C, C, 3, 3)
+    phi_bias: Tensor  # (P, C)
+    phi_index: tuple[int, ...]  # which phi each scale uses
+    phi_ratio: float  # r of phi; 0 leaves it out
     metric: Metric = "l2"
 
     def to(self, dtype: torch.dtype) -> QuantizerBank:

@@ -25,12 +25,7 @@ class KVCache(NamedTuple):
     v: Tensor
 
     def first(self, batch: int) -> KVCache:
-        """The first `batch` sequences, in the same memory.
-
-        Raises:
-            TypeError: `batch` is not an integer.
-            ValueError: There are not so many.
-        """
+        """The first `batch` sequences, in the same memory; an error where there are not so many."""
         check_integer("batch", batch, 0, self.k.shape[1], "B")
         return KVCache(self.k[:, :batch], self.v[:, :batch])
 
@@ -50,12 +45,10 @@ class CachedBlock(NamedTuple):
 
     @classmethod
     def of(cls, block: Any, dtype: torch.dtype) -> CachedBlock:
-        """Weights in a dtype, shared where it is their own.
+        """Weights of a block with VAR's names in a dtype, shared where it is their own.
 
-        Args:
-            block: A block with VAR's names: `attn.mat_qkv`, `attn.q_bias`, `attn.v_bias`, `attn.proj`,
-                `ffn.fc1`, `ffn.fc2`, and `attn.scale_mul_1H11` where q and k are normalised.
-            dtype: Of the weights.
+        The names are `attn.mat_qkv`, `attn.q_bias`, `attn.v_bias`, `attn.proj`, `ffn.fc1`, `ffn.fc2`, and
+        `attn.scale_mul_1H11` where q and k are normalised.
         """
         attn, ffn = block.attn, block.ffn
         weights = [attn.mat_qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])]
@@ -141,11 +134,9 @@ class CachedBody:
 
 @torch.no_grad()
 def modulation_table(ada_lins: Sequence[nn.Module], vectors: Tensor) -> Tensor:
-    """What AdaLN makes of class vectors, once for all scales: `(layers, parts, classes, C)`.
+    """What AdaLN makes of class vectors `(classes, C)`, once for all scales: `(layers, parts, classes, C)`.
 
-    Args:
-        ada_lins: SiLU and linear map `C -> parts * C` of each layer.
-        vectors: `(classes, C)`, in the dtype of the maps.
+    `ada_lins` are SiLU and linear map `C -> parts * C` of each layer, in the dtype of the vectors.
     """
     rows: Tensor = torch.stack([ada_lin(vectors) for ada_lin in ada_lins])
     table: Tensor = rows.unflatten(2, (-1, vectors.shape[1])).transpose(1, 2).contiguous()
