@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.compat.phi_bank import PhiBank
 from hitsr_fast.nn import ResidualQuantizer
-from hitsr_fast.ops import Metric, nearest_code
+from hitsr_fast.ops import nearest_code
 from hitsr_fast.pyramid import Scale, ScalePyramid, Size
 
 
@@ -61,9 +61,7 @@ class VectorQuantizer2(ResidualQuantizer):
             phi_ratio=abs(quant_resi) if abs(quant_resi) > 1e-6 else 0.0,
             num_phi=share_quant_resi or default_qresi_counts or len(v_patch_nums),
         )
-        self.vocab_size = vocab_size
-        self.Cvae = Cvae
-        self.quant_resi_ratio = quant_resi
+        self.vocab_size, self.Cvae, self.quant_resi_ratio = vocab_size, Cvae, quant_resi
         self.prog_si = -1  # last scale of a progressive training; -1 for none
 
     def _make_parameters(self, codebook_size: int, code_dim: int) -> None:
@@ -81,8 +79,7 @@ class VectorQuantizer2(ResidualQuantizer):
 
     @using_znorm.setter
     def using_znorm(self, value: bool) -> None:
-        metric: Metric = "cosine" if value else "l2"
-        self.metric = metric
+        self.metric = "cosine" if value else "l2"
 
     @property
     def beta(self) -> float:

@@ -92,8 +92,7 @@ class ReconstructionWalk:
     def __init__(
         self, banks: Sequence[QuantizerBank], pyramid: ScalePyramid, batch: int, *, ar_grid: str = "target"
     ) -> None:
-        self.banks, self.pyramid = banks, pyramid
-        self.ar_grid = ar_grid
+        self.banks, self.pyramid, self.ar_grid = banks, pyramid, ar_grid
         self.step = 0
         self.finished: list[Tensor] = []
         self._codes: list[Tensor] = []

@@ -20,7 +20,7 @@ from hitsr_fast.checks import (
     has_values,
 )
 from hitsr_fast.ops import residual_quantize_schema as schema
-from hitsr_fast.ops.nearest_code import METRICS, Metric, PreparedCodebook, prepare_codebook
+from hitsr_fast.ops.nearest_code import METRICS, Metric, PreparedCodebook, check_not_empty, prepare_codebook
 from hitsr_fast.pyramid import size_of
 from hitsr_fast.reference.residual_quantize import arithmetic_dtype
 
@@ -403,9 +403,8 @@ def _check_targets(
 def _check_bank(codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor) -> None:
     check_tensor("codebook", codebook, FLOATING)
     check_shape("codebook", codebook, "K C")
-    K, C = codebook.shape
-    if K == 0 or C == 0:
-        raise ValueError(f"codebook: expected K and C of at least 1, found shape {(K, C)}")
+    check_not_empty(codebook)
+    C = codebook.shape[1]
     check_tensor("phi_weight", phi_weight, (codebook.dtype,), like=codebook)
     if phi_weight.dim() != 5 or tuple(phi_weight.shape[1:]) != (C, C, 3, 3):
         raise ValueError(f"phi_weight: expected shape (P, {C}, {C}, 3, 3), found {tuple(phi_weight.shape)}")

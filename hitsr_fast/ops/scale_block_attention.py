@@ -103,24 +103,20 @@ def cached_attention(
     in the caches already.
 
     Args:
-        q: float16, bfloat16, float32 or float64, `(B, L, NH, D)`. Any strides.
+        q, softmax_scale: as for `scale_block_attention`, q of `(B, L, NH, D)`.
         k_cache, v_cache: of the same dtype, `(B, Tmax, NH, D)`. Any strides.
         length: number of rows that are valid, 1 to Tmax; the others are not read.
-        softmax_scale: factor of the scores; None means `1 / sqrt(D)`.
 
     Returns:
         `(B, L, NH, D)` in the dtype of q.
 
     Raises:
-        TypeError: an argument is of another type or dtype.
-        ValueError: a shape or device does not fit, `length` is out of range, or D is 0 and no `softmax_scale`
-            given.
+        TypeError, ValueError: as `scale_block_attention`; ValueError also where `length` is out of range.
         RuntimeError: an argument asks for a gradient; the op has none.
 
     Notes:
         Calls block by block give what `scale_block_attention` gives, up to rounding.
-        Backends: triton, flash_attn, cpu, reference.
-        Source: VAR (arXiv 2404.02905), section 3.2.
+        Backends and source are those of `scale_block_attention`.
 
     Example:
         >>> k_cache = torch.zeros(1, 3, 1, 1)
