@@ -50,15 +50,8 @@ def pool_constants(channels: int, rows: int, places: int) -> dict[str, int]:
 def update_constants(channels: int, phi: bool) -> dict[str, int]:
     """Block sizes of the update: square blocks of a short border, smaller where none is needed."""
     padded = nearest.padded_channels(channels)
-    return {
-        "C": channels,
-        "CP": padded,
-        "ROWS": 8 if phi else 2,
-        "COLUMNS": 8,
-        "BLOCK_S": 16,
-        "BLOCK_I": min(padded, 32),
-        "BLOCK_O": min(padded, 32),
-    }
+    places = {"ROWS": 8 if phi else 2, "COLUMNS": 8, "BLOCK_S": 16}
+    return {"C": channels, "CP": padded, "BLOCK_I": min(padded, 32), "BLOCK_O": min(padded, 32)} | places
 
 
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}

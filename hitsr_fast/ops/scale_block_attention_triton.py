@@ -110,17 +110,10 @@ def constants(kernel: str, dtype: torch.dtype, D: int, chip: str | None = None) 
     padded = max(1 << (D - 1).bit_length(), 16)
     exact = dtype == torch.float32
     queries, keys, warps, stages = _TILES[chip][exact, padded > 64][_KERNELS.index(kernel)]
-    return {
-        "D": D,
-        "DP": padded,
-        "BLOCK_M": queries,
-        "BLOCK_N": keys,
-        # Three products of tf32 give the digits of float32; AMD's tensor cores take float32 as it is.
-        "PRECISION": "tf32x3" if exact and chip not in ("cdna", "interpreter") else "ieee",
-        "num_warps": warps,
-        "num_stages": stages,
-        "enable_fp_fusion": True,
-    }
+    # Three products of tf32 give the digits of float32; AMD's tensor cores take float32 as it is.
+    precision = "tf32x3" if exact and chip not in ("cdna", "interpreter") else "ieee"
+    sizes = {"D": D, "DP": padded, "BLOCK_M": queries, "BLOCK_N": keys, "PRECISION": precision}
+    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def decode_plan(
