@@ -24,12 +24,12 @@ _forced_set: ContextVar[str | None] = ContextVar("hitsr_fast_forced_instruction_
 
 
 class Limit(NamedTuple):
-    """The longest side that a backend takes: letter, axis, length, and of which argument if not the first."""
+    """The longest side that a backend takes."""
 
     letter: str
     axis: int
     most: int
-    argument: str | None = None
+    argument: str | None = None  # whose side, if not the first one's
 
 
 class Backend:
@@ -59,13 +59,7 @@ class Backend:
         self._refused = frozenset(FLOATING) - frozenset(dtypes)
 
     def bind(self, names: Sequence[str], tensors: Sequence[int], dtypes: Sequence[int]) -> None:
-        """Learn the schema.
-
-        Args:
-            names: of all arguments.
-            tensors: places of those that are tensors, or tensors or None.
-            dtypes: places of those that are dtypes.
-        """
+        """Learn the schema: names of all arguments, places of those that may be tensors, and of dtypes."""
         self._names, self._first = names, tensors[0]
         self._tensors = tuple(i for i in tensors if names[i] not in self.any_dtype)
         self._dtypes = tuple(dtypes)
@@ -195,19 +189,12 @@ class Launch(Backend):
 
 
 class FlashVersion(NamedTuple):
-    """A version of FlashAttention.
+    """A version of FlashAttention."""
 
-    Attributes:
-        number: 2, 3 or 4.
-        module: where its functions are.
-        capabilities: first digits of the compute capabilities that it has code for.
-        head_dim: the longest head that it takes.
-    """
-
-    number: int
-    module: str
-    capabilities: range
-    head_dim: int
+    number: int  # 2, 3 or 4
+    module: str  # where its functions are
+    capabilities: range  # first digits of the compute capabilities that it has code for
+    head_dim: int  # the longest that it takes
 
     def load(self) -> ModuleType:
         """Its module; the first time this may take seconds."""

@@ -117,16 +117,7 @@ def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor | None]
 
 
 def check_image(name: str, image: Tensor) -> None:
-    """Require a floating-point `(B, 3, H, W)` tensor.
-
-    Args:
-        name: the argument's name, for the message.
-        image: the tensor to check.
-
-    Raises:
-        TypeError: not a tensor, or not floating point.
-        ValueError: another shape.
-    """
+    """Raise TypeError unless `image` is a floating-point tensor, ValueError unless it is `(B, 3, H, W)`."""
     if not isinstance(image, Tensor):
         raise TypeError(f"{name}: expected a tensor, found {type(image).__name__}")
     if not image.is_floating_point():
@@ -136,17 +127,7 @@ def check_image(name: str, image: Tensor) -> None:
 
 
 def check_pair(a: Tensor, b: Tensor, *, min_side: int) -> None:
-    """Require two comparable image batches with sides of at least `min_side`.
-
-    Args:
-        a: floating point, `(B, 3, H, W)`.
-        b: floating point, the shape and device of `a`.
-        min_side: the smallest height or width that the metric can use.
-
-    Raises:
-        TypeError: not a tensor, or not floating point.
-        ValueError: shapes or devices differ, or a side is too short.
-    """
+    """`check_image` of both; ValueError if shapes or devices differ, or a side is below `min_side`."""
     check_image("a", a)
     check_image("b", b)
     if a.shape != b.shape:

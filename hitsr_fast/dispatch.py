@@ -33,15 +33,10 @@ class BackendUnavailableError(RuntimeError):
 
 
 class Gradient(NamedTuple):
-    """How an op is differentiated: in reverse mode, once.
+    """How an op is differentiated: in reverse mode, once."""
 
-    Attributes:
-        save: keeps what the formula needs, given the context, the arguments and the result.
-        formula: gradients of the arguments, given the context and those of the results.
-    """
-
-    save: Callable[[Any, tuple[Any, ...], Any], None]
-    formula: Callable[..., Any]
+    save: Callable[[Any, tuple[Any, ...], Any], None]  # given the context, the arguments and the result
+    formula: Callable[..., Any]  # gradients of the arguments, given the context and those of the results
 
 
 class Op:
@@ -200,10 +195,7 @@ def op(
         schema: without defaults: PyTorch leaves out arguments that equal their default. The first argument is
             a tensor; what is written in place is marked, as in `Tensor(a!)`.
         reference: the definition.
-        cuda: CUDA C++.
-        triton: Triton kernels.
-        flash_attn: FlashAttention.
-        native: C++ on the CPU.
+        cuda, triton, flash_attn, native: what else runs it, native being C++ on the CPU.
         check: raises on bad values (shapes are the public function's job). It runs with each real call and
             never while tracing, so it may look into tensors.
         gradient: its formula, whose backward op is called `<op>_backward`. Without one, arguments that ask

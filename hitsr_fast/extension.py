@@ -34,17 +34,15 @@ def unavailable(module: str = "_C") -> str | None:
 
 
 @functools.cache
-def warn_once(module: str = "_C") -> None:
-    """Warn, the first time, if an extension is unavailable: PyTorch then computes in its place, and slower.
+def warn_once() -> None:
+    """Warn, the first time, if "_C" is unavailable: PyTorch then computes in its place, and slower.
 
     Example:
         >>> warn_once()
     """
-    reason = unavailable(module)
+    reason = unavailable()
     if reason is not None:
-        warnings.warn(
-            f"hitsr_fast.{module}: {reason}; ops run in plain PyTorch", RuntimeWarning, stacklevel=2
-        )
+        warnings.warn(f"hitsr_fast._C: {reason}; ops run in plain PyTorch", RuntimeWarning, stacklevel=2)
 
 
 def build_info(module: str = "_C") -> dict[str, str | int]:

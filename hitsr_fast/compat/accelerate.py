@@ -96,14 +96,7 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
 
 
 def undo(model: nn.Module) -> None:
-    """Give a model that `accelerate` has changed its own sampler and quantizer back.
-
-    Args:
-        model: as `accelerate` returned it.
-
-    Raises:
-        ValueError: it is not accelerated.
-    """
+    """Give a model that `accelerate` returned its own sampler and quantizer back; ValueError for another."""
     if not isinstance(model, _Accelerated):
         raise ValueError("model: expected one that `accelerate` returned, found that it is not accelerated")
     model.undo()
@@ -180,14 +173,8 @@ def _same_quantizer(theirs: Any) -> VectorQuantizer2:
     share = len(bank.qresi_ls) if hasattr(bank, "qresi_ls") else 1 if hasattr(bank, "qresi") else 0
     with torch.device("meta"):  # draws no random numbers
         ours = VectorQuantizer2(
-            theirs.vocab_size,
-            theirs.Cvae,
-            theirs.using_znorm,
-            theirs.beta,
-            0 if share else len(bank),
-            theirs.v_patch_nums,
-            theirs.quant_resi_ratio,
-            share,
+            *(theirs.vocab_size, theirs.Cvae, theirs.using_znorm, theirs.beta),
+            *(0 if share else len(bank), theirs.v_patch_nums, theirs.quant_resi_ratio, share),
         )
     found, expected = theirs.state_dict().keys(), ours.state_dict().keys()
     if found != expected:
@@ -238,11 +225,7 @@ def _missing(model: Any) -> list[str]:
 
 
 def _unlike(
-    owner: Any,
-    names: str,
-    kinds: Mapping[str, type],
-    values: Mapping[str, object],
-    methods: Sequence[str],
+    owner: Any, names: str, kinds: Mapping[str, type], values: Mapping[str, object], methods: Sequence[str]
 ) -> list[str]:
     """Attributes that are not there, or else those that are not as they are in VAR, in words."""
     return [name for name in names.split() if _value(owner, name) is None] or [

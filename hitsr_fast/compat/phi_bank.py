@@ -52,11 +52,7 @@ class PhiBank(nn.Module):
         return self.phis[nearest_phi(position, len(self))]
 
     def stacked(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights `(P, C, C, 3, 3)` and biases `(P, C)` as the ops take them, zeros where there are none.
-
-        Args:
-            like: the codebook, for the dtype and device of those zeros.
-        """
+        """Weights `(P, C, C, 3, 3)` and biases `(P, C)` for the ops; zeros `like` it without phis."""
         convolutions = [phi for phi in self.phis if isinstance(phi, Phi)]
         if not convolutions:
             C, P = like.shape[1], len(self)

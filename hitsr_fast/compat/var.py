@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.compat.phi_bank import PhiBank
 from hitsr_fast.nn import ResidualQuantizer
-from hitsr_fast.ops import Metric, nearest_code
+from hitsr_fast.ops import nearest_code
 from hitsr_fast.pyramid import Scale, ScalePyramid, Size
 
 
@@ -61,9 +61,7 @@ class VectorQuantizer2(ResidualQuantizer):
             phi_ratio=abs(quant_resi) if abs(quant_resi) > 1e-6 else 0.0,
             num_phi=share_quant_resi or default_qresi_counts or len(v_patch_nums),
         )
-        self.vocab_size = vocab_size
-        self.Cvae = Cvae
-        self.quant_resi_ratio = quant_resi
+        self.vocab_size, self.Cvae, self.quant_resi_ratio = vocab_size, Cvae, quant_resi
         self.prog_si = -1  # last scale of a progressive training; -1 for none
 
     def _make_parameters(self, codebook_size: int, code_dim: int) -> None:
@@ -81,8 +79,7 @@ class VectorQuantizer2(ResidualQuantizer):
 
     @using_znorm.setter
     def using_znorm(self, value: bool) -> None:
-        metric: Metric = "cosine" if value else "l2"
-        self.metric = metric
+        self.metric = "cosine" if value else "l2"
 
     @property
     def beta(self) -> float:
@@ -162,8 +159,7 @@ class VectorQuantizer2(ResidualQuantizer):
     def idxBl_to_var_input(self, gt_ms_idx_Bl: Sequence[Tensor]) -> Tensor | None:
         """What teacher forcing feeds the model: `(B, T - h0 * w0, C)`; None where there is no scale to feed.
 
-        Args:
-            gt_ms_idx_Bl: indices `(B, h * w)` of the scales; those of the last one feed nothing.
+        The indices `(B, h * w)` of the last scale feed nothing.
         """
         return self._teacher_inputs([indices.long() for indices in gt_ms_idx_Bl], self.pyramid)
 
@@ -174,13 +170,9 @@ class VectorQuantizer2(ResidualQuantizer):
     def get_next_autoregressive_input(
         self, si: int, SN: int, f_hat: Tensor, h_BChw: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The sampler's step: adds a map of codes to `f_hat` in place.
+        """The sampler's step: adds a map of codes, or of mixtures of them, to `f_hat` in place.
 
-        Args:
-            si: number of the scale, out of SN.
-            SN: number of scales.
-            f_hat: `(B, C, H, W)`; changed.
-            h_BChw: `(B, C, h, w)`, of codes or of mixtures of codes.
+        It is scale number `si` out of `SN`.
 
         Returns:
             `f_hat`, and the next scale's input `(B, C, h2, w2)`; `f_hat` again after the last scale.

@@ -23,12 +23,7 @@ class VectorQuantizer2(var.VectorQuantizer2):
     def f_to_idxBl_or_fhat(  # type: ignore[override]
         self, f_BChw: Tensor, to_fhat: bool, v_patch_nums: Sequence[Scale] | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Of each scale the indices, or `f_hat` after it; then what the last scale had to code.
-
-        Args:
-            f_BChw: `(B, C, H, W)`.
-            to_fhat: `f_hat` rather than indices.
-            v_patch_nums: other scales than the module's own.
+        """As in VAR; then what the last scale had to code.
 
         Returns:
             The list of `(B, h * w)`, or of `(B, C, H, W)`, with the residual before the last scale, as rows

@@ -45,8 +45,7 @@ def gaussian_kernel(
 
     Args:
         size: odd side of the kernel in pixels.
-        sigma_x: standard deviation along the first axis, in pixels.
-        sigma_y: standard deviation along the second axis, in pixels.
+        sigma_x, sigma_y: standard deviations along the two axes, in pixels.
         angle: rotation of the axes, in radians.
         profile: "gaussian", "generalized" or "plateau".
         beta: shape exponent; not used by "gaussian".

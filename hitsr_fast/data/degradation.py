@@ -17,13 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hitsr_fast.checks import check_number
+from hitsr_fast.checks import check_image, check_integer, check_number
 from hitsr_fast.data.blur_kernels import KERNEL_SHAPES, gaussian_kernel, sinc_kernel
-from hitsr_fast.data.degradation_config import (
-    REAL_ESRGAN_X4PLUS,
-    DegradationConfig,
-    OrderConfig,
-)
+from hitsr_fast.data.degradation_config import REAL_ESRGAN_X4PLUS, DegradationConfig, OrderConfig
 from hitsr_fast.data.jpeg import jpeg
 
 DEGRADED: Final = 0
@@ -56,8 +52,7 @@ def degrade(
         float32 `(B, 3, H / scale, W / scale)` in [0, 1], on the 8-bit grid, on `hr`'s device.
 
     Raises:
-        TypeError: if `hr` is not a floating point tensor.
-        ValueError: if a shape, the seed, the index or the scale is out of range.
+        TypeError, ValueError: an argument is of another type or shape, or out of range.
 
     Notes:
         Real-ESRGAN, figure 2. As there, resizing is not antialiased: aliasing is one of the degradations. The
@@ -77,16 +72,7 @@ def degrade(
 def clean_pair(hr: Tensor, scale: int = 4) -> Tensor:
     """Down-sample photos without degradation: antialiased bilinear, the "clean bilinear" class.
 
-    Args:
-        hr: floating point `(B, 3, H, W)`, RGB in [0, 1]; H and W multiples of `scale`.
-        scale: how much smaller the result is.
-
-    Returns:
-        float32 `(B, 3, H / scale, W / scale)` in [0, 1], on the 8-bit grid.
-
-    Raises:
-        TypeError: if `hr` is not a floating point tensor.
-        ValueError: if a shape or the scale is out of range.
+    Arguments, result and errors are those of `degrade`.
     """
     _check_images(hr, scale)
     size = (hr.shape[-2] // scale, hr.shape[-1] // scale)
@@ -105,20 +91,12 @@ def lr_pair(
     """Make the low-resolution input and its class for each photo of a batch.
 
     Args:
-        hr: floating point `(B, 3, H, W)`, RGB in [0, 1]; H and W multiples of `scale`.
-        seed: not negative; image `i` uses the streams of (`seed`, `first_index + i`).
-        clean_prob: probability of the clean class, drawn per image.
-        config: strengths and probabilities of the degraded class.
-        scale: how much smaller the result is.
-        first_index: index of the first image, for a batch that is part of a larger one.
+        clean_prob: probability of the clean class, from 0 to 1, drawn per image.
+        hr, seed, config, scale, first_index: as for `degrade`, as are the errors.
 
     Returns:
         lr: float32 `(B, 3, H / scale, W / scale)` in [0, 1]; degraded ones equal `degrade`'s.
         class_id: int64 `(B,)` on `hr`'s device, `DEGRADED` (0) or `CLEAN_BILINEAR` (1).
-
-    Raises:
-        TypeError: if `hr` is not a floating point tensor.
-        ValueError: if a shape, a probability, the seed, the index or the scale is out of range.
     """
     _check_images(hr, scale)
     _check_key(seed, first_index)
@@ -181,18 +159,13 @@ def _random_kernel(order: OrderConfig, config: DegradationConfig, rng: np.random
     if shape.endswith("aniso"):
         sigma_y = rng.uniform(*order.sigma_range)
         angle = rng.uniform(-math.pi, math.pi)
-    if shape.startswith("generalized"):
-        beta = _random_beta(config.generalized_beta_range, rng)
-        return gaussian_kernel(size, sigma_x, sigma_y, angle, profile="generalized", beta=beta)
-    if shape.startswith("plateau"):
-        beta = _random_beta(config.plateau_beta_range, rng)
-        return gaussian_kernel(size, sigma_x, sigma_y, angle, profile="plateau", beta=beta)
+    limits = {"generalized": config.generalized_beta_range, "plateau": config.plateau_beta_range}
+    for profile, (low, high) in limits.items():
+        if shape.startswith(profile):
+            # Half of the draws below 1 (heavy tails), half above (flat tops).
+            beta = rng.uniform(low, 1.0) if rng.random() < 0.5 else rng.uniform(1.0, high)
+            return gaussian_kernel(size, sigma_x, sigma_y, angle, profile=profile, beta=beta)
     return gaussian_kernel(size, sigma_x, sigma_y, angle)
-
-
-def _random_beta(limits: tuple[float, float], rng: np.random.Generator) -> float:
-    """Half of the draws below 1 (heavy tails), half above (flat tops)."""
-    return rng.uniform(limits[0], 1.0) if rng.random() < 0.5 else rng.uniform(1.0, limits[1])
 
 
 def _random_size(base: tuple[int, int], order: OrderConfig, rng: np.random.Generator) -> tuple[int, int]:
@@ -270,12 +243,8 @@ def _to_8_bit(image: Tensor) -> Tensor:
 
 
 def _check_images(hr: Tensor, scale: int) -> None:
-    if not isinstance(hr, Tensor) or not hr.is_floating_point():
-        raise TypeError(f"hr: expected a floating point tensor, found {getattr(hr, 'dtype', type(hr))}")
-    if hr.ndim != 4 or hr.shape[1] != 3:
-        raise ValueError(f"hr: expected shape (B, 3, H, W), found {tuple(hr.shape)}")
-    if scale < 1:
-        raise ValueError(f"scale: expected a positive integer, found {scale}")
+    check_image("hr", hr)
+    check_integer("scale", scale, 1)
     if 0 in hr.shape or hr.shape[-2] % scale or hr.shape[-1] % scale:
         raise ValueError(
             f"hr: expected B > 0 and positive sides divisible by {scale}, found {tuple(hr.shape)}"
@@ -283,7 +252,5 @@ def _check_images(hr: Tensor, scale: int) -> None:
 
 
 def _check_key(seed: int, first_index: int) -> None:
-    if seed < 0:
-        raise ValueError(f"seed: expected a number >= 0, found {seed}")
-    if first_index < 0:
-        raise ValueError(f"first_index: expected a number >= 0, found {first_index}")
+    check_integer("seed", seed, 0)
+    check_integer("first_index", first_index, 0)

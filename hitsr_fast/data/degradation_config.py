@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from hitsr_fast.configs import Config, Share
@@ -43,16 +43,10 @@ class OrderConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_distribution("resize_probs", self.resize_probs)
-        for name in (
-            "sigma_range",
-            "resize_range",
-            "gaussian_noise_range",
-            "poisson_scale_range",
-            "jpeg_range",
-        ):
-            low, high = getattr(self, name)
+        for name in ("sigma", "resize", "gaussian_noise", "poisson_scale", "jpeg"):
+            low, high = getattr(self, f"{name}_range")
             if not 0 < low <= high:
-                raise ValueError(f"{name}: expected 0 < low <= high, found ({low}, {high})")
+                raise ValueError(f"{name}_range: expected 0 < low <= high, found ({low}, {high})")
         if not self.resize_range[0] <= 1 <= self.resize_range[1]:
             raise ValueError(f"resize_range: expected a range around 1, found {self.resize_range}")
         if self.jpeg_range[1] > 100:
@@ -112,10 +106,9 @@ VARSR: Final = DegradationConfig(
         poisson_scale_range=(0.05, 2.0),
         jpeg_range=(60, 95),
     ),
-    second=OrderConfig(
+    second=replace(
+        _X4PLUS_SECOND,
         blur_prob=0.5,
-        sigma_range=(0.2, 1.5),
-        resize_probs=(0.3, 0.4, 0.3),
         resize_range=(0.6, 1.2),
         gaussian_noise_range=(1.0, 12.0),
         poisson_scale_range=(0.05, 1.0),

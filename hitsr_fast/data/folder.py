@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hitsr_fast.checks import check_integer, check_number
 from hitsr_fast.imaging.io import ImageFileError, read_picture, to_eight_bit
 
 DEFAULT_HOLDOUT: Final = (
@@ -105,7 +106,7 @@ class PhotoFolder(Dataset[Tensor]):
             or shared by many processes. By default decoded photos are held in memory, 3 bytes a pixel.
 
     Raises:
-        ValueError: if an argument is out of range.
+        TypeError, ValueError: if an argument is of another type or out of range.
         NoPhotosError: if no photo is usable.
 
     Notes:
@@ -125,16 +126,12 @@ class PhotoFolder(Dataset[Tensor]):
         tries: int = 8,
         cache: str | Path | None = None,
     ) -> None:
-        if crop < 8:
-            raise ValueError(f"crop: expected at least 8, found {crop}")
-        if seed < 0:
-            raise ValueError(f"seed: expected a number >= 0, found {seed}")
-        if length is not None and length < 1:
-            raise ValueError(f"length: expected a positive integer, found {length}")
-        if not 0 <= flat_fraction <= 1:
-            raise ValueError(f"flat_fraction: expected a number in [0, 1], found {flat_fraction}")
-        if tries < 1:
-            raise ValueError(f"tries: expected a positive integer, found {tries}")
+        check_integer("crop", crop, 8)
+        check_integer("seed", seed, 0)
+        if length is not None:
+            check_integer("length", length, 1)
+        check_number("flat_fraction", flat_fraction, 0, 1)
+        check_integer("tries", tries, 1)
         self.crop, self.seed, self.tries = crop, seed, tries
         self.sharpness_db, self.flat_fraction = sharpness_db, flat_fraction
 
@@ -177,14 +174,9 @@ class PhotoFolder(Dataset[Tensor]):
         return torch.from_numpy(self._draw(index))
 
     def batch(self, first_index: int, size: int) -> Tensor:
-        """Make a batch of successive crops of the endless stream.
+        """Successive crops of the endless stream, float32 `(size, 3, crop, crop)` in [0, 1].
 
-        Args:
-            first_index: index of the first crop; may lie beyond the epoch.
-            size: number of crops.
-
-        Returns:
-            float32 `(size, 3, crop, crop)` in [0, 1].
+        `first_index` may lie beyond the epoch.
         """
         crops = np.stack([self._draw(index) for index in range(first_index, first_index + size)])
         return torch.from_numpy(crops).float().div_(255)
@@ -215,14 +207,9 @@ class PhotoFolder(Dataset[Tensor]):
 
 
 def round_trip_psnr(pixels: _Pixels, scale: int = 4) -> float:
-    """Measure detail: the luma PSNR of shrinking and enlarging by bicubic; low means sharp.
+    """Detail of uint8 `(H, W, 3)`: the luma PSNR in dB of shrinking and enlarging by bicubic.
 
-    Args:
-        pixels: uint8 `(H, W, 3)`.
-        scale: how far to shrink.
-
-    Returns:
-        PSNR in dB; infinite for a flat image.
+    Low means sharp; a flat image has infinity.
     """
     luma = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
     small = luma.resize((luma.width // scale, luma.height // scale), Image.Resampling.BICUBIC)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hitsr_fast.checks import check_image, check_integer
+
 # T.81 tables K.1 (luminance) and K.2 (chrominance), row by row.
 _LUMA: Final = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -29,10 +31,7 @@ _CHROMA: Final = (
     (18, 21, 26, 66, 99, 99, 99, 99),
     (24, 26, 56, 99, 99, 99, 99, 99),
     (47, 66, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
-    (99, 99, 99, 99, 99, 99, 99, 99),
+    *((99,) * 8,) * 4,
 )
 _RGB_TO_YCBCR: Final = (
     (0.299, 0.587, 0.114),
@@ -53,22 +52,17 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
         float32 `(B, 3, H, W)` in [0, 1], on the 8-bit grid.
 
     Raises:
-        TypeError: if `images` is not a floating point tensor.
-        ValueError: if a shape or the quality is out of range.
+        TypeError, ValueError: an argument is of another type or shape, or out of range.
 
     Notes:
         Follows libjpeg's defaults: annex K tables scaled by quality, 2x2 mean for chroma, triangle ("fancy")
         upsampling. libjpeg transforms in integers, so now and then a coefficient is rounded the other way.
         Not differentiable: coefficients are rounded.
     """
-    if not isinstance(images, Tensor) or not images.is_floating_point():
-        raise TypeError(
-            f"images: expected a floating point tensor, found {getattr(images, 'dtype', type(images))}"
-        )
-    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
-        raise ValueError(f"images: expected shape (B, 3, H, W), found {tuple(images.shape)}")
-    if not 1 <= quality <= 100:
-        raise ValueError(f"quality: expected 1 to 100, found {quality}")
+    check_image("images", images)
+    if 0 in images.shape:
+        raise ValueError(f"images: expected B, H and W of at least 1, found shape {tuple(images.shape)}")
+    check_integer("quality", quality, 1, 100)
     height, width = images.shape[-2:]
     pixels = (images.float() * 255).round_().clamp_(0, 255)
     pixels = F.pad(pixels, (0, -width % 16, 0, -height % 16), mode="replicate")

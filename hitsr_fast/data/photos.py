@@ -73,14 +73,7 @@ def fetch_package(package: Package, folder: str | Path, *, download: Download | 
 
 
 def apt_download(package: Package, folder: Path) -> Path:
-    """Fetch a package's .deb file with `apt-get download`, which needs neither root nor an installation.
-
-    Args:
-        package: what to fetch.
-        folder: an empty folder to fetch into.
-
-    Returns:
-        Path of the .deb file.
+    """Fetch a package's .deb file by `apt-get download`, without root, into an empty folder; its path there.
 
     Raises:
         PhotoFetchError: if there is no apt-get, or it cannot find or fetch that version.
@@ -142,13 +135,7 @@ def _write_photo(package: Package, photo: Photo, unpacked: Path, folder: Path) -
 
 
 def largest_jpeg(data: bytes) -> bytes:
-    """Cut the JPEG stream with the most pixels out of a file that holds several.
-
-    Args:
-        data: the whole file.
-
-    Returns:
-        The file from the start of that stream on; JPEG readers stop at its end.
+    """A file with several JPEG streams, from the one of the most pixels on; JPEG readers stop at its end.
 
     Raises:
         ValueError: if there is no JPEG stream.

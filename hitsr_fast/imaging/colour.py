@@ -14,14 +14,10 @@ from torch import Tensor
 
 
 def low_pass(x: Tensor, levels: int) -> Tensor:
-    """A-trous low-pass: `levels` separable [1 2 1] / 4 blurs, the i-th dilated by 2^i, borders replicated.
+    """A-trous low-pass of (B, C, H, W): `levels` separable [1 2 1] / 4 blurs, the i-th dilated by 2^i.
 
-    Args:
-        x: (B, C, H, W) floating.
-        levels: at least 0; a pixel depends on those up to `2^levels - 1` away.
-
-    Returns:
-        (B, C, H, W), the approximation of that level of the undecimated wavelet transform.
+    Borders are replicated; a pixel depends on those up to `2^levels - 1` away. The result is that level's
+    approximation in the undecimated wavelet transform.
     """
     for level in range(levels):
         step = 2**level

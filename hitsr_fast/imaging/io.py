@@ -27,18 +27,8 @@ _ROWS_AT_ONCE = 256
 
 # What Pillow's decoders raise on files that are broken in one way or another.
 _DECODE_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    EOFError,
-    ArithmeticError,
-    MemoryError,
-    RuntimeError,
-    struct.error,
-    zlib.error,
+    *(OSError, EOFError, MemoryError, RuntimeError, struct.error, zlib.error),
+    *(SyntaxError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError),
 )
 
 _ORIENTATION = 274
@@ -91,14 +81,10 @@ class Picture:
             raise TypeError(f"pixels: expected uint8 or uint16, found {self.pixels.dtype}")
         if self.pixels.ndim != 3 or self.pixels.shape[2] not in (1, 3) or 0 in self.pixels.shape:
             raise ValueError(f"pixels: expected shape (H, W, 1) or (H, W, 3), found {self.pixels.shape}")
-        if self.alpha is not None and (self.alpha.dtype, self.alpha.shape) != (
-            self.pixels.dtype,
-            self.pixels.shape[:2],
-        ):
-            raise ValueError(
-                f"alpha: expected {self.pixels.dtype} of shape {self.pixels.shape[:2]}, "
-                f"found {self.alpha.dtype} of shape {self.alpha.shape}"
-            )
+        dtype, shape, alpha = self.pixels.dtype, self.pixels.shape[:2], self.alpha
+        if alpha is not None and (alpha.dtype, alpha.shape) != (dtype, shape):
+            found = f"{alpha.dtype} of shape {alpha.shape}"
+            raise ValueError(f"alpha: expected {dtype} of shape {shape}, found {found}")
 
     @property
     def height(self) -> int:
@@ -118,19 +104,14 @@ class Picture:
     @property
     def samples(self) -> Array:
         """(H, W, 1..4): the pixels, with alpha as the last channel where there is one."""
-        return (
-            self.pixels
-            if self.alpha is None
-            else np.concatenate([self.pixels, self.alpha[..., None]], axis=-1)
-        )
+        if self.alpha is None:
+            return self.pixels
+        return np.concatenate([self.pixels, self.alpha[..., None]], axis=-1)
 
     def rows(self, begin: int, end: int) -> Picture:
         """Those rows, as a view."""
-        return replace(
-            self,
-            pixels=self.pixels[begin:end],
-            alpha=None if self.alpha is None else self.alpha[begin:end],
-        )
+        alpha = None if self.alpha is None else self.alpha[begin:end]
+        return replace(self, pixels=self.pixels[begin:end], alpha=alpha)
 
 
 def read_picture(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Picture:
@@ -323,8 +304,5 @@ def to_eight_bit(picture: Picture) -> Picture:
         # round(v * 255 / 65535) = (v + 128) // 257, in uint32 for the carry
         return ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
-    return replace(
-        picture,
-        pixels=reduced(picture.pixels),
-        alpha=None if picture.alpha is None else reduced(picture.alpha),
-    )
+    alpha = None if picture.alpha is None else reduced(picture.alpha)
+    return replace(picture, pixels=reduced(picture.pixels), alpha=alpha)

@@ -35,14 +35,9 @@ def is_sixteen_bit(image: ImageFile.ImageFile) -> bool:
 
 
 def read_sixteen_bit(image: ImageFile.ImageFile, again: ImageFile.ImageFile) -> Array:
-    """Decode an image for which `is_sixteen_bit` holds.
+    """Decode an image for which `is_sixteen_bit` holds, not yet loaded, opened twice.
 
-    Args:
-        image: opened, not loaded.
-        again: the same file opened once more.
-
-    Returns:
-        (H, W, C) uint16, C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA; alpha is not premultiplied.
+    The samples are (H, W, C) uint16, C = 1 grey, 2 grey + alpha, 3 RGB, 4 RGBA; alpha is not premultiplied.
     """
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)[..., None]

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hitsr_fast.checks import check_integer
+
 
 def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
     """Fewest tile positions that cover `length`, evenly spread to its end, sharing `overlap` pixels or more.
@@ -27,14 +29,11 @@ def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
         Rising start positions; `(0,)` when one tile covers (or exceeds) the image.
 
     Raises:
-        ValueError: if an argument is out of its range.
+        TypeError, ValueError: if an argument is no integer, or out of its range.
     """
-    if length < 1:
-        raise ValueError(f"length: expected at least 1, found {length}")
-    if tile < 1:
-        raise ValueError(f"tile: expected at least 1, found {tile}")
-    if not 0 <= overlap < tile:
-        raise ValueError(f"overlap: expected 0 <= overlap < tile = {tile}, found {overlap}")
+    check_integer("length", length, 1)
+    check_integer("tile", tile, 1)
+    check_integer("overlap", overlap, 0, tile - 1, "tile - 1")
     if length <= tile:
         return (0,)
     steps = math.ceil((length - tile) / (tile - overlap))
@@ -61,14 +60,8 @@ class TilePlan:
     @classmethod
     def cover(cls, height: int, width: int, tile: int, overlap: int) -> TilePlan:
         """Plan for a `height x width` image; see `tile_starts` for the arguments."""
-        return cls(
-            height,
-            width,
-            tile,
-            overlap,
-            tile_starts(height, tile, overlap),
-            tile_starts(width, tile, overlap),
-        )
+        tops, lefts = (tile_starts(side, tile, overlap) for side in (height, width))
+        return cls(height, width, tile, overlap, tops, lefts)
 
     @property
     def num_tiles(self) -> int:
@@ -124,9 +117,8 @@ class RowBlender:
         self.plan = plan
         self.factor = factor
         self._band = 0
-        self._pending: Tensor | None = (
-            None  # rows of earlier bands that the next band reaches, (B, C, h, W * factor)
-        )
+        # Rows of earlier bands that the next band reaches, (B, C, h, W * factor).
+        self._pending: Tensor | None = None
         self._column_ramps = [
             fade_in(plan.lefts, i, plan.tile, plan.overlap, factor) for i in range(len(plan.lefts))
         ]

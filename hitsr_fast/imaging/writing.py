@@ -77,7 +77,6 @@ class PngEncoder:
         self._above = np.zeros(header.width * header.channels * header.dtype.itemsize, np.uint8)
 
     def add_rows(self, rows: Picture) -> None:
-        """See `RowEncoder`."""
         samples = rows.samples
         big_endian = samples.astype(samples.dtype.newbyteorder(">"), order="C", copy=False)
         raw = big_endian.view(np.uint8).reshape(len(samples), -1)
@@ -90,7 +89,6 @@ class PngEncoder:
             self._write_chunk(b"IDAT", part)
 
     def finish(self) -> None:
-        """See `RowEncoder`."""
         self._write_chunk(b"IDAT", self._compressor.flush())
         self._write_chunk(b"IEND", b"")
 
@@ -135,14 +133,12 @@ class TiffEncoder:
         self._compressor = zlib.compressobj()
 
     def add_rows(self, rows: Picture) -> None:
-        """See `RowEncoder`."""
         samples = rows.samples[..., [0, 0, 0, 1]] if self._grey_to_rgb else rows.samples
         differences = samples.astype(samples.dtype.newbyteorder("<"), order="C")
         differences[:, 1:] -= samples[:, :-1]
         self._file.write(self._compressor.compress(differences.view(np.uint8).data))
 
     def finish(self) -> None:
-        """See `RowEncoder`."""
         self._file.write(self._compressor.flush())
         self._directory[279] = self._file.tell() - self._strip_at
         self._file.seek(0)
@@ -158,7 +154,6 @@ class PillowEncoder:
         self._top = 0
 
     def add_rows(self, rows: Picture) -> None:
-        """See `RowEncoder`."""
         self._samples[self._top : self._top + rows.height] = to_eight_bit(rows).samples
         self._top += rows.height
 
@@ -172,20 +167,17 @@ class PillowEncoder:
         if self._header.exif:
             options["exif"] = self._header.exif
         if self._format == "jpg":
-            image.save(self._file, "JPEG", subsampling="4:4:4", **options)
-        else:
-            image.save(self._file, "WEBP", **options)
+            options["subsampling"] = "4:4:4"
+        image.save(self._file, "JPEG" if self._format == "jpg" else "WEBP", **options)
 
 
 class PictureWriter:
     """A file that takes the rows of a picture; made by `picture_writers`."""
 
     def __init__(self, path: Path, file: IO[bytes], header: Header, format: Format) -> None:
-        self.path = path
-        self.header = header
+        self.path, self.header = path, header
         self._format: Format = format
-        self._file = file
-        self._rows = 0
+        self._file, self._rows = file, 0
         with _faults_of(path, format):
             self._encoder: RowEncoder
             if format == "png":

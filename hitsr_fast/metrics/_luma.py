@@ -8,13 +8,9 @@ from hitsr_fast.checks import check_pair
 
 
 def luma(image: Tensor) -> Tensor:
-    """Y of BT.601 as MATLAB's `rgb2ycbcr` computes it for floating-point images, times 255.
+    """Y of BT.601 as MATLAB's `rgb2ycbcr` computes it for `(B, 3, H, W)` RGB in [0, 1], times 255.
 
-    Args:
-        image: floating point, `(B, 3, H, W)` RGB in [0, 1].
-
-    Returns:
-        float64 `(B, 1, H, W)`, 16 for black to 235 for white.
+    The result is float64 `(B, 1, H, W)`, 16 for black to 235 for white.
     """
     image = image.double()
     red, green, blue = image[:, 0:1], image[:, 1:2], image[:, 2:3]
@@ -22,16 +18,7 @@ def luma(image: Tensor) -> Tensor:
 
 
 def cropped_luma(a: Tensor, b: Tensor, *, border: int, min_side: int) -> tuple[Tensor, Tensor]:
-    """Check two image batches and return their luma without the border.
-
-    Args:
-        a: floating point, `(B, 3, H, W)` in [0, 1].
-        b: the same shape and device.
-        border: pixels left out on each side.
-        min_side: the smallest side that must be left.
-
-    Returns:
-        Two float64 tensors `(B, 1, H - 2 border, W - 2 border)`.
+    """Luma of two image batches without the border, of which a side of at least `min_side` must be left.
 
     Raises:
         TypeError, ValueError: as `check_pair`; ValueError also for a negative border.

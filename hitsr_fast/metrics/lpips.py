@@ -101,14 +101,11 @@ class LPIPS(nn.Module):
         self.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance of each image in `a` to its partner in `b`.
+        """Distance of each image in `a` to its partner in `b`: float32 `(B,)`, 0 for equal images.
 
         Args:
             a: floating point, `(B, 3, H, W)` in [-1, 1]. Gradients flow to it.
             b: the same shape and device; the target, without gradient.
-
-        Returns:
-            float32 `(B,)`; 0 for equal images.
 
         Raises:
             TypeError: not floating-point tensors.
@@ -142,19 +139,9 @@ def _metric(net: LpipsNet, device: torch.device, path: Path) -> LPIPS:
 
 
 def lpips(a: Tensor, b: Tensor, net: LpipsNet = "alex") -> Tensor:
-    """LPIPS v0.1 distance of each image in `a` to its partner in `b`; lower is closer.
+    """`LPIPS` of `net` on the images' device, kept for the next call; float32 `(B,)`, lower is closer.
 
-    Args:
-        a: floating point, `(B, 3, H, W)` in [-1, 1].
-        b: the same shape and device.
-        net: backbone, "alex" or "vgg".
-
-    Returns:
-        float32 `(B,)`.
-
-    Raises:
-        LpipsWeightsNotFoundError: the weights are not in the cache; run `hitsr-fast weights lpips`.
-        TypeError, ValueError: as `LPIPS.forward`.
+    Arguments and errors are those of `LPIPS` and its call.
 
     Notes:
         Computed in float32 whatever the autocast state. Gradients flow to `a` only.

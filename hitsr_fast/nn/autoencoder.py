@@ -102,10 +102,7 @@ class Level(nn.Module):
     """
 
     def __init__(
-        self,
-        widths: list[tuple[int, int]],
-        attention: bool,
-        change: type[Downsample] | type[Upsample] | None,
+        self, widths: list[tuple[int, int]], attention: bool, change: type[Downsample | Upsample] | None
     ) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResidualBlock(i, o) for i, o in widths)

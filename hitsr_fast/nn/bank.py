@@ -24,21 +24,13 @@ class QuantizerBank(NamedTuple):
     """Codebook and phis, and the `residual_*` ops on them.
 
     Codes are int64 indices `(B, T)`, or rows `(B, T, C)`: mixtures of codes, which are in no codebook.
-
-    Attributes:
-        codebook: `(K, C)`.
-        phi_weight: `(P, C, C, 3, 3)`.
-        phi_bias: `(P, C)`.
-        phi_index: Which phi each scale uses.
-        phi_ratio: r of phi; 0 leaves it out.
-        metric: Of `nearest_code`.
     """
 
-    codebook: Tensor
-    phi_weight: Tensor
-    phi_bias: Tensor
-    phi_index: tuple[int, ...]
-    phi_ratio: float
+    codebook: Tensor  # (K, C)
+    phi_weight: Tensor  # (P, C, C, 3, 3)
+    phi_bias: Tensor  # (P, C)
+    phi_index: tuple[int, ...]  # which phi each scale uses
+    phi_ratio: float  # r of phi; 0 leaves it out
     metric: Metric = "l2"
 
     def to(self, dtype: torch.dtype) -> QuantizerBank:
@@ -65,16 +57,9 @@ class QuantizerBank(NamedTuple):
         """`residual_step`: the codes of scale number `step` are added to `(B, C, H, W)` in place."""
         bank, indices = self._resolved(codes)
         phi = self.phi_index[step]
-        return residual_step(
-            reconstruction,
-            indices,
-            bank.codebook,
-            bank.phi_weight[phi],
-            bank.phi_bias[phi],
-            scale=scale,
-            next_scale=next_scale,
-            phi_ratio=self.phi_ratio,
-        )
+        own = bank.codebook, bank.phi_weight[phi], bank.phi_bias[phi]
+        sizes: dict[str, Any] = {"scale": scale, "next_scale": next_scale}
+        return residual_step(reconstruction, indices, *own, **sizes, phi_ratio=self.phi_ratio)
 
     def _options(self, scales: Sequence[Scale]) -> dict[str, Any]:
         phi_index = self.phi_index[: len(scales)]
@@ -107,8 +92,7 @@ class ReconstructionWalk:
     def __init__(
         self, banks: Sequence[QuantizerBank], pyramid: ScalePyramid, batch: int, *, ar_grid: str = "target"
     ) -> None:
-        self.banks, self.pyramid = banks, pyramid
-        self.ar_grid = ar_grid
+        self.banks, self.pyramid, self.ar_grid = banks, pyramid, ar_grid
         self.step = 0
         self.finished: list[Tensor] = []
         self._codes: list[Tensor] = []

@@ -25,12 +25,7 @@ class KVCache(NamedTuple):
     v: Tensor
 
     def first(self, batch: int) -> KVCache:
-        """The first `batch` sequences, in the same memory.
-
-        Raises:
-            TypeError: `batch` is not an integer.
-            ValueError: There are not so many.
-        """
+        """The first `batch` sequences, in the same memory; an error where there are not so many."""
         check_integer("batch", batch, 0, self.k.shape[1], "B")
         return KVCache(self.k[:, :batch], self.v[:, :batch])
 
@@ -50,12 +45,10 @@ class CachedBlock(NamedTuple):
 
     @classmethod
     def of(cls, block: Any, dtype: torch.dtype) -> CachedBlock:
-        """Weights in a dtype, shared where it is their own.
+        """Weights of a block with VAR's names in a dtype, shared where it is their own.
 
-        Args:
-            block: A block with VAR's names: `attn.mat_qkv`, `attn.q_bias`, `attn.v_bias`, `attn.proj`,
-                `ffn.fc1`, `ffn.fc2`, and `attn.scale_mul_1H11` where q and k are normalised.
-            dtype: Of the weights.
+        The names are `attn.mat_qkv`, `attn.q_bias`, `attn.v_bias`, `attn.proj`, `ffn.fc1`, `ffn.fc2`, and
+        `attn.scale_mul_1H11` where q and k are normalised.
         """
         attn, ffn = block.attn, block.ffn
         weights = [attn.mat_qkv.weight, torch.cat([attn.q_bias, torch.zeros_like(attn.q_bias), attn.v_bias])]
@@ -72,14 +65,9 @@ class CachedBlock(NamedTuple):
     def run(
         self, x: Tensor, modulation: Tensor, cache: tuple[Tensor, Tensor], start: int, body: CachedBody
     ) -> Tensor:
-        """The block's output for new tokens `x` `(B, L, C)` at places from `start` on.
+        """As `CachedBody`, of one block: `modulation` is `(6, B, C)`, `cache` its keys and values.
 
-        Args:
-            x: Floating; in float32 it loses less from block to block.
-            modulation: `(6, B, C)`, in VAR's order.
-            cache: Keys and values `(B, T, NH, D)`; rows from `start` on are written.
-            start: Tokens before these.
-            body: Whose softmax scale and eps count.
+        In float32 `x` loses less from block to block.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind()
         dtype = self.qkv_weight.dtype
@@ -105,12 +93,7 @@ class CachedBody:
     """
 
     def __init__(
-        self,
-        blocks: Iterable[Any],
-        heads: int,
-        softmax_scale: float,
-        dtype: torch.dtype,
-        eps: float = 1e-6,
+        self, blocks: Iterable[Any], heads: int, softmax_scale: float, dtype: torch.dtype, eps: float = 1e-6
     ) -> None:
         self.heads, self.softmax_scale, self.dtype, self.eps = heads, softmax_scale, dtype, eps
         self.blocks = [CachedBlock.of(block, dtype) for block in blocks]
@@ -141,12 +124,8 @@ class CachedBody:
         """
         layers = len(self.blocks)
         check_shape("x", x, "B L C")
-        check_shape(
-            "modulation",
-            modulation,
-            "layers 6 B C",
-            **{"layers": layers, "6": 6, "B": len(x), "C": x.shape[2]},
-        )
+        sides = {"layers": layers, "6": 6, "B": len(x), "C": x.shape[2]}
+        check_shape("modulation", modulation, "layers 6 B C", **sides)
         check_shape("cache.k", cache.k, "layers B T NH D", layers=layers)
         for block, rows, k, v in zip(self.blocks, modulation, cache.k, cache.v, strict=True):
             x = block.run(x, rows, (k, v), start, self)
@@ -155,11 +134,9 @@ class CachedBody:
 
 @torch.no_grad()
 def modulation_table(ada_lins: Sequence[nn.Module], vectors: Tensor) -> Tensor:
-    """What AdaLN makes of class vectors, once for all scales: `(layers, parts, classes, C)`.
+    """What AdaLN makes of class vectors `(classes, C)`, once for all scales: `(layers, parts, classes, C)`.
 
-    Args:
-        ada_lins: SiLU and linear map `C -> parts * C` of each layer.
-        vectors: `(classes, C)`, in the dtype of the maps.
+    `ada_lins` are SiLU and linear map `C -> parts * C` of each layer, in the dtype of the vectors.
     """
     rows: Tensor = torch.stack([ada_lin(vectors) for ada_lin in ada_lins])
     table: Tensor = rows.unflatten(2, (-1, vectors.shape[1])).transpose(1, 2).contiguous()

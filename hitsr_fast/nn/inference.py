@@ -21,9 +21,6 @@ class FoldedUpsample(nn.Module):
     An output pixel of even row sees the 3x3 window's rows on two input rows only, the upper one once and the
     lower one twice; odd rows and columns likewise. So the four pixels that an input pixel becomes are 2x2
     convolutions with sums of the 3x3 weights, padding included. Exact but for the rounding of those sums.
-
-    Args:
-        upsample: What it stands for.
     """
 
     weight: Tensor
@@ -57,11 +54,7 @@ class FoldedUpsample(nn.Module):
 
 
 class FusedNormSiLU(nn.Module):
-    """Group norm and SiLU by `group_norm_silu`, which reads the map twice and writes it once; no gradients.
-
-    Args:
-        norm: What it stands for.
-    """
+    """Group norm and SiLU by `group_norm_silu`, which reads a map twice and writes it once; no gradients."""
 
     weight: Tensor
     bias: Tensor

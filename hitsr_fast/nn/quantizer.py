@@ -48,9 +48,7 @@ class ResidualQuantizer(nn.Module):
         track_usage: count in training how often each code is hit.
 
     Attributes:
-        codebook: `(K, C)`.
-        phi_weight: `(P, C, C, 3, 3)`.
-        phi_bias: `(P, C)`.
+        codebook, phi_weight, phi_bias: `(K, C)`, `(P, C, C, 3, 3)` and `(P, C)`.
         ema_vocab_hit_SV: `(S, K)` float32, how often training hit each code lately, if that is tracked.
         record_hit: how often that was updated.
 
@@ -77,13 +75,9 @@ class ResidualQuantizer(nn.Module):
         track_usage: bool = True,
     ) -> None:
         super().__init__()
-        self.pyramid = pyramid
+        self.pyramid, self.commitment, self.track_usage = pyramid, commitment, track_usage
         self.metric: Metric = metric
-        self.commitment = commitment
-        self.phi_ratio = phi_ratio
-        self.num_phi = num_phi
-        self.phi_indexing = phi_indexing
-        self.track_usage = track_usage
+        self.phi_ratio, self.num_phi, self.phi_indexing = phi_ratio, num_phi, phi_indexing
         if track_usage:
             self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(pyramid.scales), codebook_size))
         self.record_hit = 0
@@ -100,11 +94,9 @@ class ResidualQuantizer(nn.Module):
         return self.codebook, self.phi_weight, self.phi_bias
 
     def bank(self, target: int = -1, *, scales: int | None = None) -> QuantizerBank:
-        """The parameters as the ops take them, with the phi of each scale.
+        """The parameters as the ops take them, with the phi of each scale of a target.
 
-        Args:
-            target: Number of the target whose scales they are.
-            scales: Their number, where they are other ones than the pyramid's.
+        `scales` is the number of scales, where they are other ones than the pyramid's.
         """
         steps = self.pyramid.steps[target] if scales is None else scales
         own = scales is None and self.phi_indexing == "global"
@@ -121,7 +113,6 @@ class ResidualQuantizer(nn.Module):
         """`residual_quantize` of a latent `(B, C, H, W)`.
 
         Args:
-            z: floating.
             scales: other ones than the module's own.
             steps: stop after so many of them, with the phis of the whole list.
             options: `replay`, `return_inputs`, `per_scale` of the op.
@@ -182,9 +173,7 @@ class ResidualQuantizer(nn.Module):
     def teacher_inputs(self, indices: Tensor, *, ar_grid: str = "target") -> Tensor:
         """What teacher forcing feeds a model: `(B, T - h0 * w0, C)`, float32 or wider.
 
-        Args:
-            indices: int64 `(B, T)`.
-            ar_grid: See `ReconstructionWalk`.
+        Indices are int64 `(B, T)`; for `ar_grid` see `ReconstructionWalk`.
         """
         pyramid = self.pyramid
         targets = range(len(pyramid.targets))
@@ -225,8 +214,7 @@ class ResidualQuantizer(nn.Module):
     def usage(self, z: Tensor) -> list[float]:
         """Of each scale, the percentage of codes that training hits at least 8 % as often as chance would.
 
-        Args:
-            z: `(B, C, H, W)`, a batch of the size that each process trains on.
+        `z` `(B, C, H, W)` is a batch of the size that each process trains on.
         """
         processes = torch.distributed.get_world_size() if _distributed() else 1
         enough = processes * (z.numel() / z.shape[1]) / self.ema_vocab_hit_SV.shape[1] * 0.08

@@ -80,19 +80,11 @@ class SamplingOptions:
 
 
 class SamplingPlan(NamedTuple):
-    """What is fixed before the first scale; hashable, so that a captured graph can be found by it.
+    """What is fixed before the first scale; hashable, so that a captured graph can be found by it."""
 
-    Attributes:
-        strengths: Of classifier-free guidance, one a scale that is run; 0 runs one branch only.
-        scales: All of the model, run or not.
-        top_k: See `ops.sample_codes`; 1 is greedy.
-        top_p: See `ops.sample_codes`.
-        temperature: See `ops.sample_codes`.
-    """
-
-    strengths: tuple[float, ...]
-    scales: int
-    top_k: int
+    strengths: tuple[float, ...]  # of guidance, one a scale that is run; 0 runs one branch only
+    scales: int  # all of the model, run or not
+    top_k: int  # see `ops.sample_codes`, as for the two that follow
     top_p: float
     temperature: float
 
@@ -115,36 +107,23 @@ class SamplingPlan(NamedTuple):
         return drawn.to(device)
 
     def draw(self, logits: Tensor, states: Tensor | None, step: int) -> Tensor:
-        """Codes `(N,)` int64 of one scale by `ops.sample_codes`.
+        """Codes `(N,)` int64 of scale number `step` by `ops.sample_codes`, with what `states` gave.
 
-        Args:
-            logits: `(1, N, K)`; `(2, N, K)` where the scale is guided, the class-free branch second.
-            states: From `states`.
-            step: Number of the scale.
+        `logits` are `(1, N, K)`, or `(2, N, K)` where the scale is guided, the class-free branch second.
         """
         strength = self.strengths[step]
         if strength < 0:  # which the op does not take
             logits, strength = guided_logits(logits, strength)[None], 0.0
         conditional, *rest = logits.unbind()
         codes: Tensor = torch.ops.hitsr_fast.sample_codes(
-            conditional,
-            rest[0] if rest else None,
-            None if states is None else states[step],
-            strength,
-            self.top_k,
-            self.top_p,
-            self.temperature,
+            *(conditional, rest[0] if rest else None, None if states is None else states[step]),
+            *(strength, self.top_k, self.top_p, self.temperature),
         )
         return codes
 
 
 class Classifier:
-    """The linear map from rows to logits, in the dtype of its weights.
-
-    Args:
-        weight: `(K, width)`.
-        bias: `(K,)`.
-    """
+    """The linear map from rows to logits, in the dtype of its weight `(K, width)` and bias `(K,)`."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         self.weight, self.bias = weight, bias

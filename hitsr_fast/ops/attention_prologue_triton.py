@@ -28,20 +28,10 @@ def constants(heads: int, head_dim: int) -> dict[str, Any]:
     return {"NH": heads, "D": head_dim, "HEADS": together, "BLOCK": block, **options}
 
 
-def _stride(tensor: Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tensor.stride()
-
-
 def attention_prologue_triton(
-    qkv: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: int,
-    bias: Tensor | None,
-    q_scale: Tensor | None,
-    rotary: Tensor | None,
+    qkv: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, *given: Tensor | None
 ) -> Tensor:
-    """As `reference.attention_prologue`."""
+    """As `reference.attention_prologue`; `given` are bias, q_scale and rotary, each perhaps None."""
     from hitsr_fast.kernels.attention_prologue import _attention_prologue_kernel
 
     B, L, _ = qkv.shape
@@ -50,7 +40,7 @@ def attention_prologue_triton(
     if q.numel() > 0:
         block = constants(NH, D)
         _attention_prologue_kernel[(L, B, cdiv(NH, block["HEADS"]))](
-            qkv, bias, q_scale, rotary, q, k_cache, v_cache, L, start,
-            qkv.stride(), k_cache.stride(), v_cache.stride(), *map(_stride, (bias, q_scale, rotary)), **block,
+            qkv, *given, q, k_cache, v_cache, L, start, qkv.stride(), k_cache.stride(), v_cache.stride(),
+            *(None if tensor is None else tensor.stride() for tensor in given), **block,
         )  # fmt: skip
     return q

@@ -71,10 +71,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
         ValueError: a shape or device does not fit.
 
     Notes:
-        Computed in float32 at least and rounded once.
-        Gradient: in x, y and gate, deterministic.
-        Backends: triton (C up to 8192), cpu (both all dtypes but float64), reference.
-        Source: AdaLN of DiT (arXiv 2212.09748) as VAR (arXiv 2404.02905) uses it.
+        Gradient: in x, y and gate. Accumulation, backends and source are those of `modulated_layer_norm`.
 
     Example:
         >>> gated_residual(torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.tensor([[2.0, -1.0]]))

@@ -21,34 +21,21 @@ METRICS = get_args(Metric)
 
 @dataclass(frozen=True)
 class PreparedCodebook:
-    """A codebook that was checked and packed once, to be searched many times; see `prepare_codebook`.
+    """A codebook that was checked and packed once, to be searched many times; see `prepare_codebook`."""
 
-    Attributes:
-        codebook: `(K, C)` or `(G, K, C)`, a copy of what was packed.
-        metric: that it was packed for.
-        layout: what `parts` are made for; "" if no backend has a packed form for such a codebook.
-        parts: the packed form.
-    """
-
-    codebook: Tensor
-    metric: Metric
-    layout: str
-    parts: tuple[Tensor, ...]
+    codebook: Tensor  # (K, C) or (G, K, C), a copy of what was packed
+    metric: Metric  # that it was packed for
+    layout: str  # what `parts` are made for; "" if no backend has a packed form for such a codebook
+    parts: tuple[Tensor, ...]  # the packed form
 
 
 def prepare_codebook(codebook: Tensor, *, metric: Metric = "l2") -> PreparedCodebook:
     """Check and pack a codebook (centred, rounded, with norms and error bounds) for repeated searches.
 
-    Args:
-        codebook: as for `nearest_code`.
-        metric: as for `nearest_code`.
+    Arguments and errors are those of `nearest_code`.
 
     Returns:
         What `nearest_code` takes in place of the codebook.
-
-    Raises:
-        TypeError: see `nearest_code`.
-        ValueError: see `nearest_code`.
 
     Example:
         >>> prepared = prepare_codebook(torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
@@ -58,8 +45,7 @@ def prepare_codebook(codebook: Tensor, *, metric: Metric = "l2") -> PreparedCode
     check_tensor("codebook", codebook, FLOATING)
     if codebook.dim() not in (2, 3):
         raise ValueError(f"codebook: expected shape (K, C) or (G, K, C), found {tuple(codebook.shape)}")
-    if codebook.shape[-2] == 0 or codebook.shape[-1] == 0:
-        raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codebook.shape)}")
+    check_not_empty(codebook)
     check_choice("metric", metric, METRICS)
     check_finite("codebook", codebook)
     codes = codebook.detach().clone()
@@ -113,8 +99,7 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, metric: Metr
     else:
         check_shape("x", x, "N C")
         check_shape("codebook", codes, "K C", C=x.shape[1])
-    if codes.shape[-2] == 0 or codes.shape[-1] == 0:
-        raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codes.shape)}")
+    check_not_empty(codes)
     check_choice("metric", metric, METRICS)
     if prepared and prepared.metric != metric:
         raise ValueError(
@@ -123,6 +108,12 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, metric: Metr
     layout, parts = (prepared.layout, list(prepared.parts)) if prepared else ("", [])
     indices: Tensor = _nearest_code(x, codes, parts, layout, metric)
     return indices
+
+
+def check_not_empty(codebook: Tensor) -> None:
+    """Raise ValueError unless there are codes, of one channel at least."""
+    if 0 in codebook.shape[-2:]:
+        raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codebook.shape)}")
 
 
 def _check(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> None:

@@ -46,25 +46,14 @@ def round_constants(channels: int) -> dict[str, int]:
 def screen_constants(channels: int) -> dict[str, int]:
     """Block sizes of the screen. Wide rows come in smaller blocks, or they would fill a program's memory."""
     padded = padded_channels(channels)
-    return {
-        "CP": padded,
-        "CLASSES": _CLASSES,
-        "BLOCK_N": 128 if padded <= 64 else 64,
-        "BLOCK_K": _TILE // 2,
-        "PARTS": 2,
-    }
+    tile = {"CLASSES": _CLASSES, "BLOCK_K": _TILE // 2, "PARTS": 2}
+    return {"CP": padded, "BLOCK_N": 128 if padded <= 64 else 64} | tile
 
 
 def recheck_constants(channels: int, metric: str) -> dict[str, int]:
     """Block sizes of the re-check. A program is one warp, so that no sum or minimum crosses warps."""
-    return {
-        "CP": padded_channels(channels),
-        "CLASSES": _CLASSES,
-        "MEMBERS": _TILE // _CLASSES,
-        "ROWS": 1,
-        "BLOCK_C": 8 if metric == "cosine" else 16,
-        "CHUNK": 128,
-    }
+    tile = {"CLASSES": _CLASSES, "MEMBERS": _TILE // _CLASSES, "CHUNK": 128}
+    return {"CP": padded_channels(channels), "ROWS": 1, "BLOCK_C": 8 if metric == "cosine" else 16} | tile
 
 
 def screen_options(channels: int) -> dict[str, int]:
@@ -73,9 +62,9 @@ def screen_options(channels: int) -> dict[str, int]:
     return {"num_warps": 8 if wide else 4, "num_stages": 1 if wide else 2, "enable_fp_fusion": False}
 
 
-# The definition multiplies and adds in two steps; where one step is meant, the kernels say so.
-ROUND_OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
-RECHECK_OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
+# Of the other launches. The definition multiplies and adds in two steps; where one step is meant, the kernels
+# say so.
+OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def prepare(codebook: Tensor, metric: str) -> tuple[str, tuple[Tensor, ...]]:
@@ -181,7 +170,7 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
         place = (begin, end, height, width)
         _nearest_code_round_kernel[(cdiv(end - begin, rounding["ROWS"]), groups)](
             maps, mean, bounds, rounded, margins, *place, maps.stride(),
-            COSINE=cosine, **rounding, **ROUND_OPTIONS,
+            COSINE=cosine, **rounding, **OPTIONS,
         )  # fmt: skip
         row_blocks = cdiv(end - begin, block)
         share = cdiv(tiles, cdiv(_PROGRAMS, row_blocks * groups))
@@ -192,6 +181,6 @@ def nearest_code_triton(x: Tensor, codebook: Tensor, parts: list[Tensor], layout
         _nearest_code_recheck_kernel[(cdiv(end - begin, recheck["ROWS"]), groups)](
             maps, exact, bounds, minima, margins, indices,
             *place, codebook.shape[-2], channels, tiles, maps.stride(), indices.stride(),
-            COSINE=cosine, **recheck, **RECHECK_OPTIONS,
+            COSINE=cosine, **recheck, **OPTIONS,
         )  # fmt: skip
     return indices.view(shape)

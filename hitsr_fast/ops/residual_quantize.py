@@ -20,7 +20,7 @@ from hitsr_fast.checks import (
     has_values,
 )
 from hitsr_fast.ops import residual_quantize_schema as schema
-from hitsr_fast.ops.nearest_code import METRICS, Metric, PreparedCodebook, prepare_codebook
+from hitsr_fast.ops.nearest_code import METRICS, Metric, PreparedCodebook, check_not_empty, prepare_codebook
 from hitsr_fast.pyramid import size_of
 from hitsr_fast.reference.residual_quantize import arithmetic_dtype
 
@@ -129,21 +129,9 @@ def residual_quantize(
         ends = [0, *schema.scale_ends(flat)]
         if replay.shape[1] not in ends:
             raise ValueError(f"replay: expected T0 to be one of {ends}, found {replay.shape[1]}")
-    parts, layout = _unpack(prepared, codebook, metric)
     reconstruction, indices, pooled, reconstructions = schema.quantize(
-        z,
-        codebook,
-        phi_weight,
-        phi_bias,
-        parts,
-        layout,
-        flat,
-        list(phi_index),
-        phi_ratio,
-        replay,
-        metric,
-        return_inputs,
-        per_scale,
+        *(z, codebook, phi_weight, phi_bias, *_unpack(prepared, codebook, metric)),
+        *(flat, list(phi_index), phi_ratio, replay, metric, return_inputs, per_scale),
     )
     return ResidualQuantized(
         indices, reconstruction, pooled if return_inputs else None, reconstructions if per_scale else None
@@ -171,23 +159,17 @@ def tokenize_pyramid(
     Args:
         latents: `(B, C, H_n, W_n)` of each target, dtypes as for `residual_quantize`; they may be fewer than
             the targets, whose rest is then left out.
-        codebook: as for `residual_quantize`.
-        phi_weight: as for `residual_quantize`.
-        phi_bias: as for `residual_quantize`.
         scales: side or (h, w) of each scale; those of a target no larger than its latent.
         target_steps: number of scales up to the end of each target, increasing.
         phi_index: for each target, which phi each of its scales uses.
-        phi_ratio: r of phi, from 0 to 1.
-        metric: of `nearest_code`.
-        prepared: as for `residual_quantize`.
+        codebook, phi_weight, phi_bias, phi_ratio, metric, prepared: as for `residual_quantize`.
 
     Returns:
         indices: int64 `(B, T)`, those of the last target; the codes of each target are a prefix.
         reconstructions: `(B, C, H_n, W_n)` of each target.
 
     Raises:
-        TypeError: as for `residual_quantize`.
-        ValueError: as for `residual_quantize`, or the targets do not fit.
+        TypeError, ValueError: as `residual_quantize`; ValueError also where the targets do not fit.
 
     Notes:
         Gradient and backends: see `residual_quantize`.
@@ -206,7 +188,7 @@ def tokenize_pyramid(
     check_choice("metric", metric, METRICS)
     if prepared is None and has_values(codebook):
         prepared = prepare_codebook(codebook, metric=metric)
-    parts, layout = _unpack(prepared, codebook, metric)
+    packed = _unpack(prepared, codebook, metric)
     indices: Tensor | None = None
     reconstructions = []
     for target, latent in enumerate(latents):
@@ -218,19 +200,8 @@ def tokenize_pyramid(
                 f"latents[{target}]: expected a batch of {latents[0].shape[0]}, found {latent.shape[0]}"
             )
         reconstruction, indices, _, _ = schema.quantize(
-            latent,
-            codebook,
-            phi_weight,
-            phi_bias,
-            parts,
-            layout,
-            flat,
-            list(phi_index[target]),
-            phi_ratio,
-            indices,
-            metric,
-            False,
-            False,
+            *(latent, codebook, phi_weight, phi_bias, *packed),
+            *(flat, list(phi_index[target]), phi_ratio, indices, metric, False, False),
         )
         reconstructions.append(reconstruction)
     assert indices is not None  # there is at least one latent
@@ -255,30 +226,21 @@ def residual_decode(
 
     Args:
         indices: int64 `(B, T0)`, as `residual_quantize` gives them.
-        codebook: floating, `(K, C)`.
-        phi_weight: dtype of the codebook, `(P, C, C, 3, 3)`.
-        phi_bias: dtype of the codebook, `(P, C)`.
-        scales: side or (h, w) of each of the scales that `indices` holds.
-        phi_index: which phi each of them uses.
+        scales, phi_index: of each of the scales that `indices` holds.
         size: side or (H, W) of the result.
-        phi_ratio: r of phi, from 0 to 1.
-        return_inputs: also return the inputs of the next scales.
-        per_scale: also return the reconstruction after each scale.
-        inputs: the former name of `return_inputs`, deprecated.
+        codebook, phi_weight, phi_bias, phi_ratio, return_inputs, per_scale, inputs: as for
+            `residual_quantize`.
 
     Returns:
         As of `residual_quantize`: reconstruction `(B, C, H, W)`, inputs `(B, T0 - h0 * w0, C)` and
         reconstructions `(S, B, C, H, W)`, the last two None if not asked for.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
-        ValueError: a shape, device, scale, index or ratio does not fit.
+        TypeError, ValueError: as `residual_quantize`.
 
     Notes:
         Given the indices of `residual_quantize`, its results up to the order of sums; bit for bit on the
-        reference.
-        Gradient: of the reconstruction and the reconstructions, in codebook, phi_weight and phi_bias.
-        Backends: cuda, triton, cpu, reference.
+        reference. Gradient and backends: as there.
         Source: VAR (arXiv 2404.02905), Algorithm 2.
 
     Example:
@@ -300,16 +262,8 @@ def residual_decode(
     check_tensor("indices", indices, INDEX, like=codebook)
     check_shape("indices", indices, "B T0", T0=schema.scale_ends(flat)[-1])
     reconstruction, pooled, reconstructions = schema.decode(
-        indices,
-        codebook,
-        phi_weight,
-        phi_bias,
-        flat,
-        list(phi_index),
-        size,
-        phi_ratio,
-        return_inputs,
-        per_scale,
+        *(indices, codebook, phi_weight, phi_bias),
+        *(flat, list(phi_index), size, phi_ratio, return_inputs, per_scale),
     )
     return ResidualDecoded(
         reconstruction, pooled if return_inputs else None, reconstructions if per_scale else None
@@ -334,19 +288,16 @@ def residual_step(
     Args:
         reconstruction: `(B, C, H, W)` in the codebook's dtype, float32 where that is a 16-bit one; changed.
         indices: int64 `(B, h * w)`.
-        codebook: floating, `(K, C)`.
-        phi_weight: dtype of the codebook, `(C, C, 3, 3)`: the phi of this scale.
-        phi_bias: dtype of the codebook, `(C,)`.
+        codebook, phi_ratio: as for `residual_quantize`.
+        phi_weight, phi_bias: the phi of this scale, `(C, C, 3, 3)` and `(C,)`, dtype of the codebook.
         scale: side or (h, w) of this scale.
         next_scale: side or (h2, w2) of the next one; None after the last.
-        phi_ratio: r of phi, from 0 to 1.
 
     Returns:
         `(B, C, h2, w2)`, a tensor of its own; `(B, C, 0, 0)` where next_scale is None.
 
     Raises:
-        TypeError: an argument is not a tensor, or of another dtype.
-        ValueError: a shape, device, scale, index or ratio does not fit.
+        TypeError, ValueError: as `residual_quantize`.
         RuntimeError: an argument asks for a gradient; the step has none.
 
     Notes:
@@ -452,9 +403,8 @@ def _check_targets(
 def _check_bank(codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor) -> None:
     check_tensor("codebook", codebook, FLOATING)
     check_shape("codebook", codebook, "K C")
-    K, C = codebook.shape
-    if K == 0 or C == 0:
-        raise ValueError(f"codebook: expected K and C of at least 1, found shape {(K, C)}")
+    check_not_empty(codebook)
+    C = codebook.shape[1]
     check_tensor("phi_weight", phi_weight, (codebook.dtype,), like=codebook)
     if phi_weight.dim() != 5 or tuple(phi_weight.shape[1:]) != (C, C, 3, 3):
         raise ValueError(f"phi_weight: expected shape (P, {C}, {C}, 3, 3), found {tuple(phi_weight.shape)}")

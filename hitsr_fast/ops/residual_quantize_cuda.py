@@ -19,11 +19,9 @@ MIN_CAPABILITY = (8, 0)
 def quantize_unsupported(*args: Any) -> str | None:
     """Why a call of `residual_quantize` with such arguments cannot run here, or None."""
     call = QuantizeCall(*args)
-    return (
-        f"needs metric l2, found {call.metric}"
-        if call.metric != "l2"
-        else _unsupported(call, call.z.shape[2:])
-    )
+    if call.metric != "l2":
+        return f"needs metric l2, found {call.metric}"
+    return _unsupported(call, call.z.shape[2:])
 
 
 def decode_unsupported(*args: Any) -> str | None:
@@ -43,11 +41,8 @@ def _unsupported(call: QuantizeCall | DecodeCall, size: Sequence[int]) -> str | 
         return f"needs compute capability 8.0, found {'.'.join(map(str, capability))}"
     plan = torch.ops.hitsr_fast._residual_quantize_cuda_plan
     ranks, limit = plan(device.index, C, *size, list(call.scales))
-    if ranks == 0:
-        return (
-            f"needs the residual of an image in shared memory: {(C, *size)} does not fit into {limit} bytes"
-        )
-    return None
+    needs = "needs the residual of an image in shared memory"
+    return f"{needs}: {(C, *size)} does not fit into {limit} bytes" if ranks == 0 else None
 
 
 def pack_phi(phi_weight: Tensor) -> Tensor:
@@ -84,18 +79,10 @@ def _run(
     size: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.hitsr_fast._residual_quantize_cuda(
-        z,
-        call.codebook.float().contiguous(),
-        list(packed),
-        pack_phi(call.phi_weight),
-        call.phi_bias.float().contiguous(),
-        list(call.scales),
-        list(call.phi_index),
-        call.phi_ratio,
+        *(z, call.codebook.float().contiguous(), list(packed)),
+        *(pack_phi(call.phi_weight), call.phi_bias.float().contiguous()),
+        *(list(call.scales), list(call.phi_index), call.phi_ratio),
         None if replay is None else replay.contiguous(),
-        batch,
-        list(size),
-        call.inputs,
-        call.per_scale,
+        *(batch, list(size), call.inputs, call.per_scale),
     )
     return outputs

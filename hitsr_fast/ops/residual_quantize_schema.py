@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -34,65 +35,37 @@ def _check_quantize(*args: Any) -> None:
         check_index_range("replay", call.replay, call.codebook.shape[0])
 
 
-def _check_decode(indices: Tensor, codebook: Tensor, *_rest: Any) -> None:
+def _check_indices(indices: Tensor, codebook: Tensor, *_rest: Any) -> None:
     check_index_range("indices", indices, codebook.shape[0])
-
-
-def _check_step(reconstruction: Tensor, indices: Tensor, codebook: Tensor, *_rest: Any) -> None:
-    check_index_range("indices", indices, codebook.shape[0])
-
-
-def _quantize_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call = QuantizeCall(*inputs)
-    ctx.parts = len(call.parts)
-    _, indices, pooled, reconstructions = output
-    _save(ctx, call, indices, pooled, reconstructions)
-
-
-def _quantize_gradient(
-    ctx: Any, grad: Tensor | None, _indices: None, _inputs: None, grad_per_scale: Tensor | None
-) -> tuple[Tensor | list[None] | None, ...]:
-    return (None, *_bank_grads(ctx, grad, grad_per_scale), [None] * ctx.parts, *[None] * 8)
-
-
-def _decode_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call = DecodeCall(*inputs)
-    _save(ctx, call, call.indices, *output[1:])
-
-
-def _decode_gradient(
-    ctx: Any, grad: Tensor | None, _inputs: None, grad_per_scale: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    return (None, *_bank_grads(ctx, grad, grad_per_scale), *[None] * 6)
 
 
 def _save(
-    ctx: Any, call: QuantizeCall | DecodeCall, indices: Tensor, pooled: Tensor, reconstructions: Tensor
+    kind: type[QuantizeCall] | type[DecodeCall], ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 ) -> None:
     """What the gradient needs. One that nobody asks for is None rather than zeros as large as the maps."""
+    call, (*_, pooled, reconstructions) = kind(*inputs), output
+    indices, ctx.others = output[1], [None] * len(call[4:])
+    if isinstance(call, QuantizeCall):
+        ctx.others[0] = [None] * len(call.parts)
+    else:
+        indices = call.indices
     ctx.save_for_backward(indices, call.codebook, call.phi_weight)
-    ctx.scales, ctx.phi_index, ctx.phi_ratio = call.scales, call.phi_index, call.phi_ratio
-    ctx.maps = reconstructions.shape
+    ctx.walk, ctx.maps = (call.scales, call.phi_index, call.phi_ratio), reconstructions.shape
     ctx.mark_non_differentiable(pooled)
     ctx.set_materialize_grads(False)
 
 
-def _bank_grads(
-    ctx: Any, grad: Tensor | None, grad_per_scale: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of codebook, phi_weight and phi_bias."""
-    indices, codebook, phi_weight = ctx.saved_tensors
+def _gradient(ctx: Any, grad: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
+    """Of the codebook and the phis, from those of the reconstruction and, last, the reconstructions."""
+    grad_per_scale, bank = grads[-1], (None, None, None)
     given = grad if grad is not None else grad_per_scale
-    if given is None:
-        return None, None, None
-    if grad is None:
-        grad = given.new_zeros(ctx.maps[1:])
-    if grad_per_scale is None:
-        grad_per_scale = given.new_empty((0, *ctx.maps[1:]))
-    grads: tuple[Tensor, Tensor, Tensor] = decode_backward(
-        grad, grad_per_scale, indices, codebook, phi_weight, ctx.scales, ctx.phi_index, ctx.phi_ratio
-    )
-    return grads
+    if given is not None:
+        if grad is None:
+            grad = given.new_zeros(ctx.maps[1:])
+        if grad_per_scale is None:
+            grad_per_scale = given.new_empty((0, *ctx.maps[1:]))
+        bank = decode_backward(grad, grad_per_scale, *ctx.saved_tensors, *ctx.walk)
+    return None, *bank, *ctx.others
 
 
 def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -123,7 +96,7 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     triton=Launch(triton.residual_quantize_triton, **_OPTIONS, limits=triton.LIMITS),
     native=Native("_residual_quantize", run=_cpu, **_OPTIONS, limits=triton.LIMITS),
     check=_check_quantize,
-    gradient=Gradient(_quantize_save, _quantize_gradient),
+    gradient=Gradient(functools.partial(_save, QuantizeCall), _gradient),
 )
 def quantize(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = QuantizeCall(*args)
@@ -140,8 +113,8 @@ def quantize(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cuda=NativeCuda(cuda.residual_decode_cuda, **_OPTIONS, unless=cuda.decode_unsupported),
     triton=Launch(triton.residual_decode_triton, **_OPTIONS, limits=triton.LIMITS),
     native=Native("_residual_decode", **_OPTIONS, limits=triton.LIMITS),
-    check=_check_decode,
-    gradient=Gradient(_decode_save, _decode_gradient),
+    check=_check_indices,
+    gradient=Gradient(functools.partial(_save, DecodeCall), _gradient),
 )
 def decode(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = DecodeCall(*args)
@@ -177,16 +150,8 @@ def decode_backward(
     reference=reference.residual_step,
     triton=Launch(triton.residual_step_triton, limits=triton.LIMITS),
     native=Native("_residual_step", dtypes=UP_TO_FLOAT32, limits=triton.LIMITS),
-    check=_check_step,
+    check=lambda _reconstruction, *rest: _check_indices(*rest),
 )
-def step(
-    reconstruction: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    scale: list[int],
-    next_scale: list[int],
-    phi_ratio: float,
-) -> Tensor:
+def step(reconstruction: Tensor, *rest: Any) -> Tensor:
+    *_, next_scale, _phi_ratio = rest
     return reconstruction.new_empty(*reconstruction.shape[:2], *next_scale)

@@ -50,15 +50,8 @@ def pool_constants(channels: int, rows: int, places: int) -> dict[str, int]:
 def update_constants(channels: int, phi: bool) -> dict[str, int]:
     """Block sizes of the update: square blocks of a short border, smaller where none is needed."""
     padded = nearest.padded_channels(channels)
-    return {
-        "C": channels,
-        "CP": padded,
-        "ROWS": 8 if phi else 2,
-        "COLUMNS": 8,
-        "BLOCK_S": 16,
-        "BLOCK_I": min(padded, 32),
-        "BLOCK_O": min(padded, 32),
-    }
+    places = {"ROWS": 8 if phi else 2, "COLUMNS": 8, "BLOCK_S": 16}
+    return {"C": channels, "CP": padded, "BLOCK_I": min(padded, 32), "BLOCK_O": min(padded, 32)} | places
 
 
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
@@ -274,18 +267,10 @@ def residual_decode_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return results.reconstruction, results.inputs, results.reconstructions
 
 
-def residual_step_triton(
-    reconstruction: Tensor,
-    indices: Tensor,
-    codebook: Tensor,
-    phi_weight: Tensor,
-    phi_bias: Tensor,
-    scale: Sequence[int],
-    next_scale: Sequence[int],
-    phi_ratio: float,
-) -> Tensor:
+def residual_step_triton(*args: Any) -> Tensor:
     """As `reference.residual_step`."""
-    pooled = reconstruction.new_empty((*reconstruction.shape[:2], *next_scale))
+    reconstruction, indices, codebook, phi_weight, phi_bias, scale, next_scale, phi_ratio = args
+    pooled: Tensor = reconstruction.new_empty((*reconstruction.shape[:2], *next_scale))
     if reconstruction.numel() > 0:
         (this,) = _walk(scale, [0])
         update = _Updater(codebook, phi_weight[None], phi_bias[None], phi_ratio, reconstruction)

@@ -114,25 +114,16 @@ def _check(logits: Tensor, uncond_logits: Tensor | None, state: Tensor | None, *
         check_shape("state", state, "words", words=2)
 
 
-def _cpu(
-    logits: Tensor,
-    uncond_logits: Tensor | None,
-    state: Tensor | None,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    temperature: float,
-) -> Tensor:
+def _cpu(*args: Any) -> Tensor:
+    logits, uncond_logits, state, guidance, top_k, top_p, temperature = args
+
     def rows(values: Tensor) -> Tensor:
         return values.float().reshape(-1, values.shape[-1]).contiguous()
 
     codes: Tensor = native(
         "_sample_codes",
-        rows(logits),
-        None if uncond_logits is None else rows(uncond_logits),
-        state,
-        guidance,
-        top_k,
+        *(rows(logits), None if uncond_logits is None else rows(uncond_logits)),
+        *(state, guidance, top_k),
         reference.dropped_fraction(top_p) if 0 < top_p < 1 else -1,
         reference.power_scale(temperature),
     )

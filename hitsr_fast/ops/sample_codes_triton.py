@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,18 +24,11 @@ def constants(codes: int) -> dict[str, int]:
     return {"BLOCK": 2**bits, "BITS": bits, "num_warps": warps}
 
 
-def sample_codes_triton(
-    logits: Tensor,
-    uncond_logits: Tensor | None,
-    state: Tensor | None,
-    guidance: float,
-    top_k: int,
-    top_p: float,
-    temperature: float,
-) -> Tensor:
+def sample_codes_triton(*args: Any) -> Tensor:
     """As `reference.sample_codes`."""
     from hitsr_fast.kernels.sample_codes import _sample_codes_kernel
 
+    logits, uncond_logits, state, guidance, top_k, top_p, temperature = args
     V = logits.shape[-1]
     x = logits.reshape(-1, V)
     other = x if uncond_logits is None else uncond_logits.reshape(-1, V)

@@ -103,24 +103,20 @@ def cached_attention(
     in the caches already.
 
     Args:
-        q: float16, bfloat16, float32 or float64, `(B, L, NH, D)`. Any strides.
+        q, softmax_scale: as for `scale_block_attention`, q of `(B, L, NH, D)`.
         k_cache, v_cache: of the same dtype, `(B, Tmax, NH, D)`. Any strides.
         length: number of rows that are valid, 1 to Tmax; the others are not read.
-        softmax_scale: factor of the scores; None means `1 / sqrt(D)`.
 
     Returns:
         `(B, L, NH, D)` in the dtype of q.
 
     Raises:
-        TypeError: an argument is of another type or dtype.
-        ValueError: a shape or device does not fit, `length` is out of range, or D is 0 and no `softmax_scale`
-            given.
+        TypeError, ValueError: as `scale_block_attention`; ValueError also where `length` is out of range.
         RuntimeError: an argument asks for a gradient; the op has none.
 
     Notes:
         Calls block by block give what `scale_block_attention` gives, up to rounding.
-        Backends: triton, flash_attn, cpu, reference.
-        Source: VAR (arXiv 2404.02905), section 3.2.
+        Backends and source are those of `scale_block_attention`.
 
     Example:
         >>> k_cache = torch.zeros(1, 3, 1, 1)
@@ -168,17 +164,11 @@ def _scale(q: Tensor, softmax_scale: float | None) -> float:
 # --- flash kernels of PyTorch and FlashAttention, which know no blocks: once per block, on the keys it sees
 
 
-def _by_block(
-    attend: Callable[..., tuple[Tensor, Tensor]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_lengths: Sequence[int],
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
+def _by_block(attend: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[Tensor, Tensor]:
     """As `reference.scale_block_attention`; `attend` is given queries, keys, values and the scale."""
+    q, k, v, block_lengths, softmax_scale = args
     if q.numel() == 0:
-        return reference.scale_block_attention(q, k, v, block_lengths, softmax_scale)
+        return reference.scale_block_attention(*args)
     q, k, v = _readable(q, k, v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -189,19 +179,12 @@ def _by_block(
 
 
 def _backward_by_block(
-    differentiate: Callable[..., Sequence[Tensor]],
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_lengths: Sequence[int],
-    softmax_scale: float,
+    differentiate: Callable[..., Sequence[Tensor]], *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.scale_block_attention_backward`; sums over blocks run in the dtype of lse."""
+    grad, q, k, v, out, lse, block_lengths, softmax_scale = args
     if q.numel() == 0:
-        return reference.scale_block_attention_backward(grad, q, k, v, out, lse, block_lengths, softmax_scale)
+        return reference.scale_block_attention_backward(*args)
     grad, q, k, v, out = _readable(grad, q, k, v, out)
     grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k, grad_v = (torch.zeros(t.shape, dtype=lse.dtype, device=t.device) for t in (k, v))
@@ -214,15 +197,9 @@ def _backward_by_block(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
-def _of_cache(
-    attend: Callable[..., tuple[Tensor, Tensor]],
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    length: int,
-    softmax_scale: float,
-) -> Tensor:
+def _of_cache(attend: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> Tensor:
     """As `reference.cached_attention`."""
+    q, k_cache, v_cache, length, softmax_scale = args
     if q.numel() == 0:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     return attend(*_readable(q, k_cache[:, :length], v_cache[:, :length]), softmax_scale)[0].contiguous()
@@ -268,16 +245,8 @@ def _flash(
     return out, lse
 
 
-def _flash_backward(
-    version: FlashVersion,
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    softmax_scale: float,
-) -> Sequence[Tensor]:
+def _flash_backward(version: FlashVersion, *args: Any) -> Sequence[Tensor]:
+    grad, q, k, v, out, lse, softmax_scale = args
     module = version.load()
     if version.number == 4:
         grads: Sequence[Tensor] = module._flash_attn_bwd(
@@ -371,11 +340,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradient(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    return (
-        *_attention_backward(grad, *ctx.saved_tensors, ctx.block_lengths, ctx.softmax_scale),
-        None,
-        None,
-    )
+    grads = _attention_backward(grad, *ctx.saved_tensors, ctx.block_lengths, ctx.softmax_scale)
+    return *grads, None, None
 
 
 @op(
@@ -385,9 +351,7 @@ def _gradient(ctx: Any, grad: Tensor, _grad_lse: Tensor | None) -> tuple[Tensor 
     triton=Launch(triton.scale_block_attention_triton, limits=triton.LIMITS, unless=triton.unsupported),
     flash_attn=Flash(_attention_flash, unless=_flash_unsupported),
     native=Native(
-        "_scale_block_attention",
-        dtypes=UP_TO_FLOAT32,
-        otherwise=functools.partial(_by_block, _pytorch),
+        "_scale_block_attention", dtypes=UP_TO_FLOAT32, otherwise=functools.partial(_by_block, _pytorch)
     ),
     gradient=Gradient(_save, _gradient),
 )

@@ -16,10 +16,8 @@ from hitsr_fast.backends import MAX_GRID, Limit, cdiv
 
 LIMITS = (Limit("D", 3, 128), Limit("B", 0, MAX_GRID), Limit("NH", 2, MAX_GRID))
 
-_INTERPRETED = (
-    torch.float16,
-    torch.float32,
-)  # what is a product there; of bfloat16 it takes the bits for integers
+# Whose products are right there; of bfloat16 the interpreter takes the bits for integers.
+_INTERPRETED = (torch.float16, torch.float32)
 _LOG2E = math.log2(math.e)
 _ROWS = 64  # of which a program of the small kernels takes care
 _COMBINED = 16  # rows that a program combines
@@ -112,17 +110,10 @@ def constants(kernel: str, dtype: torch.dtype, D: int, chip: str | None = None) 
     padded = max(1 << (D - 1).bit_length(), 16)
     exact = dtype == torch.float32
     queries, keys, warps, stages = _TILES[chip][exact, padded > 64][_KERNELS.index(kernel)]
-    return {
-        "D": D,
-        "DP": padded,
-        "BLOCK_M": queries,
-        "BLOCK_N": keys,
-        # Three products of tf32 give the digits of float32; AMD's tensor cores take float32 as it is.
-        "PRECISION": "tf32x3" if exact and chip not in ("cdna", "interpreter") else "ieee",
-        "num_warps": warps,
-        "num_stages": stages,
-        "enable_fp_fusion": True,
-    }
+    # Three products of tf32 give the digits of float32; AMD's tensor cores take float32 as it is.
+    precision = "tf32x3" if exact and chip not in ("cdna", "interpreter") else "ieee"
+    sizes = {"D": D, "DP": padded, "BLOCK_M": queries, "BLOCK_N": keys, "PRECISION": precision}
+    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
 
 
 def decode_plan(
@@ -160,16 +151,7 @@ def scale_block_attention_triton(
     return out, lse
 
 
-def scale_block_attention_backward_triton(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    block_lengths: Sequence[int],
-    softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def scale_block_attention_backward_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.scale_block_attention_backward`."""
     from hitsr_fast.kernels.scale_block_attention import (
         _scale_block_attention_delta_kernel,
@@ -177,6 +159,7 @@ def scale_block_attention_backward_triton(
         _scale_block_attention_dq_kernel,
     )
 
+    grad, q, k, v, out, lse, block_lengths, softmax_scale = args
     B, T, NH, D = q.shape
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v)]
     grad_q, grad_k, grad_v = grads

@@ -16,19 +16,9 @@ def attention_prologue(
     q_scale: Tensor | None,
     rotary: Tensor | None,
 ) -> Tensor:
-    """Queries of a block of tokens; its keys and values go into the caches.
+    """Queries of a block of tokens, contiguous; its keys and values go into the caches.
 
-    Args:
-        qkv: floating `(B, L, 3 * NH * D)`: q, k and v, each NH heads of D.
-        k_cache, v_cache: floating `(B, Tmax, NH, D)`; rows from `start` to `start + L` are written.
-        start: number of tokens already in the caches.
-        bias: floating `(3 * NH * D,)`, or None.
-        q_scale: float32 `(NH,)`; with it q and k are brought to length one, and q is multiplied by it.
-        rotary: float32 `(L, D / 2, 2)`, cosine and sine by which pairs of q and k are then turned.
-
-    Returns:
-        `(B, L, NH, D)` in the dtype of qkv, contiguous; like the caches rounded once, from float32 (float64
-        for float64 qkv).
+    Arguments and result are those of `ops.attention_prologue`.
     """
     values = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
     if bias is not None:

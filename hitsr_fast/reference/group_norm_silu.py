@@ -7,16 +7,9 @@ from torch import Tensor
 
 
 def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """`y / (1 + exp(-y))` of `y = (x - mean) / sqrt(var + eps) * weight + bias`.
+    """`y / (1 + exp(-y))` of `y = (x - mean) / sqrt(var + eps) * weight + bias`, in the `memory_format` of x.
 
-    Args:
-        x: floating `(B, C, H, W)`.
-        weight, bias: floating `(C,)`.
-        groups: a divisor of C; mean and variance are those of an image's C / groups neighbouring channels.
-        eps: added to the variance.
-
-    Returns:
-        `(B, C, H, W)` in the dtype of x and in its `memory_format`; rounded once, from float32 at least.
+    Arguments and result are those of `ops.group_norm_silu`.
     """
     wide = any(tensor.dtype == torch.float64 for tensor in (x, weight, bias))
     values, factor, offset = (t.to(torch.float64 if wide else torch.float32) for t in (x, weight, bias))

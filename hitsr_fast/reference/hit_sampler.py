@@ -90,17 +90,10 @@ def super_resolve(model: Any, lr: Tensor, class_id: int = 1) -> dict[int, Tensor
 def step_logits(
     transformer: Any, x: Tensor, condition: Tensor, caches: list[tuple[Tensor, Tensor] | None]
 ) -> Tensor:
-    """Blocks and classifier on new tokens.
+    """A `HitTransformer` on new tokens `(B, L, width)`: logits `(B, L, K)`, float32 at least.
 
-    Args:
-        transformer: A `HitTransformer`.
-        x: `(B, L, width)`.
-        condition: `(B, width)`, class vectors.
-        caches: Of each block, keys and values `(B, NH, T, D)` of the tokens before, or None; those of the new
-            tokens are added.
-
-    Returns:
-        `(B, L, K)`, float32 at least.
+    `condition` `(B, width)` are class vectors. `caches` are of each block the keys and values
+    `(B, NH, T, D)` of the tokens before, or None; those of the new tokens are added.
     """
     for number, block in enumerate(transformer.blocks):
         x, caches[number] = _block(block, x, condition, caches[number])
@@ -127,10 +120,8 @@ def _block(
     if attn.l2_norm:
         wide = torch.promote_types(x.dtype, torch.float32)
         factor = attn.scale_mul_1H11.float().clamp_max(math.log(100.0)).exp()
-        q, k = (
-            (F.normalize(q.to(wide), dim=-1) * factor).to(v.dtype),
-            F.normalize(k.to(wide), dim=-1).to(v.dtype),
-        )
+        q = (F.normalize(q.to(wide), dim=-1) * factor).to(v.dtype)
+        k = F.normalize(k.to(wide), dim=-1).to(v.dtype)
         softmax_scale = 1.0
     if cache is not None:
         k, v = torch.cat([cache[0], k], dim=2), torch.cat([cache[1], v], dim=2)

@@ -9,16 +9,10 @@ from torch import Tensor
 def modulated_layer_norm(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer norm without affine part, times `1 + scale` plus `shift`.
-
-    Args:
-        x: floating `(B, L, C)`.
-        scale, shift: floating `(B, C)`.
-        eps: added to the variance.
-        out_dtype: floating, of the result.
+    """Layer norm without affine part, times `1 + scale` plus `shift`, both `(B, C)`.
 
     Returns:
-        out: `(B, L, C)` in `out_dtype`, contiguous; rounded to it once, from float32 at least.
+        out: that of `ops.modulated_layer_norm`, contiguous.
         mean, rstd: `(B, L)` float32 (float64 for float64 input), of each row, and one over its deviation.
     """
     values, factor, offset = _wide(x, scale, shift)

@@ -13,19 +13,11 @@ _UNIT_ROUNDOFF = 2.0**-53
 def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     """Index of the nearest code of each row, as if every distance had been computed in float64.
 
-    Args:
-        x: floating `(N, C)` or `(G, N, C)`.
-        codebook: floating `(K, C)` or `(G, K, C)`, finite, K at least 1.
-        metric: "l2" minimises `sum_c (x_c - e_c)^2`, "cosine" minimises `-sum_c x_c u_c` with `u = e / |e|`
-            (a zero code keeps u = 0). Both sums run in float64, channel by channel in order; that order is
-            part of the definition, for it decides ties that exist only by rounding.
-
-    Returns:
-        int64 `(N,)` or `(G, N)`: the lowest index among equal minima; 0 for a row with NaN or infinity.
-
-    Notes:
-        The result does not depend on how rows are cut into chunks: the screen (a matrix product, whose order
-        of summation is the library's own) only discards codes that provably cannot win, see `_search_rows`.
+    Arguments and result are those of `ops.nearest_code`, but for maps. "l2" minimises `sum_c (x_c - e_c)^2`,
+    "cosine" minimises `-sum_c x_c u_c` with `u = e / |e|` (a zero code keeps u = 0). Both sums run in
+    float64, channel by channel in order; that order is part of the definition, for it decides ties that exist
+    only by rounding. The screen, a matrix product whose order of summation is the library's own, only
+    discards codes that provably cannot win (see `_search_rows`): how rows are cut into chunks does not count.
     """
     indices = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     if x.dim() == 3:

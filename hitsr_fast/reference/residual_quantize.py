@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -93,34 +93,12 @@ def residual_quantize(
     metric: str,
     inputs: bool,
     per_scale: bool,
-    *,
-    search: Callable[[Tensor, Tensor, str], Tensor] = nearest_code,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Quantize a latent scale by scale: pool the residual, find codes, spread them out with phi, subtract.
 
-    Args:
-        z: floating `(B, C, H, W)`.
-        codebook: floating `(K, C)`.
-        phi_weight: `(P, C, C, 3, 3)`.
-        phi_bias: `(P, C)`.
-        scales: `h0, w0, h1, w1, ...`, each at most `(H, W)`.
-        phi_index: one entry in `[0, P)` per scale.
-        phi_ratio: r of `phi(h) = (1 - r) h + r (conv(h) + bias)`.
-        replay: int64 `(B, T0)`, codes of the first scales that are taken instead of searched, or None.
-        metric: of `nearest_code`.
-        inputs: whether the pooled inputs of the next scales are asked for.
-        per_scale: whether the reconstructions after each scale are asked for.
-        search: `nearest_code`, or another implementation of it.
-
-    Returns:
-        reconstruction: `(B, C, H, W)` in `arithmetic_dtype(codebook)`, as are the next but one and the last.
-        indices: int64 `(B, T)`, scale after scale, row-major in each.
-        inputs: `(B, T - h0 * w0, C)`, for all scales s but the last the reconstruction after s, pooled to the
-            size of scale s + 1, as rows; `(B, 0, C)` where not asked for.
-        reconstructions: `(S, B, C, H, W)`, after each scale; `(0, B, C, H, W)` where not asked for.
-
-    Notes:
-        Source: VAR (arXiv 2404.02905), Algorithm 1; replay: HIT-VAR (arXiv 2506.04990), Algorithm 1.
+    Arguments are those of `ops.residual_quantize`, but for `scales`, which are `h0, w0, h1, w1, ...` here and
+    in all that follows. Results are reconstruction, indices, inputs and reconstructions, as there; without
+    rows `(B, 0, C)` and without scales `(0, B, C, H, W)` where they are not asked for.
     """
     dtype = arithmetic_dtype(codebook)
     residual = z.to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -133,10 +111,9 @@ def residual_quantize(
     for size, tokens, phi in _walk(scales, phi_index):
         if tokens.start >= replayed:
             rows = _rows(_pool(residual, size)).reshape(-1, z.shape[1])
-            indices[:, tokens] = search(rows, codebook, metric).view(z.shape[0], size[0] * size[1])
-        step = _spread(
-            indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], size, z.shape[2:], phi_ratio
-        )
+            indices[:, tokens] = nearest_code(rows, codebook, metric).view(z.shape[0], size[0] * size[1])
+        codes = _gather(indices[:, tokens], codebook, size)
+        step = _spread(codes, phi_weight[phi], phi_bias[phi], phi_ratio, z.shape[2:])
         out.add(step)
         residual -= step
     return out.reconstruction, indices, out.inputs, out.reconstructions
@@ -162,7 +139,8 @@ def residual_decode(
     """
     out = _Accumulator((indices.shape[0], codebook.shape[1], *size), codebook, scales, inputs, per_scale)
     for scale, tokens, phi in _walk(scales, phi_index):
-        out.add(_spread(indices[:, tokens], codebook, phi_weight[phi], phi_bias[phi], scale, size, phi_ratio))
+        codes = _gather(indices[:, tokens], codebook, scale)
+        out.add(_spread(codes, phi_weight[phi], phi_bias[phi], phi_ratio, size))
     return out.reconstruction, out.inputs, out.reconstructions
 
 
@@ -178,15 +156,8 @@ def residual_decode_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in codebook `(K, C)`, phi_weight `(P, C, C, 3, 3)` and phi_bias `(P, C)`.
 
-    Args:
-        grad: of the reconstruction, `(B, C, H, W)`.
-        grad_per_scale: of the reconstructions, `(S, B, C, H, W)`; `(0, B, C, H, W)` where there is none.
-        indices: int64 `(B, T)`.
-        codebook: `(K, C)`.
-        phi_weight: `(P, C, C, 3, 3)`.
-        scales: as in `residual_quantize`, and the two that follow.
-        phi_index: one entry per scale.
-        phi_ratio: r of phi.
+    `grad` is that of the reconstruction, `(B, C, H, W)`, and `grad_per_scale` that of the reconstructions,
+    `(S, B, C, H, W)`, or `(0, B, C, H, W)` where there is none.
     """
     dtype = arithmetic_dtype(codebook)
     B, C, H, W = grad.shape
@@ -243,21 +214,10 @@ def residual_step(
 ) -> Tensor:
     """Add one scale's codes to `reconstruction` in place; return it pooled to `next_scale`.
 
-    Args:
-        reconstruction: `(B, C, H, W)` in `arithmetic_dtype(codebook)`; changed.
-        indices: int64 `(B, h * w)`.
-        codebook: `(K, C)`.
-        phi_weight: `(C, C, 3, 3)`, the phi of this scale.
-        phi_bias: `(C,)`.
-        scale: `(h, w)`.
-        next_scale: `(h2, w2)`; `(0, 0)` after the last scale.
-        phi_ratio: as in `residual_quantize`.
-
-    Returns:
-        `(B, C, h2, w2)`, a tensor of its own.
+    Arguments and result are those of `ops.residual_step`; after the last scale `next_scale` is `(0, 0)`.
     """
-    size = reconstruction.shape[2:]
-    reconstruction += _spread(indices, codebook, phi_weight, phi_bias, scale, size, phi_ratio)
+    codes = _gather(indices, codebook, scale)
+    reconstruction += _spread(codes, phi_weight, phi_bias, phi_ratio, reconstruction.shape[2:])
     if tuple(next_scale) == (0, 0):
         return reconstruction.new_empty(*reconstruction.shape[:2], 0, 0)
     return _pool(reconstruction, next_scale).clone(memory_format=torch.contiguous_format)
@@ -322,17 +282,9 @@ def _gather(indices: Tensor, codebook: Tensor, size: Sequence[int]) -> Tensor:
     return rows.transpose(1, 2).reshape(indices.shape[0], codebook.shape[1], *size).contiguous()
 
 
-def _spread(
-    indices: Tensor,
-    codebook: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Sequence[int],
-    size: Sequence[int],
-    phi_ratio: float,
-) -> Tensor:
+def _spread(codes: Tensor, weight: Tensor, bias: Tensor, phi_ratio: float, size: Sequence[int]) -> Tensor:
     """phi(bicubic(codes)): what one scale adds to the reconstruction, `(B, C, *size)`."""
-    h = _upsample(_gather(indices, codebook, scale), size)
+    h = _upsample(codes, size)
     if phi_ratio == 0:
         return h
     return (1 - phi_ratio) * h + phi_ratio * F.conv2d(h, weight.to(h.dtype), bias.to(h.dtype), padding=1)

@@ -33,19 +33,10 @@ def sample_codes(
     top_p: float,
     temperature: float,
 ) -> Tensor:
-    """One code a row.
+    """One code a row, int64 `(...)`.
 
-    Args:
-        logits: floating `(..., V)`.
-        uncond_logits: the same, to be guided away from, or None.
-        state: int64 `(2,)`, seed and offset of the random numbers; None is greedy.
-        guidance: weight of `uncond_logits`.
-        top_k: the k largest logits stay, with all that equal the least of them; 0 keeps all.
-        top_p: then the smallest logits go whose share is at most `1 - top_p`; 0 keeps all.
-        temperature: divides the logits.
-
-    Returns:
-        int64 `(...)`.
+    Arguments are those of `ops.sample_codes`, but for `state`: int64 `(2,)`, seed and offset of the random
+    numbers, or None, which is greedy.
     """
     x = guided(logits, uncond_logits, guidance).reshape(-1, logits.shape[-1])
     if state is None:

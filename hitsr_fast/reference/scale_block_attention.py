@@ -16,14 +16,7 @@ def scale_block_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention without a mask: block i attends to the key prefix that ends with it.
 
-    Args:
-        q, k, v: floating `(B, T, NH, D)` of one dtype.
-        block_lengths: lengths of the blocks in order, summing to T.
-        softmax_scale: factor of the scores.
-
-    Returns:
-        out: `(B, T, NH, D)`, contiguous: per block `softmax(softmax_scale * q_i k[:end_i]^T) v[:end_i]`.
-        lse: `(B, NH, T)`, the logarithm of each softmax's denominator, float32 (float64 for float64 input).
+    Arguments and results, out and lse, are those of `ops.scale_block_attention`; contiguous.
     """
     query, key, value = _heads_first(q, k, v)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)

@@ -32,10 +32,7 @@ class PairBatches:
         clean_prob: float = 0.25,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.photos = photos
-        self.seed = seed
-        self.clean_prob = clean_prob
-        self.device = device
+        self.photos, self.seed, self.clean_prob, self.device = photos, seed, clean_prob, device
 
     def __call__(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         hr, lr, class_id = self.pairs(step, size)

@@ -46,12 +46,8 @@ def fill_codebook(
     codebook = None
     used, error = 0.0, 0.0
     for _ in range(rounds):
-        rows = torch.cat(
-            [
-                scale_rows[torch.randperm(len(scale_rows), generator=generator)[:per_scale]]
-                for scale_rows in _pooled_residuals(quantizer, latents, codebook)
-            ]
-        )
+        found = _pooled_residuals(quantizer, latents, codebook)
+        rows = torch.cat([r[torch.randperm(len(r), generator=generator)[:per_scale]] for r in found])
         if codebook is None:
             chosen = torch.randperm(len(rows), generator=generator)[: len(quantizer.codebook)]
             codebook = rows[chosen].clone()

@@ -18,6 +18,8 @@ from torch.optim.swa_utils import AveragedModel
 from hitsr_fast.train.config import LoopConfig
 from hitsr_fast.train.stage import Stage
 
+_Parts = tuple[nn.Module, AveragedModel, list[torch.optim.Optimizer]]
+
 
 class ResumeError(ValueError):
     """A checkpoint of the run folder is not of this run."""
@@ -51,9 +53,10 @@ def train(
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = AveragedModel(stage.model, multi_avg_fn=moving_average(config.ema))
     parameters = [p for p in stage.model.parameters() if p.requires_grad]
+    parts = stage.model, average, optimizers
     step, elapsed = 0, 0.0
     if path.exists():
-        step, elapsed = _restore(path, stage.model, average, optimizers, made_with)
+        step, elapsed = _restore(path, parts, made_with)
     started = saved = time.monotonic()
     before = elapsed
     recent: list[dict[str, float]] = []
@@ -82,11 +85,11 @@ def train(
         if config.eval_every and step % config.eval_every == 0:
             _log(folder, {"stage": stage.name, "step": step, **_evaluated(stage, average.module)})
         if time.monotonic() - saved > 60 * config.checkpoint_minutes:
-            _save(path, stage.model, average, optimizers, step, elapsed, made_with)
+            _save(path, parts, step, elapsed, made_with)
             saved = time.monotonic()
 
     if elapsed > before:
-        _save(path, stage.model, average, optimizers, step, elapsed, made_with)
+        _save(path, parts, step, elapsed, made_with)
         _log(folder, {"stage": stage.name, "step": step, "done": 1.0, **_evaluated(stage, average.module)})
     model: nn.Module = average.module
     return model
@@ -142,36 +145,20 @@ def _evaluated(stage: Stage[Any], model: nn.Module) -> dict[str, float]:
     return result
 
 
-def _save(
-    path: Path,
-    model: nn.Module,
-    average: AveragedModel,
-    optimizers: list[torch.optim.Optimizer],
-    step: int,
-    elapsed: float,
-    made_with: Mapping[str, Any] | None,
-) -> None:
+def _save(path: Path, parts: _Parts, step: int, elapsed: float, made_with: Mapping[str, Any] | None) -> None:
     temporary = path.with_suffix(".tmp")
-    state = {
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": step,
-        "elapsed": elapsed,
-    }
+    model, average, optimizers = parts
+    state: dict[str, Any] = {"step": step, "elapsed": elapsed}
+    state |= {"model": model.state_dict(), "average": average.state_dict()}
+    state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     if made_with is not None:
         state["made_with"] = json.dumps(made_with)
     torch.save(state, temporary)
     temporary.replace(path)
 
 
-def _restore(
-    path: Path,
-    model: nn.Module,
-    average: AveragedModel,
-    optimizers: list[torch.optim.Optimizer],
-    made_with: Mapping[str, Any] | None,
-) -> tuple[int, float]:
+def _restore(path: Path, parts: _Parts, made_with: Mapping[str, Any] | None) -> tuple[int, float]:
+    model, average, optimizers = parts
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:

@@ -101,14 +101,9 @@ _FREE_ON_RESUME = frozenset(("steps", "minutes", "checkpoint_minutes", "log_ever
 
 
 def made_with(recipe: Recipe, stage: str) -> dict[str, Any]:
-    """All values that the outcome of a stage depends on: a resumed run must have the same.
+    """All values that the outcome of a stage, by its name, depends on: a resumed run must have the same.
 
-    Args:
-        recipe: What to train and how.
-        stage: `"autoencoder"`, `"tokenizer"`, `"transformer"` or `"decoder"`.
-
-    Returns:
-        JSON values by name, in nested dicts; the preset with all of the model's configuration.
+    They are JSON values by name, in nested dicts; the preset with all of the model's configuration.
     """
     values = asdict(recipe)
     parts = {
@@ -143,12 +138,8 @@ def pair_batches(
     crop = config.tokenizer.image_size
 
     def make(names: list[str], seed: int) -> PairBatches:
-        return PairBatches(
-            PhotoFolder(photos, crop, seed=seed, names=names),
-            seed=seed,
-            clean_prob=recipe.clean_prob,
-            device=device,
-        )
+        folder = PhotoFolder(photos, crop, seed=seed, names=names)
+        return PairBatches(folder, seed=seed, clean_prob=recipe.clean_prob, device=device)
 
     return make(trained, recipe.seed), make(held, recipe.seed + 1)
 

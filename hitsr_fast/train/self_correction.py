@@ -18,17 +18,9 @@ from hitsr_fast.ops import prepare_codebook
 
 @torch.no_grad()
 def code_neighbours(codebook: Tensor, count: int) -> Tensor:
-    """Find the nearest other codes of each code.
+    """The nearest other codes of each code `(K, C)`: int64 `(K, count)`, nearest first, at most K - 1.
 
-    Args:
-        codebook: `(K, C)` floating.
-        count: Neighbours of a code, at most K - 1.
-
-    Returns:
-        `(K, count)` int64, nearest first; a code's equal under another index counts as another code.
-
-    Raises:
-        ValueError: If `count` is out of range.
+    A code's equal under another index counts as another code.
     """
     if not 1 <= count < len(codebook):
         raise ValueError(f"count: expected a value in [1, {len(codebook) - 1}], found {count}")

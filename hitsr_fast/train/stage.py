@@ -30,10 +30,7 @@ class Stage(ABC, Generic[ModelT]):
     def __init__(
         self, model: ModelT, batches: PairBatches, held_out: PairBatches, config: StageConfig
     ) -> None:
-        self.model = model
-        self.batches = batches
-        self.held_out = held_out
-        self.config = config
+        self.model, self.batches, self.held_out, self.config = model, batches, held_out, config
         self.device = torch.device(batches.device)
         self.dtype = pick_dtype(self.device) if config.dtype == "auto" else getattr(torch, config.dtype)
 

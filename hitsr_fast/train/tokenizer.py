@@ -30,16 +30,10 @@ class TokenizerStage(Stage[HitTokenizer]):
         model.quant_conv.requires_grad_(config.train_encoder)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        others = [
-            p
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and not name.startswith("quantize.")
-        ]
-        quantizer = {
-            "params": list(self.model.quantize.parameters()),
-            "lr": self.config.codebook_lr,
-            "weight_decay": 0.0,
-        }
+        named = self.model.named_parameters()
+        others = [p for name, p in named if p.requires_grad and not name.startswith("quantize.")]
+        codebook_and_phi = list(self.model.quantize.parameters())
+        quantizer = {"params": codebook_and_phi, "lr": self.config.codebook_lr, "weight_decay": 0.0}
         return [self.adamw([{"params": others}, quantizer])]
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
