@@ -62,7 +62,7 @@ def _small(
 
 def _private(op: str, *args: Any) -> Call:
     """A call of the extension's op, on the instruction set that the dispatch takes."""
-    if extension.unavailable() is not None:
+    if extension.unavailable() is not None or not hasattr(torch.ops.hitsr_fast, f"_{op}"):
         return lambda: None
     function, isa = getattr(torch.ops.hitsr_fast, f"_{op}"), active_instruction_set()
     return lambda: function(*args, isa)

@@ -93,6 +93,7 @@ def test_sets_are_listed_quickest_first() -> None:
 def test_each_op_says_what_it_has_code_for() -> None:
     rows = dict(row.split(": ") for row in OPS._kernel_sets())
     assert {op: sets.split(", ") for op, sets in rows.items()} == OWN
+    assert CALLS.keys() == OWN.keys()
 
 
 @pytest.mark.parametrize("isa", SETS)
