@@ -188,7 +188,7 @@ def test_parts_of_another_codebook_are_an_error(_backend: str) -> None:
     x, prepared = torch.randn(5, 8), prepare_codebook(torch.randn(64, 8))
     with pytest.raises(ValueError, match=r"screen: expected shape|exact: expected shape"):
         OP(x, torch.randn(4096, 8), list(prepared.parts), prepared.layout, "l2")
-    with pytest.raises(TypeError, match="exact: expected dtype"):
+    with pytest.raises(ValueError, match="exact: expected dtype"):
         OP(x, prepared.codebook, list(prepared.parts), prepared.layout, "cosine")
 
 
