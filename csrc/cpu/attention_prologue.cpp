@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <optional>
 #include <string>
-#include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/instruction_sets.h"
 #include "tensor.h"
 
@@ -123,8 +123,8 @@ Tensor attention_prologue(
     visit_dtype(k_cache, "k_cache", [&](auto cached) {
       const Tokens<decltype(value), decltype(cached)> tokens(qkv, q, k_cache, v_cache, start, isa);
       torch::stable::parallel_for(0, B * L, share, [&](int64_t begin, int64_t end) {
-        std::vector<float> memory(static_cast<size_t>(heads * (D + 1)));
-        for (int64_t row = begin; row < end; ++row) tokens(row, biases.first, scales.first, turns.first, memory.data());
+        const Buffer<float> memory(heads * (D + 1));
+        for (int64_t row = begin; row < end; ++row) tokens(row, biases.first, scales.first, turns.first, memory.at(0));
       });
     });
   });

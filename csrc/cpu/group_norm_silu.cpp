@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "cpu/buffer.h"
 #include "cpu/instruction_sets.h"
 #include "tensor.h"
 
@@ -91,9 +92,9 @@ Moments measure(const Maps& maps, const Kernels<T>& kernels, const T* x) {
   if (maps.channels_last) {
     for_each(maps.B * blocks, maps.size(0) * C, [&](int64_t i) {
       const int64_t image = i / blocks, block = i % blocks;
-      std::vector<float> memory(static_cast<size_t>(3 * C));
+      const Buffer<float> memory(3 * C);
       kernels.moments_of_pixels(
-          x + (image * maps.P + block * maps.step) * C, maps.size(block), groups, maps.width, memory.data(),
+          x + (image * maps.P + block * maps.step) * C, maps.size(block), groups, maps.width, memory.at(0),
           &moments.mean[i * groups], &moments.squares[i * groups]);
     });
   } else {

@@ -3,7 +3,6 @@
 #include <initializer_list>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #include "cpu/buffer.h"
 #include "cpu/instruction_sets.h"
@@ -91,10 +90,10 @@ void for_each_block(const Tensor& values, const F& task) {
   const int64_t L = values.size(1), C = values.size(2), blocks = blocks_of(L), rows = std::min(L, kBlock);
   const int64_t share = std::max<int64_t>(kSmallestShare / std::max<int64_t>(rows * C, 1), 1);
   torch::stable::parallel_for(0, values.size(0) * blocks, share, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory(static_cast<size_t>(2 * C));
+    const Buffer<float> memory(2 * C);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t image = block / blocks, first = block % blocks * kBlock;
-      task(block, image, image * L + first, std::min(kBlock, L - first), memory.data());
+      task(block, image, image * L + first, std::min(kBlock, L - first), memory.at(0));
     }
   });
 }

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <optional>
 #include <string>
-#include <vector>
 
+#include "cpu/buffer.h"
 #include "cpu/instruction_sets.h"
 #include "tensor.h"
 
@@ -97,8 +97,8 @@ Tensor sample_codes(
   const float* first = data<const float>(logits);
   int64_t* out = data<int64_t>(codes);
   torch::stable::parallel_for(0, N, std::max<int64_t>(kSmallestShare / V, 1), [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> memory(static_cast<size_t>(3 * V));
-    const Workspace work{memory.data(), memory.data() + V, memory.data() + 2 * V};
+    const Buffer<int32_t> memory(3 * V);
+    const Workspace work{memory.at(0), memory.at(V), memory.at(2 * V)};
     for (int64_t row = begin; row < end; ++row) {
       const float* other = uncond == nullptr ? nullptr : uncond + row * V;
       if (!state) {
