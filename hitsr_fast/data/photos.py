@@ -34,10 +34,8 @@ class PhotoFetchError(RuntimeError):
 def fetch_package(package: Package, folder: str | Path, *, download: Download | None = None) -> bool:
     """Fetch the photos of one package into a folder, as JPEGs with an entry each in `manifest.json`.
 
-    Args:
-        package: what to fetch.
-        folder: where to write; made if need be. Photos of other packages stay.
-        download: how to get the .deb file; `apt_download` by default.
+    The folder is made if need be; photos of other packages in it stay. `download` gets the .deb file; it is
+    `apt_download` by default.
 
     Returns:
         False if all the photos were there already, true if they were fetched.

@@ -265,12 +265,8 @@ def picture_writers(
 def write_picture(path: Path | str, picture: Picture, format: Format, *, overwrite: bool = False) -> None:
     """Write a picture, whole or not at all: under a temporary name in the same folder, then renamed.
 
-    Args:
-        path: the file; missing folders above it are made.
-        picture: what to write. PNG and TIFF keep 16 bits; JPEG and WebP reduce to 8, and JPEG lays alpha
-            over white.
-        format: of the file, whatever its name says.
-        overwrite: replace an existing file.
+    PNG and TIFF keep 16 bits; JPEG and WebP reduce to 8, and JPEG lays alpha over white. The format is the
+    file's, whatever its name says; missing folders above it are made.
 
     Raises:
         ImageFileError: the file exists, or cannot be written.
