@@ -22,10 +22,8 @@ from hitsr_fast.data.blur_kernels import KERNEL_SHAPES, gaussian_kernel, sinc_ke
 from hitsr_fast.data.degradation_config import REAL_ESRGAN_X4PLUS, DegradationConfig, OrderConfig
 from hitsr_fast.data.jpeg import jpeg
 
-DEGRADED: Final = 0
-"""Class id of an input made by `degrade`."""
-CLEAN_BILINEAR: Final = 1
-"""Class id of an input made by `clean_pair`."""
+DEGRADED: Final = 0  # class id of an input made by `degrade`
+CLEAN_BILINEAR: Final = 1  # class id of an input made by `clean_pair`
 
 _RESIZE_MODES: Final = ("area", "bilinear", "bicubic")
 _DEGRADATION_STREAM, _CLASS_STREAM = 0, 1  # third part of the key of a random stream

@@ -20,11 +20,9 @@ from hitsr_fast.data.debian_photos import Package, Photo
 MANIFEST: Final = "manifest.json"
 
 _JPEG_START: Final = b"\xff\xd8\xff"
-_JPEG_HEADER: Final = 65536
-"""Bytes from the start of a JPEG that hold its size."""
+_JPEG_HEADER: Final = 65536  # bytes from the start of a JPEG that hold its size
 
-Download = Callable[[Package, Path], Path]
-"""Fetches a package's .deb file into a folder and returns its path."""
+Download = Callable[[Package, Path], Path]  # fetches a package's .deb file into a folder and returns its path
 
 
 class PhotoFetchError(RuntimeError):
