@@ -244,9 +244,7 @@ def _check_images(hr: Tensor, scale: int) -> None:
     check_image("hr", hr)
     check_integer("scale", scale, 1)
     if 0 in hr.shape or hr.shape[-2] % scale or hr.shape[-1] % scale:
-        raise ValueError(
-            f"hr: expected B > 0 and positive sides divisible by {scale}, found {tuple(hr.shape)}"
-        )
+        raise ValueError(f"hr: expected B > 0 and sides divisible by {scale}, found {tuple(hr.shape)}")
 
 
 def _check_key(seed: int, first_index: int) -> None:

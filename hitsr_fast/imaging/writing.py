@@ -197,10 +197,8 @@ class PictureWriter:
         header = self.header
         found = (rows.width, rows.pixels.shape[2] + (rows.alpha is not None), rows.pixels.dtype)
         if found != (header.width, header.channels, header.dtype):
-            raise ValueError(
-                f"rows: expected {header.width} x {header.channels} {header.dtype} samples, "
-                f"found {found[0]} x {found[1]} {found[2]}"
-            )
+            expected = f"{header.width} x {header.channels} {header.dtype}"
+            raise ValueError(f"rows: expected {expected} samples, found {found[0]} x {found[1]} {found[2]}")
         self._rows += rows.height
         if self._rows > header.height:
             raise ValueError(f"rows: expected {header.height} in all, found {self._rows}")

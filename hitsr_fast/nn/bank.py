@@ -74,12 +74,7 @@ class ReconstructionWalk:
     With `ar_grid="target"` a step accumulates on the grid of its own target; when a target is complete its
     reconstruction is kept in `finished` and the codes so far are decoded again on the next target's grid, so
     the map that conditions a step is the one whose residual was quantized at that step.
-
-    Args:
-        banks: Of each target.
-        pyramid: Scales and targets.
-        batch: Images.
-        ar_grid: `"target"`, or `"full"` for the grid of the last target throughout.
+    With `"full"` it is the grid of the last target throughout. There is a bank for each target.
     """
 
     def __init__(

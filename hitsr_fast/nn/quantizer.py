@@ -127,10 +127,9 @@ class ResidualQuantizer(nn.Module):
         if not latents:
             raise ValueError("latents: expected at least one map, found none")
         for target, (latent, size) in enumerate(zip(latents, self.pyramid.targets, strict=False)):
-            if latent.shape[-2:] != size:
-                raise ValueError(
-                    f"latents[{target}]: expected a map of size {size}, found {tuple(latent.shape[-2:])}"
-                )
+            found = tuple(latent.shape[-2:])
+            if found != size:
+                raise ValueError(f"latents[{target}]: expected a map of size {size}, found {found}")
         banks = self.banks()
         return ops.tokenize_pyramid(
             latents,
@@ -153,10 +152,8 @@ class ResidualQuantizer(nn.Module):
         """
         pyramid = self.pyramid
         if indices.dim() != 2 or indices.shape[1] not in pyramid.ends:
-            raise ValueError(
-                f"indices: expected shape (B, T) with T one of {list(pyramid.ends)}, "
-                f"found {tuple(indices.shape)}"
-            )
+            expected = f"shape (B, T) with T one of {list(pyramid.ends)}"
+            raise ValueError(f"indices: expected {expected}, found {tuple(indices.shape)}")
         steps = min(pyramid.ends.index(indices.shape[1]) + 1, pyramid.steps[target])
         return self.bank(target).decode(
             indices[:, : pyramid.ends[steps - 1]], pyramid.scales[:steps], pyramid.targets[target], **options

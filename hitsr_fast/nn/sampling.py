@@ -162,8 +162,6 @@ def sample_scales(
     With guidance a second, class-free branch of B further sequences runs up to the last guided scale.
 
     Args:
-        plan: Which scales are run, and with which guidance.
-        body: The blocks.
         lengths: Codes of each scale.
         prefix: Rows in front of those of the first scale.
         modulation: `(layers, 6, B, width)`, or 2 B with guidance, the class-free branch second; see
