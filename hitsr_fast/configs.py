@@ -16,8 +16,7 @@ class Range(NamedTuple):
 
     low: float
     high: float = math.inf
-    open: Literal["", "low", "high"] = ""
-    """Which of the bounds is not in it."""
+    open: Literal["", "low", "high"] = ""  # which of the bounds is not in it
 
     def holds(self, value: float) -> bool:
         """Whether `value` is in the range."""

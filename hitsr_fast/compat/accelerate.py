@@ -254,9 +254,7 @@ def _overridden(owner: Any, path: str) -> bool:
 def _expect_tokenizer(scales: Sequence[int], quantizer: Any, proxy: Any) -> None:
     """A tokenizer that fits the model, or an error."""
     if tuple(scales) != tuple(quantizer.v_patch_nums):
-        raise ValueError(
-            f"model: expected the scales of its tokenizer, {tuple(quantizer.v_patch_nums)}, "
-            f"found {tuple(scales)}"
-        )
+        expected = f"the scales of its tokenizer, {tuple(quantizer.v_patch_nums)}"
+        raise ValueError(f"model: expected {expected}, found {tuple(scales)}")
     if getattr(proxy, "embedding", None) is None or proxy.embedding.weight is not quantizer.embedding.weight:
         raise ValueError("model: expected vae_quant_proxy to hold the quantizer of vae_proxy, found another")

@@ -13,14 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-KERNEL_SHAPES: Final = (
-    "iso",
-    "aniso",
-    "generalized_iso",
-    "generalized_aniso",
-    "plateau_iso",
-    "plateau_aniso",
-)
+KERNEL_SHAPES = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
 
 _PROFILES: Final[dict[str, Callable[[Tensor, float], Tensor]]] = {
     "gaussian": lambda q, beta: torch.exp(-0.5 * q),
@@ -75,15 +68,8 @@ def gaussian_kernel(
 def sinc_kernel(size: int, cutoff: float) -> Tensor:
     """Build a normalised circular low-pass (sinc) kernel, which rings like over-sharpened photos.
 
-    Args:
-        size: odd side of the kernel in pixels.
-        cutoff: cutoff frequency in radians per pixel, in (0, π].
-
-    Returns:
-        float64 `(size, size)`, summing to one; entries may be negative.
-
-    Raises:
-        ValueError: if `size` is even or not positive, or `cutoff` is out of range.
+    The cutoff frequency is in radians per pixel, in (0, π]. Side, result and errors are those of
+    `gaussian_kernel`, but that entries may be negative.
 
     Notes:
         Real-ESRGAN, equation 6: `k(r) = ω J₁(ω r) / (2π r)`, with the limit `ω² / 4π` at the centre.

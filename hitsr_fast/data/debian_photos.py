@@ -15,12 +15,9 @@ from typing import Final
 class Photo:
     """One photo of a package."""
 
-    path: str
-    """Path inside the package; an Edje theme (`.edj`) stands for the largest JPEG inside it."""
-    name: str
-    """Stem of the photo as written."""
-    licence: str
-    """Licence, and the author where one is named."""
+    path: str  # path inside the package; an Edje theme (`.edj`) stands for the largest JPEG inside it
+    name: str  # stem of the photo as written
+    licence: str  # licence, and the author where one is named
 
 
 @dataclass(frozen=True)
@@ -29,10 +26,8 @@ class Package:
 
     name: str
     version: str
-    sha256: str
-    """Of the .deb file."""
-    megabytes: int
-    """Size of the .deb file, rounded up."""
+    sha256: str  # of the .deb file
+    megabytes: int  # size of the .deb file, rounded up
     photos: tuple[Photo, ...]
     architecture: str = "all"
 

@@ -22,10 +22,8 @@ from hitsr_fast.data.blur_kernels import KERNEL_SHAPES, gaussian_kernel, sinc_ke
 from hitsr_fast.data.degradation_config import REAL_ESRGAN_X4PLUS, DegradationConfig, OrderConfig
 from hitsr_fast.data.jpeg import jpeg
 
-DEGRADED: Final = 0
-"""Class id of an input made by `degrade`."""
-CLEAN_BILINEAR: Final = 1
-"""Class id of an input made by `clean_pair`."""
+DEGRADED: Final = 0  # class id of an input made by `degrade`
+CLEAN_BILINEAR: Final = 1  # class id of an input made by `clean_pair`
 
 _RESIZE_MODES: Final = ("area", "bilinear", "bicubic")
 _DEGRADATION_STREAM, _CLASS_STREAM = 0, 1  # third part of the key of a random stream
@@ -246,9 +244,7 @@ def _check_images(hr: Tensor, scale: int) -> None:
     check_image("hr", hr)
     check_integer("scale", scale, 1)
     if 0 in hr.shape or hr.shape[-2] % scale or hr.shape[-1] % scale:
-        raise ValueError(
-            f"hr: expected B > 0 and positive sides divisible by {scale}, found {tuple(hr.shape)}"
-        )
+        raise ValueError(f"hr: expected B > 0 and sides divisible by {scale}, found {tuple(hr.shape)}")
 
 
 def _check_key(seed: int, first_index: int) -> None:

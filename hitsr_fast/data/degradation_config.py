@@ -17,28 +17,19 @@ def _check_distribution(name: str, values: tuple[float, ...]) -> None:
 
 @dataclass(frozen=True)
 class OrderConfig(Config):
-    """One order of the degradation: blur, resize, noise, JPEG. Ranges are (low, high)."""
+    """One order of the degradation: blur, resize, noise, JPEG. Ranges are (low, high), probs are chances."""
 
-    blur_prob: Share = 1.0
-    """Probability of blurring at all."""
-    sinc_prob: Share = 0.1
-    """Probability that the blur kernel is a sinc filter rather than a Gaussian-like one."""
-    sigma_range: tuple[float, float] = (0.2, 3.0)
-    """Standard deviation of the Gaussian-like kernels, in pixels."""
-    resize_probs: tuple[float, float, float] = (0.2, 0.7, 0.1)
-    """Probabilities of resizing up, down, not at all."""
-    resize_range: tuple[float, float] = (0.15, 1.5)
-    """Smallest factor when resizing down, largest when resizing up."""
-    gaussian_noise_prob: Share = 0.5
-    """Probability of Gaussian noise; Poisson noise otherwise."""
-    gaussian_noise_range: tuple[float, float] = (1.0, 30.0)
-    """Standard deviation of Gaussian noise, in 8-bit levels."""
+    blur_prob: Share = 1.0  # of blurring at all
+    sinc_prob: Share = 0.1  # that the blur kernel is a sinc filter rather than a Gaussian-like one
+    sigma_range: tuple[float, float] = (0.2, 3.0)  # standard deviation of Gaussian-like kernels, in pixels
+    resize_probs: tuple[float, float, float] = (0.2, 0.7, 0.1)  # of resizing up, down, not at all
+    resize_range: tuple[float, float] = (0.15, 1.5)  # smallest factor downwards, largest upwards
+    gaussian_noise_prob: Share = 0.5  # of Gaussian noise; Poisson noise otherwise
+    gaussian_noise_range: tuple[float, float] = (1.0, 30.0)  # its standard deviation, in 8-bit levels
+    # Strength of Poisson noise; 1 is the photon noise of as many photons as the image has levels.
     poisson_scale_range: tuple[float, float] = (0.05, 3.0)
-    """Strength of Poisson noise; 1 is the photon noise of as many photons as the image has levels."""
-    gray_noise_prob: Share = 0.4
-    """Probability that the noise is the same in all channels."""
-    jpeg_range: tuple[int, int] = (30, 95)
-    """JPEG quality, both ends included."""
+    gray_noise_prob: Share = 0.4  # that the noise is the same in all channels
+    jpeg_range: tuple[int, int] = (30, 95)  # quality, both ends included
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,19 +59,14 @@ class DegradationConfig(Config):
     """The whole degradation; the defaults are Real-ESRGAN's x4plus."""
 
     first: OrderConfig = field(default_factory=OrderConfig)
-    """First order."""
     second: OrderConfig = _X4PLUS_SECOND
-    """Second order."""
+    # Of the Gaussian-like kernels, in the order of `blur_kernels.KERNEL_SHAPES`.
     kernel_probs: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
-    """Probabilities of the Gaussian-like kernels, in the order of `blur_kernels.KERNEL_SHAPES`."""
-    kernel_sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)
-    """Sides of the kernels, equally likely."""
+    kernel_sizes: tuple[int, ...] = (7, 9, 11, 13, 15, 17, 19, 21)  # sides of the kernels, equally likely
+    # Shapes of generalized Gaussians and plateau kernels; half of the draws lie below 1 (or at it).
     generalized_beta_range: tuple[float, float] = (0.5, 4.0)
-    """Shape of the generalized Gaussians; half of the draws lie below 1."""
     plateau_beta_range: tuple[float, float] = (1.0, 2.0)
-    """Shape of the plateau kernels; half of the draws are the lower end."""
-    final_sinc_prob: Share = 0.8
-    """Probability of a sinc filter at the end."""
+    final_sinc_prob: Share = 0.8  # of a sinc filter at the end
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,8 +83,7 @@ class DegradationConfig(Config):
                 raise ValueError(f"{name}: expected 0 < low <= 1 <= high, found ({low}, {high})")
 
 
-REAL_ESRGAN_X4PLUS: Final = DegradationConfig()
-"""Strong, for photos of unknown history."""
+REAL_ESRGAN_X4PLUS: Final = DegradationConfig()  # strong, for photos of unknown history
 VARSR: Final = DegradationConfig(
     first=OrderConfig(
         resize_range=(0.3, 1.5),

@@ -49,10 +49,7 @@ class NoPhotosError(ValueError):
 
 
 def photo_names(folder: str | Path) -> list[str]:
-    """List the image files of a folder and its subfolders by their suffix.
-
-    Args:
-        folder: where to look; hidden files are left out.
+    """The image files of a folder and its subfolders, by their suffix; hidden ones are left out.
 
     Returns:
         Paths relative to the folder, with forward slashes, sorted.

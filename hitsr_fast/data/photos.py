@@ -20,11 +20,9 @@ from hitsr_fast.data.debian_photos import Package, Photo
 MANIFEST: Final = "manifest.json"
 
 _JPEG_START: Final = b"\xff\xd8\xff"
-_JPEG_HEADER: Final = 65536
-"""Bytes from the start of a JPEG that hold its size."""
+_JPEG_HEADER: Final = 65536  # bytes from the start of a JPEG that hold its size
 
-Download = Callable[[Package, Path], Path]
-"""Fetches a package's .deb file into a folder and returns its path."""
+Download = Callable[[Package, Path], Path]  # fetches a package's .deb file into a folder and returns its path
 
 
 class PhotoFetchError(RuntimeError):
@@ -34,10 +32,8 @@ class PhotoFetchError(RuntimeError):
 def fetch_package(package: Package, folder: str | Path, *, download: Download | None = None) -> bool:
     """Fetch the photos of one package into a folder, as JPEGs with an entry each in `manifest.json`.
 
-    Args:
-        package: what to fetch.
-        folder: where to write; made if need be. Photos of other packages stay.
-        download: how to get the .deb file; `apt_download` by default.
+    The folder is made if need be; photos of other packages in it stay. `download` gets the .deb file; it is
+    `apt_download` by default.
 
     Returns:
         False if all the photos were there already, true if they were fetched.

@@ -51,16 +51,12 @@ def wavelet_colour_fix(output: Tensor, lr_upsampled: Tensor, levels: int = 5) ->
     Notes:
         StableSR (arXiv:2305.07015), section 3.4; `levels=5` is its choice for x4.
     """
+    expected = "output, lr_upsampled: expected one"
     if not (output.is_floating_point() and output.dtype == lr_upsampled.dtype):
-        raise TypeError(
-            "output, lr_upsampled: expected one floating dtype, "
-            f"found {output.dtype} and {lr_upsampled.dtype}"
-        )
+        raise TypeError(f"{expected} floating dtype, found {output.dtype} and {lr_upsampled.dtype}")
     if output.dim() != 4 or output.shape != lr_upsampled.shape:
-        raise ValueError(
-            "output, lr_upsampled: expected one (B, C, H, W) shape, "
-            f"found {tuple(output.shape)} and {tuple(lr_upsampled.shape)}"
-        )
+        found = f"{tuple(output.shape)} and {tuple(lr_upsampled.shape)}"
+        raise ValueError(f"{expected} (B, C, H, W) shape, found {found}")
     if levels < 0:
         raise ValueError(f"levels: expected at least 0, found {levels}")
     return output + low_pass(lr_upsampled - output, levels)

@@ -20,16 +20,10 @@ from hitsr_fast.checks import check_integer
 def tile_starts(length: int, tile: int, overlap: int) -> tuple[int, ...]:
     """Fewest tile positions that cover `length`, evenly spread to its end, sharing `overlap` pixels or more.
 
-    Args:
-        length: side of the image, at least 1.
-        tile: side of a tile.
-        overlap: smallest overlap of two neighbours, in `[0, tile)`.
-
-    Returns:
-        Rising start positions; `(0,)` when one tile covers (or exceeds) the image.
+    They rise; it is `(0,)` when one tile covers (or exceeds) the image.
 
     Raises:
-        TypeError, ValueError: if an argument is no integer, or out of its range.
+        TypeError, ValueError: if an argument is no integer, below 1, or an overlap outside `[0, tile)`.
     """
     check_integer("length", length, 1)
     check_integer("tile", tile, 1)
@@ -69,13 +63,9 @@ class TilePlan:
         return len(self.tops) * len(self.lefts)
 
     def cut(self, rows: Tensor) -> Tensor:
-        """Cut one band of image rows into its tiles.
+        """Cut one band of (B, C, h, W) rows, `h = min(tile, height)` from one of `tops` on, into its tiles.
 
-        Args:
-            rows: (B, C, h, W) with `h = min(tile, height)` rows that start at one of `tops`.
-
-        Returns:
-            (len(lefts), B, C, tile, tile); sides shorter than a tile are mirrored to the right and downwards.
+        They are (len(lefts), B, C, tile, tile); shorter sides are mirrored to the right and downwards.
         """
         if rows.shape[-2] < self.tile:
             rows = rows.index_select(-2, mirrored(rows.shape[-2], self.tile, rows.device))
@@ -114,9 +104,7 @@ class RowBlender:
     """
 
     def __init__(self, plan: TilePlan, factor: int) -> None:
-        self.plan = plan
-        self.factor = factor
-        self._band = 0
+        self.plan, self.factor, self._band = plan, factor, 0
         # Rows of earlier bands that the next band reaches, (B, C, h, W * factor).
         self._pending: Tensor | None = None
         self._column_ramps = [
@@ -124,10 +112,7 @@ class RowBlender:
         ]
 
     def add_band(self, tiles: Tensor) -> Tensor:
-        """Add the next band of output tiles.
-
-        Args:
-            tiles: (len(lefts), B, C, tile * factor, tile * factor), the outputs for `plan.cut` of that band.
+        """Add the outputs for `plan.cut` of the next band, (len(lefts), B, C, tile * factor, tile * factor).
 
         Returns:
             (B, C, n, width * factor): the rows that are now final; after the last band, all the rest.

@@ -197,10 +197,8 @@ class PictureWriter:
         header = self.header
         found = (rows.width, rows.pixels.shape[2] + (rows.alpha is not None), rows.pixels.dtype)
         if found != (header.width, header.channels, header.dtype):
-            raise ValueError(
-                f"rows: expected {header.width} x {header.channels} {header.dtype} samples, "
-                f"found {found[0]} x {found[1]} {found[2]}"
-            )
+            expected = f"{header.width} x {header.channels} {header.dtype}"
+            raise ValueError(f"rows: expected {expected} samples, found {found[0]} x {found[1]} {found[2]}")
         self._rows += rows.height
         if self._rows > header.height:
             raise ValueError(f"rows: expected {header.height} in all, found {self._rows}")
@@ -265,12 +263,8 @@ def picture_writers(
 def write_picture(path: Path | str, picture: Picture, format: Format, *, overwrite: bool = False) -> None:
     """Write a picture, whole or not at all: under a temporary name in the same folder, then renamed.
 
-    Args:
-        path: the file; missing folders above it are made.
-        picture: what to write. PNG and TIFF keep 16 bits; JPEG and WebP reduce to 8, and JPEG lays alpha
-            over white.
-        format: of the file, whatever its name says.
-        overwrite: replace an existing file.
+    PNG and TIFF keep 16 bits; JPEG and WebP reduce to 8, and JPEG lays alpha over white. The format is the
+    file's, whatever its name says; missing folders above it are made.
 
     Raises:
         ImageFileError: the file exists, or cannot be written.

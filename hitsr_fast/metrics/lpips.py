@@ -27,29 +27,11 @@ _SCALE = (0.458, 0.448, 0.450)
 _MIN_SQUARED_NORM = 1e-20
 
 
-def _alex_convs() -> list[list[nn.Conv2d]]:
-    """AlexNet's convolutions, by the stages at whose ends LPIPS compares."""
-    return [
-        [nn.Conv2d(3, 64, 11, stride=4, padding=2)],
-        [nn.Conv2d(64, 192, 5, padding=2)],
-        [nn.Conv2d(192, 384, 3, padding=1)],
-        [nn.Conv2d(384, 256, 3, padding=1)],
-        [nn.Conv2d(256, 256, 3, padding=1)],
-    ]
-
-
-def _vgg_convs() -> list[list[nn.Conv2d]]:
-    """VGG16's convolutions, by the stages at whose ends LPIPS compares."""
-    stages: list[list[nn.Conv2d]] = []
-    channels = 3
-    for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        inputs = [channels] + [width] * (depth - 1)
-        stages.append([nn.Conv2d(c, width, 3, padding=1) for c in inputs])
-        channels = width
-    return stages
-
-
-_CONVS = {"alex": _alex_convs, "vgg": _vgg_convs}
+# Width, side, stride and padding of each convolution, by the stages at whose ends LPIPS compares.
+_CONVS = {
+    "alex": ([(64, 11, 4, 2)], [(192, 5, 1, 2)], [(384, 3, 1, 1)], [(256, 3, 1, 1)], [(256, 3, 1, 1)]),
+    "vgg": tuple([(w, 3, 1, 1)] * depth for w, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))),
+}
 # Side of the max pool (stride 2) in front of each stage; 0 for none.
 _POOLS = {"alex": (0, 3, 3, 0, 0), "vgg": (0, 2, 2, 2, 2)}
 
@@ -90,9 +72,14 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor(_SCALE).view(1, 3, 1, 1), persistent=False)
         # Nothing is initialised that the file would overwrite at once.
         with torch.device("meta"):
-            convs = _CONVS[net]()
-            self.convs = nn.ModuleList(nn.ModuleList(stage) for stage in convs)
-            self.heads = nn.ParameterList(torch.empty(stage[-1].out_channels) for stage in convs)
+            self.convs, self.heads, channels = nn.ModuleList(), nn.ParameterList(), 3
+            for stage in _CONVS[net]:
+                convs = nn.ModuleList()
+                for width, side, stride, padding in stage:
+                    convs.append(nn.Conv2d(channels, width, side, stride, padding))
+                    channels = width
+                self.convs.append(convs)
+                self.heads.append(torch.empty(channels))
         path = weights if weights is not None else weights_path()
         try:
             self.load_state_dict(load_weights(path, net), assign=True)

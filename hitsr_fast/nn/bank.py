@@ -9,14 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hitsr_fast.ops import (
-    Metric,
-    ResidualDecoded,
-    ResidualQuantized,
-    residual_decode,
-    residual_quantize,
-    residual_step,
-)
+from hitsr_fast import ops
 from hitsr_fast.pyramid import Scale, ScalePyramid
 
 
@@ -31,25 +24,25 @@ class QuantizerBank(NamedTuple):
     phi_bias: Tensor  # (P, C)
     phi_index: tuple[int, ...]  # which phi each scale uses
     phi_ratio: float  # r of phi; 0 leaves it out
-    metric: Metric = "l2"
+    metric: ops.Metric = "l2"
 
     def to(self, dtype: torch.dtype) -> QuantizerBank:
         """The same in another dtype."""
         codebook, weight, bias = (tensor.to(dtype) for tensor in self[:3])
         return self._replace(codebook=codebook, phi_weight=weight, phi_bias=bias)
 
-    def quantize(self, z: Tensor, scales: Sequence[Scale], **options: Any) -> ResidualQuantized:
+    def quantize(self, z: Tensor, scales: Sequence[Scale], **options: Any) -> ops.ResidualQuantized:
         """`residual_quantize` of `(B, C, H, W)` over some first scales, with its other options."""
         options |= self._options(scales)
-        return residual_quantize(z, *self[:3], metric=self.metric, **options)
+        return ops.residual_quantize(z, *self[:3], metric=self.metric, **options)
 
     def decode(
         self, codes: Tensor, scales: Sequence[Scale], size: Sequence[int], **options: Any
-    ) -> ResidualDecoded:
+    ) -> ops.ResidualDecoded:
         """`residual_decode` of the codes of some first scales at a size, with its other options."""
         bank, indices = self._resolved(codes)
         options |= self._options(scales)
-        return residual_decode(indices, *bank[:3], size=size, **options)
+        return ops.residual_decode(indices, *bank[:3], size=size, **options)
 
     def step(
         self, reconstruction: Tensor, codes: Tensor, step: int, scale: Scale, next_scale: Scale | None
@@ -59,7 +52,7 @@ class QuantizerBank(NamedTuple):
         phi = self.phi_index[step]
         own = bank.codebook, bank.phi_weight[phi], bank.phi_bias[phi]
         sizes: dict[str, Any] = {"scale": scale, "next_scale": next_scale}
-        return residual_step(reconstruction, indices, *own, **sizes, phi_ratio=self.phi_ratio)
+        return ops.residual_step(reconstruction, indices, *own, **sizes, phi_ratio=self.phi_ratio)
 
     def _options(self, scales: Sequence[Scale]) -> dict[str, Any]:
         phi_index = self.phi_index[: len(scales)]
@@ -81,12 +74,7 @@ class ReconstructionWalk:
     With `ar_grid="target"` a step accumulates on the grid of its own target; when a target is complete its
     reconstruction is kept in `finished` and the codes so far are decoded again on the next target's grid, so
     the map that conditions a step is the one whose residual was quantized at that step.
-
-    Args:
-        banks: Of each target.
-        pyramid: Scales and targets.
-        batch: Images.
-        ar_grid: `"target"`, or `"full"` for the grid of the last target throughout.
+    With `"full"` it is the grid of the last target throughout. There is a bank for each target.
     """
 
     def __init__(

@@ -82,14 +82,9 @@ class CachedBlock(NamedTuple):
 
 
 class CachedBody:
-    """VAR's stack of blocks, run on one scale's tokens after the other.
+    """VAR's stack of blocks (see `CachedBlock.of`), run on one scale's tokens after the other.
 
-    Args:
-        blocks: See `CachedBlock.of`.
-        heads: Attention heads.
-        softmax_scale: Factor of the scores.
-        dtype: Of weights and cache.
-        eps: Of the layer norms.
+    `dtype` is that of weights and cache, `softmax_scale` the factor of the scores, `eps` that of the norms.
     """
 
     def __init__(

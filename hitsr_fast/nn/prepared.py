@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from hitsr_fast.checks import has_values
 from hitsr_fast.nn.versions import Snapshot
 from hitsr_fast.ops import Metric, PreparedCodebook, prepare_codebook
-
-
-class _Entry(NamedTuple):
-    prepared: PreparedCodebook
-    source: Snapshot
 
 
 class CodebookCache:
@@ -39,7 +32,7 @@ class CodebookCache:
     """
 
     def __init__(self) -> None:
-        self._entry: _Entry | None = None
+        self._entry: tuple[PreparedCodebook, Snapshot] | None = None
 
     def __call__(self, codebook: Tensor, *, metric: Metric = "l2") -> PreparedCodebook | None:
         """Of a codebook `(K, C)`; None, which leaves packing to each call, where nothing may be kept.
@@ -49,17 +42,16 @@ class CodebookCache:
         if not has_values(codebook) or (codebook.is_inference() and codebook.device.type != "cpu"):
             return None
         entry = self._entry
-        if entry is None or entry.prepared.metric != metric or _changed(codebook, entry):
-            prepared = prepare_codebook(codebook.detach(), metric=metric)
-            entry = self._entry = _Entry(prepared, Snapshot(codebook))
-        return entry.prepared
+        if entry is None or entry[0].metric != metric or _changed(codebook, *entry):
+            entry = self._entry = prepare_codebook(codebook.detach(), metric=metric), Snapshot(codebook)
+        return entry[0]
 
     def __getstate__(self) -> dict[str, None]:
         return {"_entry": None}
 
 
-def _changed(codebook: Tensor, entry: _Entry) -> bool:
-    known = entry.prepared.codebook
+def _changed(codebook: Tensor, prepared: PreparedCodebook, source: Snapshot) -> bool:
+    known = prepared.codebook
     if codebook.device.type == "cpu" and (codebook.dtype, codebook.device) == (known.dtype, known.device):
         return not torch.equal(codebook, known)
-    return not entry.source.is_of(codebook)
+    return not source.is_of(codebook)

@@ -10,16 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from hitsr_fast import ops
 from hitsr_fast.nn.bank import QuantizerBank
 from hitsr_fast.nn.prepared import CodebookCache
-from hitsr_fast.ops import (
-    Metric,
-    ResidualDecoded,
-    ResidualQuantized,
-    TokenizedPyramid,
-    phi_table,
-    tokenize_pyramid,
-)
 from hitsr_fast.pyramid import Scale, ScalePyramid
 
 
@@ -67,7 +60,7 @@ class ResidualQuantizer(nn.Module):
         code_dim: int,
         pyramid: ScalePyramid,
         *,
-        metric: Metric = "l2",
+        metric: ops.Metric = "l2",
         commitment: float = 0.25,
         phi_ratio: float = 0.5,
         num_phi: int = 4,
@@ -76,7 +69,7 @@ class ResidualQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.pyramid, self.commitment, self.track_usage = pyramid, commitment, track_usage
-        self.metric: Metric = metric
+        self.metric: ops.Metric = metric
         self.phi_ratio, self.num_phi, self.phi_indexing = phi_ratio, num_phi, phi_indexing
         if track_usage:
             self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(pyramid.scales), codebook_size))
@@ -100,7 +93,7 @@ class ResidualQuantizer(nn.Module):
         """
         steps = self.pyramid.steps[target] if scales is None else scales
         own = scales is None and self.phi_indexing == "global"
-        phi_index = tuple(phi_table(len(self.pyramid.scales) if own else steps, self.num_phi)[:steps])
+        phi_index = tuple(ops.phi_table(len(self.pyramid.scales) if own else steps, self.num_phi)[:steps])
         return QuantizerBank(*self._parameters_as_tensors(), phi_index, self.phi_ratio, self.metric)
 
     def banks(self) -> list[QuantizerBank]:
@@ -109,7 +102,7 @@ class ResidualQuantizer(nn.Module):
 
     def quantize(
         self, z: Tensor, *, scales: Sequence[Scale] | None = None, steps: int | None = None, **options: Any
-    ) -> ResidualQuantized:
+    ) -> ops.ResidualQuantized:
         """`residual_quantize` of a latent `(B, C, H, W)`.
 
         Args:
@@ -122,7 +115,7 @@ class ResidualQuantizer(nn.Module):
         prepared = self._prepared(bank.codebook, metric=self.metric)
         return bank.quantize(z, sizes[:steps], prepared=prepared, **options)
 
-    def tokenize(self, latents: Sequence[Tensor]) -> TokenizedPyramid:
+    def tokenize(self, latents: Sequence[Tensor]) -> ops.TokenizedPyramid:
         """Quantize the latents of all targets; each continues the tokens of the one before (Algorithm 1).
 
         Args:
@@ -134,12 +127,11 @@ class ResidualQuantizer(nn.Module):
         if not latents:
             raise ValueError("latents: expected at least one map, found none")
         for target, (latent, size) in enumerate(zip(latents, self.pyramid.targets, strict=False)):
-            if latent.shape[-2:] != size:
-                raise ValueError(
-                    f"latents[{target}]: expected a map of size {size}, found {tuple(latent.shape[-2:])}"
-                )
+            found = tuple(latent.shape[-2:])
+            if found != size:
+                raise ValueError(f"latents[{target}]: expected a map of size {size}, found {found}")
         banks = self.banks()
-        return tokenize_pyramid(
+        return ops.tokenize_pyramid(
             latents,
             *banks[0][:3],
             scales=self.pyramid.scales,
@@ -150,7 +142,7 @@ class ResidualQuantizer(nn.Module):
             prepared=self._prepared(banks[0].codebook, metric=self.metric),
         )
 
-    def decode(self, indices: Tensor, target: int = -1, **options: Any) -> ResidualDecoded:
+    def decode(self, indices: Tensor, target: int = -1, **options: Any) -> ops.ResidualDecoded:
         """`residual_decode` of int64 indices `(B, T)` at the size of a target.
 
         Args:
@@ -160,10 +152,8 @@ class ResidualQuantizer(nn.Module):
         """
         pyramid = self.pyramid
         if indices.dim() != 2 or indices.shape[1] not in pyramid.ends:
-            raise ValueError(
-                f"indices: expected shape (B, T) with T one of {list(pyramid.ends)}, "
-                f"found {tuple(indices.shape)}"
-            )
+            expected = f"shape (B, T) with T one of {list(pyramid.ends)}"
+            raise ValueError(f"indices: expected {expected}, found {tuple(indices.shape)}")
         steps = min(pyramid.ends.index(indices.shape[1]) + 1, pyramid.steps[target])
         return self.bank(target).decode(
             indices[:, : pyramid.ends[steps - 1]], pyramid.scales[:steps], pyramid.targets[target], **options

@@ -26,15 +26,11 @@ class SamplingOptions:
             runs one branch only.
         guided_scales: Numbers of the scales that are guided; None is all. After the last of them one branch
             runs.
-        top_k: Keep the k largest logits; 1 is greedy (the lowest index on ties), 0 keeps all.
-        top_p: Then keep the smallest set of codes whose probability reaches `top_p`; the largest stays. 0 and
-            1 keep all.
-        temperature: What the logits are divided by.
+        top_k, top_p, temperature: See `ops.sample_codes`; a `top_k` of 1 is greedy.
         seed: Of the draws; None goes on with PyTorch's own random numbers.
 
     Raises:
-        TypeError: If an option is of another type.
-        ValueError: If an option is out of its range.
+        TypeError, ValueError: If an option is of another type, or out of its range.
     """
 
     guidance: float = 0.0
@@ -166,8 +162,6 @@ def sample_scales(
     With guidance a second, class-free branch of B further sequences runs up to the last guided scale.
 
     Args:
-        plan: Which scales are run, and with which guidance.
-        body: The blocks.
         lengths: Codes of each scale.
         prefix: Rows in front of those of the first scale.
         modulation: `(layers, 6, B, width)`, or 2 B with guidance, the class-free branch second; see

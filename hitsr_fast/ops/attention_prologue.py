@@ -105,10 +105,11 @@ def attention_prologue(
 
 
 def _check(qkv: Tensor, k_cache: Tensor, v_cache: Tensor, start: int, *given: Tensor | None) -> None:
-    caches = {"k_cache": k_cache, "v_cache": v_cache}
-    for name, cache in caches.items():
-        check_own_memory(name, cache)
-    check_apart(caches, dict(zip(("qkv", "bias", "q_scale", "rotary"), (qkv, *given), strict=True)))
+    bias, q_scale, rotary = given
+    check_own_memory("k_cache", k_cache)
+    check_own_memory("v_cache", v_cache)
+    read = {"qkv": qkv, "bias": bias, "q_scale": q_scale, "rotary": rotary}
+    check_apart({"k_cache": k_cache, "v_cache": v_cache}, read)
 
 
 def _dense_heads(qkv: Tensor, *caches_and_rest: Any) -> str | None:

@@ -21,7 +21,7 @@ from hitsr_fast.checks import (
 )
 from hitsr_fast.ops import residual_quantize_schema as schema
 from hitsr_fast.ops.nearest_code import METRICS, Metric, PreparedCodebook, check_not_empty, prepare_codebook
-from hitsr_fast.pyramid import size_of
+from hitsr_fast.pyramid import Scale, size_of
 from hitsr_fast.reference.residual_quantize import arithmetic_dtype
 
 
@@ -55,7 +55,7 @@ def residual_quantize(
     phi_weight: Tensor,
     phi_bias: Tensor,
     *,
-    scales: Sequence[int | tuple[int, int]],
+    scales: Sequence[Scale],
     phi_index: Sequence[int],
     phi_ratio: float = 0.5,
     replay: Tensor | None = None,
@@ -144,7 +144,7 @@ def tokenize_pyramid(
     phi_weight: Tensor,
     phi_bias: Tensor,
     *,
-    scales: Sequence[int | tuple[int, int]],
+    scales: Sequence[Scale],
     target_steps: Sequence[int],
     phi_index: Sequence[Sequence[int]],
     phi_ratio: float = 0.5,
@@ -214,7 +214,7 @@ def residual_decode(
     phi_weight: Tensor,
     phi_bias: Tensor,
     *,
-    scales: Sequence[int | tuple[int, int]],
+    scales: Sequence[Scale],
     phi_index: Sequence[int],
     size: int | Sequence[int],
     phi_ratio: float = 0.5,
@@ -277,8 +277,8 @@ def residual_step(
     phi_weight: Tensor,
     phi_bias: Tensor,
     *,
-    scale: int | tuple[int, int],
-    next_scale: int | tuple[int, int] | None,
+    scale: Scale,
+    next_scale: Scale | None,
     phi_ratio: float = 0.5,
 ) -> Tensor:
     """The sampler's step: add one scale's codes to the reconstruction in place, pool it for the next scale.
@@ -361,7 +361,7 @@ def _unpack(prepared: PreparedCodebook | None, codebook: Tensor, metric: Metric)
     return list(prepared.parts), prepared.layout
 
 
-def _flat_scales(scales: Sequence[int | tuple[int, int]], size: Sequence[int]) -> list[int]:
+def _flat_scales(scales: Sequence[Scale], size: Sequence[int]) -> list[int]:
     """`[h0, w0, h1, w1, ...]`, checked against the map's (H, W)."""
     if not scales:
         raise ValueError("scales: expected at least one, found none")
@@ -374,9 +374,7 @@ def _flat_scales(scales: Sequence[int | tuple[int, int]], size: Sequence[int]) -
     return flat
 
 
-def _check_latent(
-    name: str, z: Tensor, codebook: Tensor, scales: Sequence[int | tuple[int, int]]
-) -> list[int]:
+def _check_latent(name: str, z: Tensor, codebook: Tensor, scales: Sequence[Scale]) -> list[int]:
     """The flat scales of a latent that fits them and the codebook."""
     check_tensor(name, z, FLOATING, like=codebook)
     check_shape(name, z, "B C H W", C=codebook.shape[1])
@@ -385,7 +383,7 @@ def _check_latent(
 
 def _check_targets(
     latents: Sequence[Tensor],
-    scales: Sequence[int | tuple[int, int]],
+    scales: Sequence[Scale],
     target_steps: Sequence[int],
     phi_index: Sequence[Sequence[int]],
 ) -> None:
@@ -393,9 +391,8 @@ def _check_targets(
     if steps != sorted(set(steps)) or not 1 <= min(steps, default=0) <= max(steps, default=0) <= len(scales):
         raise ValueError(f"target_steps: expected increasing numbers from 1 to {len(scales)}, found {steps}")
     if len(phi_index) != len(steps):
-        raise ValueError(
-            f"phi_index: expected a list for each of {len(steps)} targets, found {len(phi_index)}"
-        )
+        wanted = f"a list for each of {len(steps)} targets"
+        raise ValueError(f"phi_index: expected {wanted}, found {len(phi_index)}")
     if not 1 <= len(latents) <= len(steps):
         raise ValueError(f"latents: expected 1 to {len(steps)} maps, found {len(latents)}")
 

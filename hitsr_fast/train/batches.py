@@ -17,11 +17,8 @@ class PairBatches:
     version, 8-bit, bilinearly brought back to `S`; `class_id` `(size,)` int64. The same step gives the same
     batch.
 
-    Args:
-        photos: Source of crops.
-        seed: Seed of the degradations.
-        clean_prob: Share of clean bilinear pairs (HIT-VAR, section 4.1: at most 0.25).
-        device: Where the batch is put and degraded.
+    `seed` is that of the degradations, which run on `device`; `clean_prob` the share of clean bilinear pairs
+    (HIT-VAR, section 4.1: at most 0.25).
     """
 
     def __init__(

@@ -31,10 +31,9 @@ def fill_codebook(
     Args:
         quantizer: Changed in place.
         latents: One `(N, C, h, w)` map a target, coarsest first, of the same images.
-        rounds: Rounds of collecting residuals and running k-means on them.
-        iterations: Lloyd iterations a round.
+        rounds, iterations: Of collecting residuals and running k-means on them; of Lloyd's in each.
         per_scale: Rows taken of each scale, so that fine scales do not crowd out coarse ones.
-        seed: Seed of the draws.
+        seed: Of the draws.
 
     Returns:
         Share of codes in use and mean squared error of the last iteration.

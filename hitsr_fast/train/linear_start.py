@@ -17,17 +17,14 @@ def start_linear(tokenizer: HitTokenizer, images: Sequence[Tensor]) -> float:
     """Set the linear skips to the first `code_dim` principal components of stride x stride patches.
 
     The convolutions start at zero output and the quant convolutions at the identity, so that the autoencoder
-    starts as the best linear one. The latent is scaled to a mean variance of one.
-
-    Args:
-        tokenizer: Changed in place; its config must have `linear_skip`.
-        images: Batches `(B, 3, H, W)` in [-1, 1] of the sizes to come.
+    starts as the best linear one. The latent is scaled to a mean variance of one. The images are batches
+    `(B, 3, H, W)` in [-1, 1] of the sizes to come.
 
     Returns:
         Share of the patches' variance that the components keep.
 
     Raises:
-        ValueError: If the tokenizer has no linear skip.
+        ValueError: If the tokenizer's config is without `linear_skip`.
     """
     if not tokenizer.config.linear_skip:
         raise ValueError("tokenizer: expected a config with linear_skip=True, found False")

@@ -34,14 +34,9 @@ def train(
     seen. A finished stage is not run again.
 
     Args:
-        stage: What to train.
-        config: How long and how.
         folder: Checkpoints and log; made if it is not there.
         made_with: What the stage's outcome depends on, as JSON values in nested mappings; kept in the
             checkpoint, and a resumed run must have the same.
-
-    Returns:
-        The averaged model.
 
     Raises:
         ResumeError: The checkpoint in `folder` was made with other values, or does not fit the model.

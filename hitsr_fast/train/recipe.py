@@ -37,14 +37,8 @@ HOLDOUT = (
 def train_model(recipe: Recipe, photos: Path, folder: Path, device: torch.device | str = "cpu") -> HitVar:
     """Train all stages that are not yet done in `folder`, and write the model to `folder / "model"`.
 
-    Args:
-        recipe: What to train and how.
-        photos: Folder of training photos.
-        folder: Checkpoints and log; an interrupted run resumes from it.
-        device: Where to train.
-
-    Returns:
-        The trained model, in evaluation mode.
+    The folder keeps checkpoints and log; an interrupted run resumes from it. `photos` is that of the training
+    photos. The trained model comes back in evaluation mode.
 
     Raises:
         ValueError: The preset is unknown or has too few codes, or no photo is held out.
