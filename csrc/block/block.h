@@ -10,7 +10,7 @@
 //   copy_async(to, from), copy_wait()   16 bytes from global to shared memory, and the end of all of one's own copies
 //   multiply(sums, rows, codes)    the tile product of a warp, below
 //
-// block/cuda.h has the one of a CUDA kernel, block/host.h those that run on a CPU. A warp has 32 threads.
+// block/cuda.h has the one of a CUDA kernel, tests/csrc/block_host.h those that run on a CPU. A warp has 32 threads.
 //
 // multiply: sums (16 M x 8) += rows (16 M x 16 STEPS) * codes (8 x 16 STEPS)^T, float16 with float32 sums. With
 // g = lane / 4 and t = lane % 4, a thread holds of each step, two values to a word,

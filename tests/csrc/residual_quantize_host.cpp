@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../../csrc/block/host.h"
+#include "block_host.h"
 #include "../../csrc/cuda/residual_quantize/quantize.h"
 
 #ifndef TEAM

@@ -268,9 +268,8 @@ def barriers() -> Iterator[tuple[Path, int]]:
 
 def break_copy(folder: Path, path: Path, number: int) -> None:
     """The sources in a folder, with one of those calls left out."""
-    shutil.copytree(ROOT / "csrc", folder / "csrc")
-    (folder / SOURCE).parent.mkdir(parents=True)
-    shutil.copy(ROOT / SOURCE, folder / SOURCE)
+    for sources in ("csrc", "tests/csrc"):
+        shutil.copytree(ROOT / sources, folder / sources)
     text = (folder / path).read_text()
     call = list(BARRIER.finditer(text))[number]
     (folder / path).write_text(text[: call.start()] + text[call.end() :])

@@ -19,7 +19,7 @@
 #include <thread>
 #include <vector>
 
-#include "block.h"
+#include "../../csrc/block/block.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
