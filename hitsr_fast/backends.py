@@ -60,7 +60,7 @@ class Backend:
 
     def bind(self, names: Sequence[str], tensors: Sequence[int], dtypes: Sequence[int]) -> None:
         """Learn the schema: names of all arguments, places of those that may be tensors, and of dtypes."""
-        self._names, self._first = names, tensors[0]
+        self._names, self._places, self._first = names, tensors, tensors[0]
         self._tensors = tuple(i for i in tensors if names[i] not in self.any_dtype)
         self._dtypes = tuple(dtypes)
         self._sides = [
@@ -77,10 +77,9 @@ class Backend:
 
     def refusal(self, args: Sequence[Any]) -> str | None:
         """Why it cannot run with such arguments, or None."""
-        wanted = self._misplaced(args[self._first])
-        if wanted is not None:
-            device = args[self._first].device.type
-            return f"needs {wanted} tensors, found {self._names[self._first]} on {device}"
+        for place in self._places:
+            if args[place] is not None and (wanted := self._misplaced(args[place])) is not None:
+                return f"needs {wanted} tensors, found {self._names[place]} on {args[place].device.type}"
         if self._refused:
             for place in self._tensors:
                 if args[place] is not None and args[place].dtype in self._refused:

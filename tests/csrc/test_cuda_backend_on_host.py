@@ -11,7 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hitsr_fast import dispatch, extension
-from hitsr_fast.dispatch import Backend, BackendUnavailableError, use_backend
+from hitsr_fast.backends import Backend
+from hitsr_fast.dispatch import BackendUnavailableError, use_backend
 from hitsr_fast.ops import nearest_code_triton as packing
 from hitsr_fast.ops import residual_decode, residual_quantize
 from hitsr_fast.ops import residual_quantize_cuda as cuda
@@ -21,6 +22,12 @@ from tests.tolerances import TOLERANCES
 SCALES, PHI = [(1, 2), (4, 4), (8, 6)], [0, 1, 1]
 
 pytestmark = NEEDS_COMPILER
+
+
+class OnHost(Backend):
+    """Takes tensors of the CPU."""
+
+    name = "cuda"
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +84,9 @@ def on_host(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("residual_quantize", cuda.residual_quantize_cuda),
         ("residual_decode", cuda.residual_decode_cuda),
     ):
-        monkeypatch.setitem(dispatch.operations()[name].backends, "cuda", Backend("cuda", function))
+        backend = OnHost(function)
+        backend.bind(["z"], [0], [])
+        monkeypatch.setitem(dispatch.operations()[name].backends, "cuda", backend)
 
 
 def bank(dtype: torch.dtype = torch.float32, C: int = 16) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,10 +101,12 @@ def test_quantize_and_decode(dtype: torch.dtype) -> None:
     z, codes = torch.randn(2, 6, 8, 16, dtype=torch.float64).permute(0, 3, 2, 1), bank(dtype)
     arguments = {"scales": SCALES, "phi_index": PHI}
     with use_backend("cuda"):
-        out = residual_quantize(z, *codes, **arguments, inputs=True, per_scale=True)
-        decoded = residual_decode(out.indices, *codes, **arguments, size=(8, 6), inputs=True, per_scale=True)
+        out = residual_quantize(z, *codes, **arguments, return_inputs=True, per_scale=True)
+        decoded = residual_decode(
+            out.indices, *codes, **arguments, size=(8, 6), return_inputs=True, per_scale=True
+        )
     with use_backend("reference"):
-        expected = residual_quantize(z, *codes, **arguments, inputs=True, per_scale=True)
+        expected = residual_quantize(z, *codes, **arguments, return_inputs=True, per_scale=True)
     assert torch.equal(out.indices, expected.indices)
     close = TOLERANCES["float32_reordered"]._asdict()
     for name in ("reconstruction", "inputs", "reconstructions"):
@@ -129,10 +140,18 @@ def test_packed_codebooks_and_replays_are_taken() -> None:
 def reason(
     z: Tensor, codebook: Tensor, metric: str = "l2", scales: Sequence[int] = (1, 1, 2, 2), size: int = 2
 ) -> str | None:
-    phi = torch.empty(1), torch.empty(1)
-    quantizing = cuda.supports(z, codebook, *phi, [], "", scales, [0, 0], 0.5, None, metric, False, False)
+    phi = (torch.empty(1, device=z.device), torch.empty(1, device=z.device))
+    backends = {
+        name: dispatch.operations()[name].backends["cuda"]
+        for name in ("residual_quantize", "residual_decode")
+    }
+    bank = codebook, *phi
+    quantizing = backends["residual_quantize"].refusal(
+        (z, *bank, [], "", scales, [0, 0], 0.5, None, metric, False, False)
+    )
     if metric == "l2":
-        decoding = cuda.supports_decode(z, codebook, *phi, scales, [0, 0], (size, size), 0.5, False, False)
+        given = z, *bank, scales, [0, 0], (size, size), 0.5, False, False
+        decoding = backends["residual_decode"].refusal(given)
         assert quantizing is None or decoding == quantizing.replace("found z", "found indices")
     return quantizing
 
@@ -144,9 +163,8 @@ def test_what_it_does_not_take_is_said() -> None:
         codebook = torch.empty(5, 16, device="cuda")
         assert reason(z, torch.empty(5, 16)) == "needs CUDA tensors, found codebook on cpu"
         assert reason(z, codebook, "cosine") == "needs metric l2, found cosine"
-        assert reason(z, codebook.double()) == (
-            "needs a codebook of float16, bfloat16 or float32, found float64"
-        )
+        found = "found codebook of float64"
+        assert reason(z, codebook.double()) == f"needs float16, bfloat16 or float32, {found}"
         assert reason(z, codebook[:, :12]) == "needs C of 8, 16, 32, 64, found 12"
         assert reason(z, codebook, scales=[1] * 66) == "needs at most 32 scales, found 33"
 
@@ -187,7 +205,7 @@ def test_its_absence_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         residual_quantize(torch.randn(1, 16, 2, 2), *bank(), scales=[2], phi_index=[0])
     monkeypatch.setattr(extension, "unavailable", lambda module="_C": None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cuda.available() == "no CUDA device"
+    assert dispatch.operations()["residual_quantize"].reasons()["cuda"] == "no CUDA device"
 
 
 @pytest.mark.gpu
@@ -196,7 +214,7 @@ def test_a_gpu_gives_what_the_host_gives(program: Path, tmp_path: Path) -> None:
     z, codes = torch.randn(3, 16, 8, 6), bank()
     with use_backend("cuda"):
         out = residual_quantize(
-            z.cuda(), *(t.cuda() for t in codes), scales=SCALES, phi_index=PHI, inputs=True
+            z.cuda(), *(t.cuda() for t in codes), scales=SCALES, phi_index=PHI, return_inputs=True
         )
     expected = run(program, Problem(z, *codes, SCALES, PHI, (8, 6), 3, inputs=True), tmp_path)
     assert torch.equal(out.indices.cpu(), expected.indices)

@@ -23,7 +23,6 @@ from tests.csrc.host_kernel import (
     NEEDS_COMPILER,
     ROOT,
     SHARED,
-    SOURCE,
     Problem,
     Result,
     build,
