@@ -1,6 +1,6 @@
 // The rows of the search: pooled, centred, rounded to float16, with a bound on what that costs.
 //
-// docs/ops/nearest_code.md derives each line of the bound; kernels/nearest_code/rows.py is the same in Triton.
+// docs/ops/nearest_code.md derives each line of the bound; kernels/nearest_code is the same in Triton.
 #pragma once
 
 #include "pool.h"
