@@ -263,7 +263,8 @@ def _flash_reasons(capability: int, head_dim: int) -> dict[FlashVersion, str | N
 
 def native(kernel: str, *args: Any) -> Any:
     """Call a private op of hitsr_fast._C on the active instruction set."""
-    return _overload(kernel)(*args, active_instruction_set())
+    instruction_set = active_instruction_set()  # or the reason why there is none
+    return _overload(kernel)(*args, instruction_set)
 
 
 @functools.cache
@@ -319,6 +320,11 @@ def kernel_sets() -> dict[str, tuple[str, ...]]:
     instruction_sets()
     rows = (row.split(": ") for row in torch.ops.hitsr_fast._kernel_sets())
     return {name: tuple(sets.split(", ")) for name, sets in sorted(rows)}
+
+
+def forced_in_context() -> str | None:
+    """The instruction set that `use_instruction_set` forces here, or None."""
+    return _forced_set.get()
 
 
 def forced_instruction_set() -> str | None:

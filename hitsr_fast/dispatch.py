@@ -16,7 +16,7 @@ from hitsr_fast.backends import (
     NAMES,
     Backend,
     Reference,
-    forced_instruction_set,
+    forced_in_context,
     kernel_sets,
     use_instruction_set,
 )
@@ -25,6 +25,7 @@ from hitsr_fast.checks import check_choice, short_name
 _LIBRARY = torch.library.Library("hitsr_fast", "DEF")
 _OPS: dict[str, Op] = {}  # filled once, as hitsr_fast.ops is imported
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_NUMBERS = frozenset({float, int, bool})
 _forced: ContextVar[str | None] = ContextVar("hitsr_fast_forced_backend", default=None)
 
 
@@ -58,6 +59,7 @@ class Op:
         # A backward op is met in a graph of its own only where second derivatives are asked for.
         self._refuses = gradient is None and not integer and not self.name.endswith("_backward")
         self._tensors = [i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]")]
+        self._numbers = [i for i, a in enumerate(arguments) if str(a.real_type) in ("float", "int", "bool")]
         self._written = [i for i in self._tensors if (a := arguments[i].alias_info) and a.is_write]
         for backend in self.backends.values():
             backend.bind(
@@ -102,15 +104,23 @@ class Op:
         """Whether nothing traces, differentiates or transforms the call: 10 us of PyTorch's are spared."""
         if (
             torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._len_torch_function_stack() > 0
             or torch._C._functorch.maybe_current_level() is not None
             or forward_ad._current_level >= 0
+            or torch._C._autograd._profiler_enabled()
         ):
             return False
+        for place in self._numbers:  # NumPy's, which PyTorch turns into Python's
+            if type(args[place]) not in _NUMBERS:
+                return False
         differentiates = not self._integer and torch.is_grad_enabled()
         for place in self._tensors:
             tensor = args[place]
             if tensor is not None and (
-                type(tensor) not in _PLAIN or tensor.is_neg() or (differentiates and tensor.requires_grad)
+                type(tensor) not in _PLAIN
+                or tensor.is_meta
+                or tensor.is_neg()
+                or (differentiates and tensor.requires_grad)
             ):
                 return False
         return True
@@ -217,7 +227,7 @@ def _remembering(gradient: Gradient) -> Gradient:
     """The same, run under what was forced for the forward: autograd's threads have contexts of their own."""
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.forced = _forced.get(), forced_instruction_set()
+        ctx.forced = _forced.get(), forced_in_context()
         gradient.save(ctx, inputs, output)
 
     def formula(ctx: Any, *grads: Any) -> Any:

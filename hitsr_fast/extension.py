@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import sys
 import warnings
+from pathlib import Path
 
 MODULES = {
     "_C": "pip install builds it from the sources where a C++ compiler is; wheels for Linux hold it",
@@ -42,7 +44,16 @@ def warn_once() -> None:
     """
     reason = unavailable()
     if reason is not None:
-        warnings.warn(f"hitsr_fast._C: {reason}; ops run in plain PyTorch", RuntimeWarning, stacklevel=2)
+        message = f"hitsr_fast._C: {reason}; ops run in plain PyTorch"
+        warnings.warn(message, RuntimeWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """How many frames the warning is below the code that called this package."""
+    package, frame, level = str(Path(__file__).parent), sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def build_info(module: str = "_C") -> dict[str, str | int]:

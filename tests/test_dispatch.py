@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hitsr_fast import backends, dispatch, extension
 from hitsr_fast.backends import Backend, Limit, Native, Reference
 from hitsr_fast.dispatch import BackendUnavailableError, Op, explain, use_backend
+from hitsr_fast.nn.prepared import CodebookCache
 from hitsr_fast.ops import (
     attention_prologue,
     cached_attention,
@@ -23,6 +25,8 @@ from hitsr_fast.ops import (
     instruction_sets,
     modulated_layer_norm,
     nearest_code,
+    prepare_codebook,
+    sample_codes,
     scale_block_attention,
     use_instruction_set,
 )
@@ -170,6 +174,7 @@ def test_a_missing_extension_is_told_once(monkeypatch: pytest.MonkeyPatch) -> No
         nearest_code(x, codebook)
         nearest_code(x, codebook)
     assert len(caught) == 1
+    assert caught[0].filename == __file__
     extension.warn_once.cache_clear()
     with use_backend("reference"):
         nearest_code(x, codebook)  # as it was asked for
@@ -228,6 +233,58 @@ def test_pytorch_is_asked_only_where_it_must_know(monkeypatch: pytest.MonkeyPatc
         pass
 
     assert isinstance(modulated_layer_norm(x.as_subclass(Subclass), row, row), Subclass)
+
+
+def test_meta_tensors_have_shapes() -> None:
+    x, row = torch.zeros(2, 3, 4, device="meta"), torch.zeros(2, 4, device="meta")
+    assert modulated_layer_norm(x, row, row).shape == (2, 3, 4)
+    assert nearest_code(x[0], x[0]).shape == (3,)
+    caches = [torch.zeros(2, 5, 1, 2, device="meta") for _ in range(2)]
+    assert attention_prologue(torch.zeros(2, 3, 6, device="meta"), *caches, 1).shape == (2, 3, 1, 2)
+
+
+def test_numbers_of_numpy_are_pythons() -> None:
+    logits = torch.randn(200, 50)
+    for options in ({"top_p": np.float16(0.5)}, {"temperature": np.float16(0.7)}, {"top_k": np.int64(3)}):
+        plain = {name: value.item() for name, value in options.items()}
+        found, expected = (
+            sample_codes(logits, **given, generator=torch.Generator().manual_seed(0))
+            for given in (options, plain)
+        )
+        assert torch.equal(found, expected)
+
+
+def test_packed_codebooks_follow_the_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, codebook = torch.randn(9, 4), torch.randn(40, 4)
+    with use_instruction_set("portable"):
+        prepared = prepare_codebook(codebook)
+    assert prepared.layout == "cpu:portable"
+    used = []
+    search = torch.ops.hitsr_fast._nearest_code_search
+    monkeypatch.setattr(
+        torch.ops.hitsr_fast, "_nearest_code_search", lambda *args: (used.append(args[-1]), search(*args))[1]
+    )
+    assert torch.equal(nearest_code(x, prepared), nearest_code(x, codebook))
+    assert used == [instruction_sets()[0]] * 2
+    cache = CodebookCache()
+    with use_instruction_set("portable"):
+        held = cache(codebook)
+        assert held is not None and held.layout == "cpu:portable"
+    again = cache(codebook)
+    assert again is not None and again.layout == f"cpu:{instruction_sets()[0]}"
+
+
+@pytest.mark.filterwarnings("ignore:hitsr_fast._C:RuntimeWarning")
+def test_a_variable_that_forces_a_set_needs_no_extension_for_other_backends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extension, "unavailable", lambda module="_C": "not built (a remedy)")
+    monkeypatch.setenv("HITSR_FAST_CPU_ISA", "avx2")
+    x, row = torch.randn(1, 3, 4, requires_grad=True), torch.randn(1, 4)
+    modulated_layer_norm(x, row, row).sum().backward()
+    q = torch.randn(1, 3, 1, 4)
+    with pytest.raises(RuntimeError, match=r"hitsr_fast._C: not built \(a remedy\)"):
+        scale_block_attention(q, q, q, block_lengths=[3])
 
 
 def test_writing_in_place_counts() -> None:

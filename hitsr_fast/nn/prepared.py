@@ -8,6 +8,7 @@ from torch import Tensor
 from hitsr_fast.checks import has_values
 from hitsr_fast.nn.versions import Snapshot
 from hitsr_fast.ops import Metric, PreparedCodebook, prepare_codebook
+from hitsr_fast.ops.nearest_code import is_current
 
 
 class CodebookCache:
@@ -42,7 +43,12 @@ class CodebookCache:
         if not has_values(codebook) or (codebook.is_inference() and codebook.device.type != "cpu"):
             return None
         entry = self._entry
-        if entry is None or entry[0].metric != metric or _changed(codebook, *entry):
+        if (
+            entry is None
+            or entry[0].metric != metric
+            or not is_current(entry[0])
+            or _changed(codebook, *entry)
+        ):
             entry = self._entry = prepare_codebook(codebook.detach(), metric=metric), Snapshot(codebook)
         return entry[0]
 

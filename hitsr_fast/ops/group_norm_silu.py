@@ -7,7 +7,7 @@ from torch import Tensor
 
 import hitsr_fast.reference.group_norm_silu as reference
 from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native
-from hitsr_fast.checks import FLOATING, check_positive, check_shape, check_tensor
+from hitsr_fast.checks import FLOATING, MAX_INT, check_integer, check_positive, check_shape, check_tensor
 from hitsr_fast.dispatch import op
 from hitsr_fast.ops import group_norm_silu_triton as triton
 
@@ -53,6 +53,7 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, *, eps
     for name, value in (("weight", weight), ("bias", bias)):
         check_tensor(name, value, FLOATING, like=x)
         check_shape(name, value, "C", C=C)
+    check_integer("groups", groups, -MAX_INT)
     if groups < 1 or C % groups != 0:
         raise ValueError(f"groups: expected a divisor of C = {C}, found {groups}")
     check_positive("eps", eps)

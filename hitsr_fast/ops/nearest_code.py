@@ -128,6 +128,19 @@ def _reference(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, me
     return reference(x, codebook, metric)
 
 
+def is_current(prepared: PreparedCodebook) -> bool:
+    """Whether a codebook, if it is packed for the CPU, is so for the active instruction set."""
+    return not prepared.layout.startswith("cpu:") or prepared.layout == f"cpu:{active_instruction_set()}"
+
+
+def packed_cpu(
+    codebook: Tensor, parts: Sequence[Tensor], layout: str, metric: str
+) -> tuple[str, Sequence[Tensor]]:
+    """Instruction set and packed form: the given ones, or anew where those are of another layout."""
+    isa = active_instruction_set()
+    return (isa, parts) if layout == f"cpu:{isa}" else (isa, pack_cpu(codebook, metric)[1])
+
+
 def pack_cpu(codebook: Tensor, metric: str) -> tuple[str, tuple[Tensor, ...]]:
     """Name of the layout and the packed form of a codebook, `(K, C)` or `(G, K, C)`, for the CPU."""
     isa = active_instruction_set()
@@ -136,10 +149,9 @@ def pack_cpu(codebook: Tensor, metric: str) -> tuple[str, tuple[Tensor, ...]]:
 
 
 def _cpu(x: Tensor, codebook: Tensor, parts: Sequence[Tensor], layout: str, metric: str) -> Tensor:
-    if not layout.startswith("cpu:"):
-        layout, parts = pack_cpu(codebook, metric)
+    isa, parts = packed_cpu(codebook, parts, layout, metric)
     maps, shape = triton.as_maps(x)
-    options = list(parts), codebook.shape[-2], metric == "cosine", layout.removeprefix("cpu:")
+    options = list(parts), codebook.shape[-2], metric == "cosine", isa
     indices: Tensor = torch.ops.hitsr_fast._nearest_code_search(maps, *options)
     return indices.view(shape)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from hitsr_fast.checks import (
     FLOATING,
     INDEX,
+    INTEGER,
     check_choice,
     check_number,
     check_own_memory,
@@ -256,7 +257,7 @@ def residual_decode(
     """
     return_inputs = _renamed(inputs, return_inputs)
     _check_bank(codebook, phi_weight, phi_bias)
-    size = list(size_of("size", size))
+    size = list(size_of("size", tuple(size) if isinstance(size, Iterable) else size))
     flat = _flat_scales(scales, size)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
     check_tensor("indices", indices, INDEX, like=codebook)
@@ -339,6 +340,8 @@ def residual_step(
 def _renamed(inputs: bool | None, return_inputs: bool) -> bool:
     if inputs is None:
         return return_inputs
+    if return_inputs:
+        raise ValueError(f"inputs: expected no other name beside return_inputs, found {inputs}")
     if not torch.compiler.is_compiling():  # which cannot trace a warning
         warnings.warn("inputs: renamed to return_inputs", DeprecationWarning, stacklevel=3)
     return inputs
@@ -363,8 +366,8 @@ def _unpack(prepared: PreparedCodebook | None, codebook: Tensor, metric: Metric)
 
 def _flat_scales(scales: Sequence[Scale], size: Sequence[int]) -> list[int]:
     """`[h0, w0, h1, w1, ...]`, checked against the map's (H, W)."""
-    if not scales:
-        raise ValueError("scales: expected at least one, found none")
+    if not isinstance(scales, Sequence) or not scales:
+        raise ValueError(f"scales: expected a sequence of at least one, found {scales!r}")
     flat: list[int] = []
     for scale in scales:
         h, w = size_of("scales", scale)
@@ -410,6 +413,8 @@ def _check_bank(codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor) -> None:
 
 
 def _check_phi(phi_index: Sequence[int], phi_ratio: float, num_scales: int, num_phi: int) -> None:
+    if not isinstance(phi_index, Sequence) or not all(isinstance(entry, INTEGER) for entry in phi_index):
+        raise TypeError(f"phi_index: expected a sequence of integers, found {phi_index!r}")
     if len(phi_index) != num_scales:
         raise ValueError(
             f"phi_index: expected an entry for each of {num_scales} scales, found {len(phi_index)}"

@@ -16,7 +16,7 @@ from hitsr_fast.checks import check_finite, check_index_range
 from hitsr_fast.dispatch import Gradient, op
 from hitsr_fast.ops import residual_quantize_cuda as cuda
 from hitsr_fast.ops import residual_quantize_triton as triton
-from hitsr_fast.ops.nearest_code import pack_cpu
+from hitsr_fast.ops.nearest_code import packed_cpu
 from hitsr_fast.reference.residual_quantize import DecodeCall, QuantizeCall, arithmetic_dtype
 
 _OPTIONS: dict[str, Any] = {"dtypes": UP_TO_FLOAT32, "any_dtype": ("z",)}
@@ -74,15 +74,13 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = QuantizeCall(*args)
-    layout, parts = call.layout, call.parts
-    if not layout.startswith("cpu:"):
-        layout, parts = pack_cpu(call.codebook, call.metric)
+    isa, parts = packed_cpu(call.codebook, call.parts, call.layout, call.metric)
     out: tuple[Tensor, Tensor, Tensor, Tensor] = torch.ops.hitsr_fast._residual_quantize(
         call.z.float() if call.z.dtype == torch.float64 else call.z,
         *(call.codebook, call.phi_weight, call.phi_bias, parts),
         *(call.scales, call.phi_index, call.phi_ratio, call.replay),
         *(call.metric == "cosine", call.inputs, call.per_scale),
-        layout.removeprefix("cpu:"),
+        isa,
     )
     return out
 
