@@ -81,6 +81,19 @@ def test_floors_have_an_order() -> None:
         done |= ready
 
 
+def test_an_op_uses_its_own_backend_files() -> None:
+    """The residual quantizer alone looks into another op's: its kernels search as those do, in the same packing."""
+    for path in (PACKAGE / "ops").glob("*.py"):
+        for other in (PACKAGE / "ops").glob("*_*.py"):
+            op, backend = other.stem.rpartition("_")[::2]
+            if backend in ("triton", "cuda", "schema") and not path.stem.startswith(op):
+                uses = (
+                    f"import {other.stem}" in path.read_text()
+                    or f"ops.{other.stem} import" in path.read_text()
+                )
+                assert not uses or (op, path.stem.rpartition("_")[0]) == ("nearest_code", "residual_quantize")
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_env_reads_the_environment(path: Path) -> None:
     if path != PACKAGE / "env.py":

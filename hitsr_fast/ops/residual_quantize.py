@@ -413,8 +413,11 @@ def _check_bank(codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor) -> None:
 
 
 def _check_phi(phi_index: Sequence[int], phi_ratio: float, num_scales: int, num_phi: int) -> None:
-    if not isinstance(phi_index, Sequence) or not all(isinstance(entry, INTEGER) for entry in phi_index):
+    if not isinstance(phi_index, Sequence):
         raise TypeError(f"phi_index: expected a sequence of integers, found {phi_index!r}")
+    for entry in phi_index:
+        if not isinstance(entry, INTEGER):
+            raise TypeError(f"phi_index: expected integers, found {list(phi_index)}")
     if len(phi_index) != num_scales:
         raise ValueError(
             f"phi_index: expected an entry for each of {num_scales} scales, found {len(phi_index)}"
