@@ -82,7 +82,7 @@ def test_floors_have_an_order() -> None:
 
 
 def test_an_op_uses_its_own_backend_files() -> None:
-    """The residual quantizer alone looks into another op's: its kernels search as those do, in the same packing."""
+    """The residual quantizer alone looks into another op's: it searches as those kernels do."""
     for path in (PACKAGE / "ops").glob("*.py"):
         for other in (PACKAGE / "ops").glob("*_*.py"):
             op, backend = other.stem.rpartition("_")[::2]
