@@ -37,7 +37,7 @@ class HitUpscaler:
         self.lr_tile, self.scale_factors = self.config.lr_tile, self.config.scale_factors
         self.num_scales = len(self.config.tokenizer.scales)
         self.colour_fix_levels = dict(zip(self.scale_factors, self.config.colour_fix_levels, strict=True))
-        dtype = tokenizer.quant_conv.weight.dtype if dtype is None else dtype
+        dtype = tokenizer.dtype if dtype is None else dtype
         self.sampler = HitSampler(model, dtype=dtype, cuda_graphs=cuda_graphs)
         self.encoder = for_inference(nn.Sequential(tokenizer.encoder, tokenizer.quant_conv), dtype)
         self.decoders = [for_inference(decoder, dtype) for decoder in tokenizer.decoders]
