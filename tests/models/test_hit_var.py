@@ -172,3 +172,22 @@ def test_logits_of_the_packaged_model_are_those_of_float32() -> None:
     tokens = torch.randint(half.config.tokenizer.codebook_size, (1, length), generator=generator)
     expected, found = (model(lr, torch.tensor([1]), tokens) for model in (wide, half))
     assert (expected - found).norm() < 0.02 * expected.norm()
+
+
+def test_what_is_no_list_or_no_options_is_an_error() -> None:
+    model = micro_model()
+    features = model.lr_features(lr_tiles())
+    with pytest.raises(TypeError, match="sampling: expected SamplingOptions, found None"):
+        model.super_resolve(lr_tiles(), None)
+    with pytest.raises(TypeError, match="options: expected SamplingOptions, found None"):
+        model.sample(features, torch.tensor([0, 1]), options=None)
+    for wrong in (4, "4"):
+        with pytest.raises(TypeError, match=f"factors: expected a list of factors, found {wrong!r}"):
+            model.super_resolve(lr_tiles(), factors=wrong)
+    with pytest.raises(TypeError, match="factors: expected an integer of at least 1, found '4'"):
+        model.super_resolve(lr_tiles(), factors=["4"])
+
+
+def test_a_folder_may_be_a_string(tmp_path: Path) -> None:
+    micro_model().save_pretrained(str(tmp_path / "model"))
+    assert HitVar.from_pretrained(str(tmp_path / "model")).config == MICRO
