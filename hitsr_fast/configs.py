@@ -37,7 +37,8 @@ Share = Annotated[float, Range(0, 1)]
 def check_fields(config: object) -> None:
     """Raise ValueError where a field of a dataclass is not of its annotated type, or out of its `Range`.
 
-    A bool is no number, a whole number may stand for a float, and None is in every range.
+    A bool is no number, a whole number may stand for a float, and None is in every range. The range of a
+    tuple's items is that of each; a float without one is finite.
     """
     hints = get_type_hints(type(config), include_extras=True)
     for field in dataclasses.fields(config):  # type: ignore[arg-type]
@@ -46,9 +47,16 @@ def check_fields(config: object) -> None:
         if not _fits(value, hint):
             expected = hint.__name__ if isinstance(hint, type) else hint
             raise ValueError(f"{name}: expected {expected}, found {value!r}")
-        for bounds in metadata:
-            if isinstance(bounds, Range) and value is not None and not bounds.holds(value):
-                raise ValueError(f"{name}: expected {bounds}, found {value}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if get_origin(hint) is tuple:
+            metadata += getattr(get_args(hint)[0], "__metadata__", ())
+        ranges = [bounds for bounds in metadata if isinstance(bounds, Range)]
+        for number in numbers:
+            if not ranges and isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name}: expected finite numbers, found {value}")
+            for bounds in ranges:
+                if number is not None and not bounds.holds(number):
+                    raise ValueError(f"{name}: expected {bounds}, found {value}")
 
 
 def _fits(value: object, hint: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -29,6 +29,7 @@ class ScalePyramid:
         steps: Of each target, the number of scales up to its end: those no larger than it.
 
     Raises:
+        TypeError: If scales or targets are no list.
         ValueError: If a size is none, or too large, or no scale ends a target.
 
     Example:
@@ -45,17 +46,18 @@ class ScalePyramid:
     steps: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __init__(self, scales: Sequence[Scale], targets: Sequence[Scale] = ()) -> None:
+        scales, targets = _listed("scales", scales), _listed("targets", targets)
         sizes = tuple(size_of("scales", scale) for scale in scales)
         if not sizes:
             raise ValueError("scales: expected at least one, found none")
         if any(not _within(size, sizes[-1]) for size in sizes):
-            raise ValueError(f"scales: expected none larger than the last, found {tuple(scales)}")
+            raise ValueError(f"scales: expected none larger than the last, found {scales}")
         ends = tuple(size_of("targets", target) for target in targets) or sizes[-1:]
         steps = tuple(sum(_within(size, end) for size in sizes) for end in ends)
         if [sizes[step - 1] for step in steps] != list(ends) or ends[-1] != sizes[-1]:
-            raise ValueError(f"targets: expected some of scales, up to the last, found {tuple(targets)}")
+            raise ValueError(f"targets: expected some of scales, up to the last, found {targets}")
         lengths = tuple(h * w for h, w in sizes)
-        values = tuple(scales), ends, sizes, lengths, tuple(accumulate(lengths)), steps
+        values = scales, ends, sizes, lengths, tuple(accumulate(lengths)), steps
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
@@ -79,6 +81,12 @@ def size_of(name: str, scale: Any) -> Size:
         if isinstance(h, INTEGER) and isinstance(w, INTEGER) and h >= 1 and w >= 1:
             return h, w
     raise ValueError(f"{name}: expected a side or (height, width) of at least 1, found {scale}")
+
+
+def _listed(name: str, sizes: Any) -> tuple[Any, ...]:
+    if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+        raise TypeError(f"{name}: expected a list of sides or (height, width), found {sizes!r}")
+    return tuple(sizes)
 
 
 def _is_sequence(value: object) -> bool:

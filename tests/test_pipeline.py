@@ -295,3 +295,29 @@ def test_where_models_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ModelNotFoundError, match=r"pip install 'hitsr-fast\[hub\]'"):
         find_weights("owner/name")
+
+
+def test_class_id_and_input_together_are_an_error() -> None:
+    with (
+        pytest.warns(DeprecationWarning),
+        pytest.raises(ValueError, match=r"class_id: expected .*, found class_id=0 and input='clean'"),
+    ):
+        HitSR(NearestModel()).upscale(torch.rand(1, 3, 5, 5), class_id=0, input="clean")
+
+
+def test_scales_may_be_any_iterable() -> None:
+    sr, image = HitSR(NearestModel()), torch.rand(1, 3, 5, 5)
+    assert list(sr.upscale(image, scales=(factor for factor in (1, 2)))) == [1, 2]
+    for wrong in (4, "4"):
+        with pytest.raises(TypeError, match=f"scales: expected a list of factors, found {wrong!r}"):
+            sr.upscale(image, scales=wrong)
+
+
+def test_sampling_has_to_be_options() -> None:
+    with pytest.raises(TypeError, match="sampling: expected SamplingOptions, found None"):
+        UpscaleOptions(sampling=None)  # type: ignore[arg-type]
+
+
+def test_a_model_that_is_not_laid_out_for_inference_is_an_error() -> None:
+    with pytest.raises(TypeError, match="model: expected what `for_inference` gives, found a HitVar"):
+        HitSR(micro_model())  # type: ignore[arg-type]

@@ -41,6 +41,18 @@ def test_equal_sizes_are_one_pyramid_however_they_are_written() -> None:
         pyramid.scales = (1,)  # type: ignore[misc]
 
 
+def test_any_iterable_is_a_list() -> None:
+    assert ScalePyramid(iter([1, 2]), iter([2])) == ScalePyramid([1, 2])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("wrong", [4, None, "12"])
+def test_what_is_no_list_is_an_error(wrong: Any) -> None:
+    with pytest.raises(TypeError, match=r"scales: expected a list of sides or \(height, width\), found"):
+        ScalePyramid(wrong)
+    with pytest.raises(TypeError, match=r"targets: expected a list of sides or \(height, width\), found"):
+        ScalePyramid([1, 2], wrong)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

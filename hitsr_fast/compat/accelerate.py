@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -59,8 +60,8 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
             converted copy of them is kept.
 
     Returns:
-        The same instance. `model.undo()`, `undo(model)`, or the end of a `with` block that it opens, makes it
-        again what it was.
+        The same instance. `model.undo()` or `undo(model)` makes it again what it was. The end of a `with`
+        block that it opens does so too, or, accelerated before already, gives it back the dtype of before.
 
     Raises:
         TypeError: the model is not known; the message lists what was looked for and not found, or what a
@@ -68,8 +69,8 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
         ValueError: dtype is not one of those, or model and tokenizer have different scales.
 
     Notes:
-        Accelerated once more, a model takes the new dtype; one `undo` ends it. Until then its class is a
-        subclass of its own, with the same name.
+        Accelerated once more, a model takes the new dtype; one `undo` ends it, in nested blocks too. Until
+        then its class is a subclass of its own, with the same name.
         While sampling, blocks and head are read and not called: no hook of theirs runs, and training mode
         drops nothing.
         Source: VAR (arXiv 2404.02905), the interface of its released code.
@@ -88,10 +89,11 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, DTYPES))} or None, found {dtype}")
-    if isinstance(model, _Accelerated):
-        model.undo()
+    known = model._acceleration if isinstance(model, _Accelerated) else None
+    if known is not None:
+        known.undo()
     _expect_var(model)
-    _Acceleration(model, dtype)
+    _Acceleration(model, VarSampler(model, dtype), known)
     return model
 
 
@@ -117,11 +119,18 @@ class _Accelerated:
         self._acceleration.undo()
 
     def __enter__(self) -> Any:
+        self._acceleration.enter()
         return self
 
     def __exit__(self, *_error: object) -> None:
         if isinstance(self, _Accelerated):  # else it was undone within
-            self.undo()
+            self._acceleration.leave()
+
+    def __copy__(self) -> Any:
+        other = _new(type(self).__mro__[2])
+        vars(other).update(vars(self))
+        self._acceleration.copy_to(other)
+        return other
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -142,7 +151,14 @@ def _new(cls: type) -> Any:
 class _Acceleration:
     """What was changed in a model, and how it was before."""
 
-    def __init__(self, model: Any, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: Any, sampler: VarSampler, known: _Acceleration | None = None) -> None:
+        self.sampler = sampler
+        self.before: VarSampler | None = (
+            None if known is None else known.sampler
+        )  # what a block that opens now goes back to
+        self.blocks: list[VarSampler | None] = (
+            [] if known is None else known.blocks
+        )  # the same of those that are open
         self.model, self.proxy = model, model.vae_quant_proxy
         tokenizer = model.vae_proxy[0]
         quantizer = tokenizer.quantize
@@ -152,7 +168,6 @@ class _Acceleration:
         if self.quantizer is not None:
             tokenizer.quantize = _same_quantizer(self.quantizer)
         model.vae_quant_proxy = (tokenizer.quantize,)
-        self.sampler = VarSampler(model, dtype)
         model._acceleration = self
         model.__class__ = _accelerated(model.__class__)
 
@@ -165,6 +180,24 @@ class _Acceleration:
         model.vae_quant_proxy = self.proxy
         model.__class__ = type(model).__mro__[2]
         del model._acceleration
+
+    def enter(self) -> None:
+        """Open a `with` block."""
+        self.blocks.append(self.before)
+        self.before = self.sampler
+
+    def leave(self) -> None:
+        """Close one: the sampler is again that of before, or the model's own."""
+        before = self.blocks.pop() if self.blocks else None
+        self.undo()
+        if before is not None:
+            _Acceleration(self.model, before, self)
+
+    def copy_to(self, other: Any) -> None:
+        """Accelerate a shallow copy of the model. The tokenizer is one for both: this one changes it back."""
+        own = other._acceleration = copy.copy(self)
+        own.model, own.sampler = other, VarSampler(other, self.sampler.dtype)
+        own.before, own.blocks, own.quantizer = None, [], None
 
 
 def _same_quantizer(theirs: Any) -> VectorQuantizer2:

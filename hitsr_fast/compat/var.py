@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -182,12 +183,13 @@ class VectorQuantizer2(ResidualQuantizer):
         if B == 0:
             return f_hat, f_hat if following is None else f_hat.new_empty(0, C, *following)
         rows, bank = h_BChw.flatten(2).transpose(1, 2), self.bank(scales=SN)
-        tensors = (rows, *bank[1:3], f_hat)
+        tensors = (rows, *bank.tensors[1:], f_hat)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            own = bank._replace(phi_index=bank.phi_index[si:])
+            own = replace(bank, phi_index=bank.phi_index[si:])
             f_hat.add_(own.decode(rows, [(h, w)], f_hat.shape[2:]).reconstruction)
             return f_hat, f_hat if following is None else F.interpolate(f_hat, size=following, mode="area")
-        wide = f_hat.to(torch.promote_types(torch.promote_types(rows.dtype, bank[1].dtype), torch.float32))
+        weights = torch.promote_types(rows.dtype, bank.phi_weight.dtype)
+        wide = f_hat.to(torch.promote_types(weights, torch.float32))
         pooled = bank.step(wide, rows, si, (h, w), following)
         if wide is not f_hat:
             f_hat.copy_(wide)
@@ -225,7 +227,7 @@ class VectorQuantizer2(ResidualQuantizer):
             rows = pooled.permute(0, 2, 3, 1).reshape(-1, f.shape[1])
             rows = math.sqrt(1 - noise_std**2) * rows + noise_std * torch.randn_like(rows)
             indices.append(nearest_code(rows, codes, metric=self.metric).view(len(f), -1))
-            own = bank._replace(phi_index=bank.phi_index[scale:])
+            own = replace(bank, phi_index=bank.phi_index[scale:])
             f_hat = f_hat + own.decode(indices[-1], [size], f.shape[2:]).reconstruction
             maps.append(f_hat)
         return indices, maps
@@ -238,7 +240,7 @@ class VectorQuantizer2(ResidualQuantizer):
         # The scale that is fed last feeds nothing itself.
         codes = torch.cat([*given[:fed], given[0].new_zeros(len(given[0]), pyramid.lengths[fed])], dim=1)
         bank = self.bank(scales=len(sizes))
-        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bank[:3])
+        differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in bank.tensors)
         out = bank.decode(
             codes, sizes[: fed + 1], sizes[-1], return_inputs=not differentiable, per_scale=differentiable
         )

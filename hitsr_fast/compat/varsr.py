@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,7 +35,8 @@ class VectorQuantizer2(var.VectorQuantizer2):
         if self.prog_si >= 0:
             raise ValueError(f"prog_si: expected -1, for the last scale is asked for, found {self.prog_si}")
         f, bank = f_BChw.detach(), self.bank(scales=len(pyramid.sizes))
-        without_last_phi = bank._replace(
+        without_last_phi = replace(
+            bank,
             phi_weight=torch.cat([bank.phi_weight, _identity(bank.phi_weight)]),
             phi_bias=torch.cat([bank.phi_bias, torch.zeros_like(bank.phi_bias[:1])]),
             phi_index=(*bank.phi_index[:-1], len(bank.phi_weight)),

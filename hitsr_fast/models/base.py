@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hitsr_fast.checks import check_choice
+from hitsr_fast.checks import check_choice, check_integer
 from hitsr_fast.configs import Config
 from hitsr_fast.models.hub import CONFIG_FILE, WEIGHTS_FILE, find_weights
 from hitsr_fast.nn.sampling import SamplingOptions
@@ -78,6 +78,16 @@ class SuperResolver(Protocol):
         """The same with weights in `dtype`; itself it stays as it is."""
 
 
+def listed_factors(name: str, factors: object) -> tuple[int, ...]:
+    """The factors of an iterable; TypeError where it is none or gives other than integers."""
+    if isinstance(factors, str) or not isinstance(factors, Iterable):
+        raise TypeError(f"{name}: expected a list of factors, found {factors!r}")
+    listed = tuple(factors)
+    for factor in listed:
+        check_integer(name, factor, 1)
+    return tuple(map(int, listed))
+
+
 class ModelConfig(Config):
     """Configuration of a model; a family's adds `model_type`, which names the family, with a default."""
 
@@ -109,8 +119,9 @@ class Model(nn.Module):
         """`self.for_inference().super_resolve(...)`: to upscale often, keep what `for_inference` gives."""
         return self.for_inference().super_resolve(*args, **options)
 
-    def save_pretrained(self, folder: Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, weights in their own dtypes."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.detach().contiguous() for key, value in self.state_dict().items()}
         temporary = folder / f"{WEIGHTS_FILE}.tmp"

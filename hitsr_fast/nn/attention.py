@@ -28,8 +28,6 @@ class SelfAttention(nn.Module):
         l2_norm: Normalise q and k per head and multiply q by a learned factor of at most 100.
     """
 
-    zero_k_bias: Tensor
-
     def __init__(self, width: int, heads: int, l2_norm: bool) -> None:
         super().__init__()
         self.heads = heads
@@ -37,7 +35,6 @@ class SelfAttention(nn.Module):
         self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.register_buffer("zero_k_bias", torch.zeros(width), persistent=False)
         if l2_norm:
             self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
         self.proj = nn.Linear(width, width)
@@ -50,7 +47,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, block_lengths: Sequence[int]) -> Tensor:
         """Attend within `x` `(B, T, width)`; see `CachedBody` for sampling."""
         b, t, width = x.shape
-        bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = F.linear(x, self.mat_qkv.weight, bias).view(b, t, 3, self.heads, -1).unbind(2)
         if self.l2_norm:
             # The norm is taken in float32 at least: in half it overflows and underflows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -227,9 +228,13 @@ class Decoder(nn.Module):
 
 
 def resize(image: Tensor, size: tuple[int, int], mode: str) -> Tensor:
-    """Resize `(B, 3, H, W)`, antialiased, by "bicubic", "bilinear" or "area"; identity when sizes match."""
+    """Resize `(B, 3, H, W)`, antialiased, by "bicubic", "bilinear" or "area"; identity when sizes match.
+
+    In float32 at least, for the antialiased filters have no 16-bit version on the CPU; the dtype stays.
+    """
     if tuple(image.shape[-2:]) == size:
         return image
     if mode == "area":
         return F.adaptive_avg_pool2d(image, size)
-    return F.interpolate(image, size=size, mode=mode, antialias=True, align_corners=False)
+    wide = image.to(torch.promote_types(image.dtype, torch.float32))
+    return F.interpolate(wide, size=size, mode=mode, antialias=True, align_corners=False).to(image.dtype)

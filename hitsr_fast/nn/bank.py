@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hitsr_fast import ops
+from hitsr_fast.checks import FLOATING, check_choice, check_integer, check_number, check_shape, check_tensor
+from hitsr_fast.ops.nearest_code import METRICS
 from hitsr_fast.pyramid import Scale, ScalePyramid
 
 
-class QuantizerBank(NamedTuple):
-    """Codebook and phis, and the `residual_*` ops on them.
+@dataclass(frozen=True, eq=False)
+class QuantizerBank:
+    """Codebook and phis, and the `residual_*` ops on them; checked when made, but for the tensors' values.
 
     Codes are int64 indices `(B, T)`, or rows `(B, T, C)`: mixtures of codes, which are in no codebook.
     """
@@ -26,15 +30,35 @@ class QuantizerBank(NamedTuple):
     phi_ratio: float  # r of phi; 0 leaves it out
     metric: ops.Metric = "l2"
 
+    def __post_init__(self) -> None:
+        codebook, weight, bias = self.tensors
+        check_tensor("codebook", codebook, FLOATING)
+        check_shape("codebook", codebook, "K C")
+        for name, tensor in (("phi_weight", weight), ("phi_bias", bias)):
+            check_tensor(name, tensor, (codebook.dtype,), like=codebook)
+        C = codebook.shape[1]
+        if weight.dim() != 5 or weight.shape[1:] != (C, C, 3, 3):
+            raise ValueError(f"phi_weight: expected shape (P, {C}, {C}, 3, 3), found {tuple(weight.shape)}")
+        check_shape("phi_bias", bias, "P C", P=len(weight), C=C)
+        for entry in {*self.phi_index}:
+            check_integer("phi_index", entry, 0, len(weight) - 1)
+        check_number("phi_ratio", self.phi_ratio, 0, 1)
+        check_choice("metric", self.metric, METRICS)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Codebook, weight and bias: the first arguments of the ops."""
+        return self.codebook, self.phi_weight, self.phi_bias
+
     def to(self, dtype: torch.dtype) -> QuantizerBank:
         """The same in another dtype."""
-        codebook, weight, bias = (tensor.to(dtype) for tensor in self[:3])
-        return self._replace(codebook=codebook, phi_weight=weight, phi_bias=bias)
+        codebook, weight, bias = (tensor.to(dtype) for tensor in self.tensors)
+        return replace(self, codebook=codebook, phi_weight=weight, phi_bias=bias)
 
     def quantize(self, z: Tensor, scales: Sequence[Scale], **options: Any) -> ops.ResidualQuantized:
         """`residual_quantize` of `(B, C, H, W)` over some first scales, with its other options."""
         options |= self._options(scales)
-        return ops.residual_quantize(z, *self[:3], metric=self.metric, **options)
+        return ops.residual_quantize(z, *self.tensors, metric=self.metric, **options)
 
     def decode(
         self, codes: Tensor, scales: Sequence[Scale], size: Sequence[int], **options: Any
@@ -42,7 +66,7 @@ class QuantizerBank(NamedTuple):
         """`residual_decode` of the codes of some first scales at a size, with its other options."""
         bank, indices = self._resolved(codes)
         options |= self._options(scales)
-        return ops.residual_decode(indices, *bank[:3], size=size, **options)
+        return ops.residual_decode(indices, *bank.tensors, size=size, **options)
 
     def step(
         self, reconstruction: Tensor, codes: Tensor, step: int, scale: Scale, next_scale: Scale | None
@@ -65,7 +89,7 @@ class QuantizerBank(NamedTuple):
         B, T, C = codes.shape
         dtype = torch.promote_types(codes.dtype, self.phi_weight.dtype)
         indices = torch.arange(B * T, device=codes.device).view(B, T)
-        return self._replace(codebook=codes.reshape(-1, C)).to(dtype), indices
+        return replace(self.to(dtype), codebook=codes.reshape(-1, C).to(dtype)), indices
 
 
 class ReconstructionWalk:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from hitsr_fast import ops
+from hitsr_fast.checks import check_choice, check_integer, check_number
 from hitsr_fast.nn.bank import QuantizerBank
 from hitsr_fast.nn.prepared import CodebookCache
+from hitsr_fast.ops.nearest_code import METRICS
 from hitsr_fast.pyramid import Scale, ScalePyramid
+
+PhiIndexing = Literal["global", "per_target"]
 
 
 class TrainedQuantization(NamedTuple):
@@ -64,10 +68,16 @@ class ResidualQuantizer(nn.Module):
         commitment: float = 0.25,
         phi_ratio: float = 0.5,
         num_phi: int = 4,
-        phi_indexing: Literal["global", "per_target"] = "global",
+        phi_indexing: PhiIndexing = "global",
         track_usage: bool = True,
     ) -> None:
         super().__init__()
+        for name, count in (("codebook_size", codebook_size), ("code_dim", code_dim), ("num_phi", num_phi)):
+            check_integer(name, count, 1)
+        check_choice("metric", metric, METRICS)
+        check_number("commitment", commitment, 0)
+        check_number("phi_ratio", phi_ratio, 0, 1)
+        check_choice("phi_indexing", phi_indexing, get_args(PhiIndexing))
         self.pyramid, self.commitment, self.track_usage = pyramid, commitment, track_usage
         self.metric: ops.Metric = metric
         self.phi_ratio, self.num_phi, self.phi_indexing = phi_ratio, num_phi, phi_indexing
@@ -133,7 +143,7 @@ class ResidualQuantizer(nn.Module):
         banks = self.banks()
         return ops.tokenize_pyramid(
             latents,
-            *banks[0][:3],
+            *banks[0].tensors,
             scales=self.pyramid.scales,
             target_steps=self.pyramid.steps,
             phi_index=[bank.phi_index for bank in banks],

@@ -54,7 +54,12 @@ class SamplingOptions:
                 )
             for number in self.guided_scales:
                 check_integer("guided_scales", number, 0)
-            object.__setattr__(self, "guided_scales", tuple(self.guided_scales))
+            object.__setattr__(self, "guided_scales", tuple(map(int, self.guided_scales)))
+        # Numbers may be NumPy's, which not all of PyTorch takes.
+        for name, kind in (("guidance", float), ("top_k", int), ("top_p", float), ("temperature", float)):
+            object.__setattr__(self, name, kind(getattr(self, name)))
+        if self.seed is not None:
+            object.__setattr__(self, "seed", int(self.seed))
 
     def generator(self, device: torch.device) -> torch.Generator | None:
         """One that starts from the seed; None without a seed."""
@@ -73,6 +78,12 @@ class SamplingOptions:
             )
         strengths = (self.guidance * step / max(scales - 1, 1) * (step in guided) for step in range(steps))
         return SamplingPlan(tuple(strengths), scales, self.top_k, self.top_p, self.temperature)
+
+
+def check_sampling(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a `SamplingOptions`."""
+    if not isinstance(value, SamplingOptions):
+        raise TypeError(f"{name}: expected SamplingOptions, found {value!r}")
 
 
 class SamplingPlan(NamedTuple):

@@ -61,9 +61,15 @@ class HitSR:
     Args:
         model: see `SuperResolver`; already on `device`.
         device: where tiles are run and blended.
+
+    Raises:
+        TypeError: `model` is not laid out for inference.
     """
 
     def __init__(self, model: SuperResolver, device: torch.device | str = "cpu") -> None:
+        if isinstance(model, Model):
+            found = type(model).__name__
+            raise TypeError(f"model: expected what `for_inference` gives, found a {found}: call it first")
         self.model = model
         self.device = torch.device(device)
         self._tiles = TileRunner(model, self.device)
@@ -134,6 +140,9 @@ class HitSR:
         if class_id is not None:
             warnings.warn("class_id is deprecated: use input='photo' or 'clean'", DeprecationWarning, 2)
             check_integer("class_id", class_id, 0, 1)
+            if "input" in options:
+                found = f"class_id={class_id} and input={options['input']!r}"
+                raise ValueError(f"class_id: expected only one of class_id and input, found {found}")
             options["input"] = INPUTS[class_id]
         how = UpscaleOptions.of(**options)
         if isinstance(image, Image.Image):

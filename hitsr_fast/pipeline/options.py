@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from hitsr_fast.checks import check_choice, check_integer
-from hitsr_fast.models.base import INPUTS, Input, SuperResolver
-from hitsr_fast.nn.sampling import SamplingOptions
+from hitsr_fast.models.base import INPUTS, Input, SuperResolver, listed_factors
+from hitsr_fast.nn.sampling import SamplingOptions, check_sampling
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class UpscaleOptions:
     input: Input = "clean"
 
     def __post_init__(self) -> None:
+        if self.scales is not None:
+            object.__setattr__(self, "scales", listed_factors("scales", self.scales))
+        check_sampling("sampling", self.sampling)
         if self.batch is not None:
             check_integer("batch", self.batch, 1)
         check_choice("input", self.input, INPUTS)

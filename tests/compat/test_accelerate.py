@@ -372,6 +372,37 @@ def test_as_a_context_it_undoes_itself() -> None:
     assert identities(model) == before and type(model) is VAR
 
 
+def test_the_end_of_a_nested_context_is_not_that_of_the_outer_one() -> None:
+    model = make()
+    before = identities(model)
+
+    def dtype() -> torch.dtype | None:
+        with recorded(CachedBody, "__call__", lambda out, body, *args: body.dtype) as dtypes:
+            model.autoregressive_infer_cfg(1, 3, top_k=1)
+        return dtypes[0] if dtypes else None
+
+    with accelerate(model):
+        with accelerate(model, dtype=torch.bfloat16):
+            with model, accelerate(model, dtype=torch.float16):
+                assert dtype() == torch.float16
+            assert dtype() == torch.bfloat16
+        assert dtype() == torch.float32
+        accelerate(model, dtype=torch.float16)
+        assert dtype() == torch.float16
+    assert identities(model) == before and dtype() is None
+    accelerate(model)
+    with accelerate(model, dtype=torch.bfloat16):
+        assert dtype() == torch.bfloat16
+    assert dtype() == torch.float32
+    with model, accelerate(model):
+        undo(model)
+    assert identities(model) == before and type(model) is VAR
+    with accelerate(model):
+        undo(model)
+        accelerate(model)
+    assert identities(model) == before and type(model) is VAR
+
+
 def test_subclasses_are_known_and_stay_what_they_are() -> None:
     class Own(VAR):
         def forward(self, *args: Any) -> Tensor:  # of training only
@@ -492,6 +523,24 @@ def test_copies_are_accelerated_on_their_own(how: str) -> None:
     other.undo()
     assert not isinstance(other.vae_proxy[0].quantize, VectorQuantizer2)
     assert isinstance(model.vae_proxy[0].quantize, VectorQuantizer2)
+
+
+def test_a_shallow_copy_is_undone_on_its_own() -> None:
+    model = make()
+    before, expected = identities(model), model.autoregressive_infer_cfg(1, 3, top_k=1)
+    other = copy.copy(accelerate(model))
+    assert torch.equal(
+        other.autoregressive_infer_cfg(1, 3, top_k=1), model.autoregressive_infer_cfg(1, 3, top_k=1)
+    )
+    undo(other)
+    assert type(other) is VAR and type(model) is not VAR
+    torch.testing.assert_close(model.autoregressive_infer_cfg(1, 3, top_k=1), expected, **SAME)
+    second = copy.copy(model)
+    undo(model)
+    assert identities(model) == before and type(model) is VAR
+    torch.testing.assert_close(second.autoregressive_infer_cfg(1, 3, top_k=1), expected, **SAME)
+    undo(second)
+    assert identities(second) == before
 
 
 def test_other_models_are_refused() -> None:

@@ -316,7 +316,7 @@ def test_attributes() -> None:
 def test_phis_are_found_by_position(share: int, places: list[int]) -> None:
     quantizer = make(share=share)
     h = torch.randn(1, 4, 5, 6, dtype=torch.float64)
-    _, weight, bias, *_ = quantizer.bank()
+    _, weight, bias = quantizer.bank().tensors
     for position, place in zip((0.0, 1 / 3, 1.0), places, strict=True):
         expected = 0.5 * h + 0.5 * F.conv2d(h, weight[place], bias[place], padding=1)
         torch.testing.assert_close(quantizer.quant_resi[position](h), expected, **SAME)

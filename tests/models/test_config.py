@@ -51,12 +51,31 @@ def test_presets_go_by_their_names() -> None:
         (("tokenizer", "scales"), 8, "scales: expected .*found 8"),
         (("tokenizer", "targets"), [0.5], "targets: expected ascending fractions that end at 1"),
         (("tokenizer", "targets"), [0.3, 1.0], "targets: 0.3 of the side 32"),
+        (("tokenizer", "targets"), [float("inf"), 1.0], "targets: expected finite numbers"),
+        (("tokenizer", "channels"), 33, "channels: expected a multiple of 32, found 33"),
+        (("tokenizer", "channel_multipliers"), [], "channel_multipliers: expected at least one"),
+        (
+            ("tokenizer", "channel_multipliers"),
+            [-1, 2],
+            r"channel_multipliers: expected at least 1, found \(-1",
+        ),
+        (("transformer", "mlp_ratio"), float("nan"), "mlp_ratio: expected finite numbers, found nan"),
+        (("transformer", "mlp_ratio"), -1, "mlp_ratio: expected at least 1 / width = 1 / 1024, found -1"),
+        (
+            ("transformer", "mlp_ratio"),
+            1e-9,
+            "mlp_ratio: expected at least 1 / width = 1 / 1024, found 1e-09",
+        ),
+        (("transformer", "mlp_ratio"), float("inf"), "mlp_ratio: expected finite numbers, found inf"),
+        (("transformer", "gate_init"), float("inf"), "gate_init: expected finite numbers, found inf"),
         (("name",), 5, "name: expected str, found 5"),
         (("colour_fix_levels",), [5], r"colour_fix_levels: expected 3 numbers of at least 0, found \(5,\)"),
         (("colour_fix_levels",), [3, 4, -1], "colour_fix_levels: expected 3 numbers"),
     ],
 )
-def test_wrong_keys_and_values_are_errors(path: tuple[str, ...], value: object, message: str) -> None:
+def test_wrong_keys_and_values_are_errors(
+    path: tuple[str, ...], value: object, message: str, tmp_path: Path
+) -> None:
     values = json.loads(HIT_D16.to_json())
     inner = values
     for key in path[:-1]:
@@ -64,6 +83,10 @@ def test_wrong_keys_and_values_are_errors(path: tuple[str, ...], value: object, 
     inner[path[-1]] = value
     with pytest.raises(ValueError, match=message):
         HitConfig.from_json(json.dumps(values))
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        load_config(file)
 
 
 def test_a_file_that_is_wrong_is_named(tmp_path: Path) -> None:
@@ -76,6 +99,8 @@ def test_a_file_that_is_wrong_is_named(tmp_path: Path) -> None:
 
 def test_a_whole_number_may_stand_for_a_share() -> None:
     assert TransformerConfig(drop_path=0).drop_path == 0
+    tokenizer = TokenizerConfig(targets=(1,))
+    assert tokenizer.target_sizes == (32,) and tokenizer.scale_factors == (4,)
 
 
 def test_geometry_of_the_paper() -> None:

@@ -134,3 +134,60 @@ def test_state_dict_round_trip() -> None:
     other.load_state_dict(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     assert set(dict(model.named_parameters())) == set(model.state_dict()), "no hidden buffers are saved"
+
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("weights", DTYPES)
+@pytest.mark.parametrize("tiles", DTYPES)
+def test_forward_runs_in_the_dtype_of_the_weights(weights: torch.dtype, tiles: torch.dtype) -> None:
+    config = replace(MICRO, tokenizer=replace(MICRO.tokenizer, decoder_lr=True))
+    model, lr = micro_model(config, weights), lr_tiles().to(tiles)
+    image = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(2)).to(tiles)
+    tokens = model.tokenizer.tokenize(image).indices
+    logits = model(lr, torch.tensor([0, 1]), tokens)
+    assert logits.shape == (2, config.tokenizer.pyramid.num_tokens, 48)
+    assert logits.dtype == torch.float32 and logits.isfinite().all()
+    assert model.lr_features(lr).dtype == weights
+    for image in model.super_resolve(lr).values():
+        assert image.dtype == torch.float32 and image.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_tokenizer_goes_there_and_back_in_half_precision(dtype: torch.dtype) -> None:
+    model = micro_model(dtype=dtype)
+    images = model.tokenizer(torch.rand(1, 3, 32, 32) * 2 - 1)
+    assert {factor: (image.dtype, image.shape[-1]) for factor, image in images.items()} == {
+        factor: (dtype, 8 * factor) for factor in (1, 2, 4)
+    }
+
+
+def test_logits_of_the_packaged_model_are_those_of_float32() -> None:
+    """In its own float16, as it is saved."""
+    half, wide = (HitVar.from_pretrained("hit-tiny", dtype=dtype) for dtype in (None, torch.float32))
+    side, length = half.config.lr_tile, half.config.tokenizer.pyramid.num_tokens
+    generator = torch.Generator().manual_seed(3)
+    lr = torch.rand(1, 3, side, side, generator=generator) * 2 - 1
+    tokens = torch.randint(half.config.tokenizer.codebook_size, (1, length), generator=generator)
+    expected, found = (model(lr, torch.tensor([1]), tokens) for model in (wide, half))
+    assert (expected - found).norm() < 0.02 * expected.norm()
+
+
+def test_what_is_no_list_or_no_options_is_an_error() -> None:
+    model = micro_model()
+    features = model.lr_features(lr_tiles())
+    with pytest.raises(TypeError, match="sampling: expected SamplingOptions, found None"):
+        model.super_resolve(lr_tiles(), None)
+    with pytest.raises(TypeError, match="options: expected SamplingOptions, found None"):
+        model.sample(features, torch.tensor([0, 1]), options=None)
+    for wrong in (4, "4"):
+        with pytest.raises(TypeError, match=f"factors: expected a list of factors, found {wrong!r}"):
+            model.super_resolve(lr_tiles(), factors=wrong)
+    with pytest.raises(TypeError, match="factors: expected an integer of at least 1, found '4'"):
+        model.super_resolve(lr_tiles(), factors=["4"])
+
+
+def test_a_folder_may_be_a_string(tmp_path: Path) -> None:
+    micro_model().save_pretrained(str(tmp_path / "model"))
+    assert HitVar.from_pretrained(str(tmp_path / "model")).config == MICRO

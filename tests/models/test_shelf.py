@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -79,3 +81,17 @@ def test_the_tokenizer_gives_an_image_for_each_factor() -> None:
         factor: (1, 3, 8 * factor, 8 * factor) for factor in (1, 2, 4)
     }
     assert torch.equal(images[2], tokenizer.decode_indices(tokenizer.tokenize(image).indices, [1])[0])
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("checkpoints", "init_from_var load_vqvae"),
+        ("config", "HIT_D16 HIT_TINY PRESETS HitConfig TokenizerConfig TransformerConfig"),
+        ("hit_upscaler", "HitUpscaler"),
+        ("hit_var", "HIT_D16 HitConfig HitTokenizer HitTransformer HitVar init_from_var load_vqvae"),
+    ],
+)
+def test_former_import_paths_work_first_of_all_imports(module: str, names: str) -> None:
+    code = f"from hitsr_fast.models.{module} import {', '.join(names.split())}"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,7 @@ def randomize(quantizer: ResidualQuantizer) -> None:
 
 def eager_of(quantizer: ResidualQuantizer, *, last_phi: bool = True) -> EagerQuantizer:
     return EagerQuantizer(
-        *quantizer.bank()[:3],
+        *quantizer.bank().tensors,
         quantizer.pyramid.scales,
         znorm=quantizer.metric == "cosine",
         beta=quantizer.commitment,

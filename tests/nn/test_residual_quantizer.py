@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
@@ -275,3 +276,47 @@ def test_fewer_scales_than_the_statistics_have_rows() -> None:
     z = torch.randn(2, 8, 4, 4)
     quantizer(z)
     assert quantizer.ema_vocab_hit_SV[2].eq(0).all() and len(quantizer.usage(z)) == 2
+
+
+BAD_BANKS: list[tuple[dict[str, Any], str]] = [
+    ({"codebook": torch.zeros(4)}, r"codebook: expected shape \(K, C\)"),
+    ({"codebook": torch.zeros(4, 3, dtype=torch.int64)}, "codebook: expected dtype"),
+    ({"codebook": [[0.0]]}, "codebook: expected a .* tensor, found list"),
+    ({"phi_weight": torch.zeros(2, 3, 3)}, r"phi_weight: expected shape \(P, 3, 3, 3, 3\), found"),
+    ({"phi_weight": torch.zeros(2, 3, 3, 3, 3).double()}, "phi_weight: expected dtype float32"),
+    ({"phi_bias": torch.zeros(3, 3)}, r"phi_bias: expected shape \(P=2, C=3\), found \(3, 3\)"),
+    ({"phi_index": (0, 2)}, "phi_index: expected an integer from 0 to 1, found 2"),
+    ({"phi_index": (0, -1)}, "phi_index: expected an integer from 0 to 1, found -1"),
+    ({"phi_index": (0.5,)}, "phi_index: expected an integer from 0 to 1, found 0.5"),
+    ({"phi_ratio": 1.5}, "phi_ratio: expected a .*number from 0 to 1, found 1.5"),
+    ({"metric": "dot"}, "metric: expected one of l2, cosine, found 'dot'"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), BAD_BANKS)
+def test_a_bank_is_checked_when_made(wrong: dict[str, Any], message: str) -> None:
+    bank = make(torch.float32, num_phi=2, metric="cosine").bank()
+    with pytest.raises((TypeError, ValueError), match=message):
+        replace(bank, **wrong)
+
+
+def test_a_bank_is_frozen() -> None:
+    with pytest.raises(FrozenInstanceError):
+        make().bank().phi_ratio = 0.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"metric": "x"}, "metric: expected one of l2, cosine, found 'x'"),
+        ({"phi_ratio": 3.0}, "phi_ratio: expected a .*number from 0 to 1, found 3"),
+        ({"commitment": -1}, "commitment: expected a .*number of at least 0, found -1"),
+        ({"num_phi": 0}, "num_phi: expected an integer of at least 1, found 0"),
+        ({"phi_indexing": "local"}, "phi_indexing: expected one of global, per_target, found 'local'"),
+        ({"codebook_size": 0}, "codebook_size: expected an integer of at least 1, found 0"),
+        ({"code_dim": 2.5}, "code_dim: expected an integer of at least 1, found 2.5"),
+    ],
+)
+def test_wrong_arguments_are_errors(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        ResidualQuantizer(**{"codebook_size": 4, "code_dim": 3, "pyramid": ScalePyramid((1, 2))} | wrong)

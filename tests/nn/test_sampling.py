@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,3 +107,13 @@ def test_guidance_below_zero_leads_to_the_class_free_branch() -> None:
     assert plan.guided_steps == 1
     logits = torch.tensor([[[4.0, 1.0, 0.0]], [[0.0, 4.0, 0.0]]])  # half of each: 2, 2.5, 0
     assert plan.draw(logits, None, 0).tolist() == [1]
+
+
+def test_numbers_may_be_those_of_numpy() -> None:
+    given = {"guidance": np.float32(0.5), "top_k": np.int64(3), "top_p": np.float32(0.5), "seed": np.int64(3)}
+    options = SamplingOptions(**given, guided_scales=(np.int64(1),), temperature=np.float32(0.5))
+    plain = SamplingOptions(guidance=0.5, top_k=3, top_p=0.5, seed=3, guided_scales=(1,), temperature=0.5)
+    assert repr(options) == repr(plain)
+    found, expected = (option.generator(torch.device("cpu")) for option in (options, plain))
+    assert found is not None and expected is not None
+    assert torch.equal(found.get_state(), expected.get_state())

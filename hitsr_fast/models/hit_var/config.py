@@ -8,6 +8,7 @@ from typing import Literal
 
 from hitsr_fast.configs import Config, Count, Share
 from hitsr_fast.models.base import ModelConfig
+from hitsr_fast.nn.autoencoder import GROUPS
 from hitsr_fast.pyramid import ScalePyramid
 
 UPSCALE = 4  # full side over LR side; the paper trains x4 only
@@ -44,7 +45,7 @@ class TokenizerConfig(Config):
     code_dim: Count = 32
     codebook_size: Count = 4096
     channels: Count = 160
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_multipliers: tuple[Count, ...] = (1, 1, 2, 2, 4)
     residual_blocks: Count = 2
     stem_patch: Count = 1
     linear_skip: bool = False
@@ -58,12 +59,16 @@ class TokenizerConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.channels % GROUPS:
+            raise ValueError(f"channels: expected a multiple of {GROUPS}, found {self.channels}")
+        if not self.channel_multipliers:
+            raise ValueError("channel_multipliers: expected at least one, found ()")
         if list(self.scales) != sorted(set(self.scales)) or not self.scales or self.scales[0] < 1:
             raise ValueError(f"scales: expected ascending sides of at least 1, found {self.scales}")
         if list(self.targets) != sorted(set(self.targets)) or not self.targets or self.targets[-1] != 1.0:
             raise ValueError(f"targets: expected ascending fractions that end at 1.0, found {self.targets}")
         for target in self.targets:
-            if not (target * self.latent_size).is_integer() or target * self.latent_size not in self.scales:
+            if target * self.latent_size not in self.scales:
                 raise ValueError(
                     f"targets: {target} of the side {self.latent_size} is not one of scales {self.scales}"
                 )
@@ -142,6 +147,9 @@ class TransformerConfig(Config):
         super().__post_init__()
         if self.width % self.heads:
             raise ValueError(f"width: expected a multiple of heads={self.heads}, found {self.width}")
+        if int(self.width * self.mlp_ratio) < 1:
+            expected = f"at least 1 / width = 1 / {self.width}"
+            raise ValueError(f"mlp_ratio: expected {expected}, found {self.mlp_ratio}")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ class HitVar(Model):
         """Logits of all tokens of images under teacher forcing, given the images' LR versions.
 
         Args:
-            lr: `(B, 3, t, t)` floating in [-1, 1] with `t = config.lr_tile`.
+            lr: `(B, 3, t, t)` floating in [-1, 1] with `t = config.lr_tile`, in any dtype: all is computed in
+                that of the weights.
             class_id: `(B,)` int64, see `HitTransformer.forward`.
             tokens: `(B, T)` int64 from `HitTokenizer.tokenize`.
 
@@ -49,7 +50,7 @@ class HitVar(Model):
 
     def lr_image(self, lr: Tensor, target: int) -> Tensor:
         """LR tiles `(B, 3, t, t)` at the side of target number `target`, in the weights' dtype."""
-        return enlarged(lr, self.config.tokenizer, target).to(self.tokenizer.quant_conv.weight.dtype)
+        return enlarged(lr, self.config.tokenizer, target).to(self.tokenizer.dtype)
 
     def decode(self, latents: Sequence[Tensor], target: int, lr: Tensor) -> Tensor:
         """Image `(B, 3, side, side)`, not clamped, of target number `target`.
@@ -60,7 +61,7 @@ class HitVar(Model):
             lr: LR tiles `(B, 3, t, t)` in [-1, 1].
         """
         seen = self.lr_image(lr, target) if self.config.tokenizer.decoder_lr else None
-        return self.tokenizer.decode(latents[target].to(self.tokenizer.quant_conv.weight.dtype), target, seen)
+        return self.tokenizer.decode(latents[target], target, seen)
 
     def sample(self, lr_features: Tensor, class_id: Tensor, **options: Any) -> tuple[Tensor, list[Tensor]]:
         """`HitSampler(self).sample(...)`: to sample often, keep the `HitSampler`."""

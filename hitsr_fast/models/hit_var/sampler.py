@@ -21,7 +21,7 @@ from hitsr_fast.checks import (
 )
 from hitsr_fast.nn.bank import ReconstructionWalk
 from hitsr_fast.nn.cached_body import CachedBody, modulation_table
-from hitsr_fast.nn.sampling import Classifier, SamplingOptions, SamplingPlan, sample_scales
+from hitsr_fast.nn.sampling import Classifier, SamplingOptions, SamplingPlan, check_sampling, sample_scales
 from hitsr_fast.ops.cuda_graphs import Graphs, capturing
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class HitSampler:
         if has_values(class_id):
             check_index_range("class_id", class_id, self.config.transformer.num_classes)
         last = len(tokenizer.targets) if targets is None else targets
+        check_sampling("options", options)
         check_integer("targets", last, 1, len(tokenizer.targets))
         plan = options.plan(len(self.pyramid.scales), self.pyramid.steps[last - 1])
         if generator is None:

@@ -14,10 +14,7 @@ from hitsr_fast.ops import TokenizedPyramid
 
 
 def enlarged(lr: Tensor, config: TokenizerConfig, target: int) -> Tensor:
-    """LR tiles `(B, 3, t, t)` at the side of target number `target`, bilinear (HIT-VAR, 4.1).
-
-    In the tiles' own dtype: the antialiased filter has no 16-bit version on the CPU.
-    """
+    """LR tiles `(B, 3, t, t)` at the side of target number `target`, bilinear (HIT-VAR, 4.1)."""
     side = config.target_sizes[target] * config.stride
     return resize(lr, (side, side), "bilinear")
 
@@ -39,7 +36,8 @@ class HitTokenizer(nn.Module):
     """Images to tokens and back, at each target size (HIT-VAR, section 3.1 and Algorithm 1).
 
     Images are `(B, 3, S, S)` in [-1, 1] with `S = config.image_size` (or a target's share of it); latents are
-    `(B, C, S / stride, S / stride)`; tokens `(B, T)` int64, those of a coarse target the prefix of the finer
+    `(B, C, S / stride, S / stride)`; both may have any floating dtype, the convolutions run in that of the
+    weights; tokens `(B, T)` int64, those of a coarse target the prefix of the finer
     ones'.
     """
 
@@ -59,6 +57,11 @@ class HitTokenizer(nn.Module):
         self.quantize = quantizer_of(config)
         self.decoders = nn.ModuleList(Decoder(*geometry, config.decoder_lr) for _ in config.targets)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return self.quant_conv.weight.dtype
+
     def forward(self, image: Tensor) -> dict[int, Tensor]:
         """Images `(B, 3, S, S)` to tokens and back: `{factor: (B, 3, s S, s S)}`, not clamped."""
         decoded = self.decode_indices(self.tokenize(image).indices)
@@ -73,7 +76,7 @@ class HitTokenizer(nn.Module):
 
     def encode(self, image: Tensor) -> Tensor:
         """Continuous latent `(B, C, h, w)` of images of any side that the stride divides."""
-        latent: Tensor = self.quant_conv(self.encoder(image))
+        latent: Tensor = self.quant_conv(self.encoder(image.to(self.dtype)))
         return latent
 
     def tokenize(self, image: Tensor, *, targets: int | None = None) -> TokenizedPyramid:
@@ -99,7 +102,8 @@ class HitTokenizer(nn.Module):
         Returns:
             Image `(B, 3, h * stride, w * stride)`, not clamped.
         """
-        image: Tensor = self.decoders[target](reconstruction, lr)
+        seen = None if lr is None else lr.to(self.dtype)
+        image: Tensor = self.decoders[target](reconstruction.to(self.dtype), seen)
         return image
 
     def decode_indices(self, indices: Tensor, targets: Sequence[int] | None = None) -> list[Tensor]:

@@ -164,6 +164,8 @@ class HitTransformer(nn.Module):
     def forward(self, lr_features: Tensor, class_id: Tensor, inputs: Tensor) -> Tensor:
         """Logits of all tokens under teacher forcing.
 
+        Computed in the weights' dtype, whatever floating ones the arguments have.
+
         Args:
             lr_features: `(B, C, h, w)` continuous latent of the up-sampled LR, `h = w` the full latent's
                 side.
@@ -178,6 +180,8 @@ class HitTransformer(nn.Module):
         if self.training and body.class_dropout > 0:
             dropped = torch.rand(class_id.shape, device=class_id.device) < body.class_dropout
             class_id = torch.where(dropped, body.num_classes - 1, class_id)
+        dtype = self.head.weight.dtype
+        lr_features, inputs = lr_features.to(dtype), inputs.to(dtype)
         condition = self.class_emb(class_id)
         parts = [self.first_block(lr_features, condition)]
         lengths = self.block_lengths[1:]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from hitsr_fast.checks import FLOATING, check_choice, check_shape, check_tensor
-from hitsr_fast.models.base import INPUTS, Input
+from hitsr_fast.models.base import INPUTS, Input, listed_factors
 from hitsr_fast.models.hit_var.sampler import HitSampler
 from hitsr_fast.models.hit_var.tokenizer import enlarged
 from hitsr_fast.nn.inference import for_inference
-from hitsr_fast.nn.sampling import SamplingOptions
+from hitsr_fast.nn.sampling import SamplingOptions, check_sampling
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var.model import HitVar
@@ -37,7 +37,7 @@ class HitUpscaler:
         self.lr_tile, self.scale_factors = self.config.lr_tile, self.config.scale_factors
         self.num_scales = len(self.config.tokenizer.scales)
         self.colour_fix_levels = dict(zip(self.scale_factors, self.config.colour_fix_levels, strict=True))
-        dtype = tokenizer.quant_conv.weight.dtype if dtype is None else dtype
+        dtype = tokenizer.dtype if dtype is None else dtype
         self.sampler = HitSampler(model, dtype=dtype, cuda_graphs=cuda_graphs)
         self.encoder = for_inference(nn.Sequential(tokenizer.encoder, tokenizer.quant_conv), dtype)
         self.decoders = [for_inference(decoder, dtype) for decoder in tokenizer.decoders]
@@ -60,8 +60,9 @@ class HitUpscaler:
         check_shape("lr", lr, "B C h w", C=3, h=self.lr_tile, w=self.lr_tile)
         if len(lr) == 0:
             raise ValueError(f"lr: expected B of at least 1, found shape {tuple(lr.shape)}")
+        check_sampling("sampling", sampling)
         check_choice("input", input, INPUTS)
-        wanted = self.scale_factors if factors is None else tuple(factors)
+        wanted = self.scale_factors if factors is None else listed_factors("factors", factors)
         if not wanted or any(factor not in self.scale_factors for factor in wanted):
             raise ValueError(f"factors: expected some of {self.scale_factors}, found {wanted}")
         targets = {factor: self.scale_factors.index(factor) for factor in wanted}
