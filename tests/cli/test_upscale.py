@@ -60,6 +60,18 @@ def test_one_photo_gives_three_files(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert captured.err == ""
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_the_model_that_ships_runs_in_each_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    monkeypatch.undo()  # no stand-in for the model
+    cat = photo(tmp_path / "cat.png")
+    assert upscale(cat, "-o", tmp_path / "out", "--device", "cpu", "--dtype", dtype) == 0
+    with Image.open(tmp_path / "out" / "cat_x4.png") as image:
+        assert image.size == (80, 40)
+    assert capsys.readouterr().err == ""
+
+
 def test_scales_and_format_and_tree(tmp_path: Path) -> None:
     photo(tmp_path / "in/a.png")
     photo(tmp_path / "in/sub/b.jpg", mode="L")
