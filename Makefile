@@ -28,7 +28,8 @@ test: lint
 test-avx2: $(VENV)/.installed-dev
 	ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 HITSR_FAST_CPU_ISA=avx2 \
 		$(BIN)/python -m pytest -m "not slow and not gpu" \
-		tests/ops tests/nn tests/models tests/compat tests/train tests/benchmarks/test_commands.py
+		tests/ops tests/nn tests/models tests/compat tests/train tests/cli/test_upscale.py tests/test_pipeline.py \
+		tests/benchmarks/test_commands.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

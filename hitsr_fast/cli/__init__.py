@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -44,14 +45,36 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _parse(args: list[str] | None) -> Command:
+    said = io.StringIO()
     try:
-        command: Command = tyro.cli(
-            Command,
-            prog="hitsr-fast",
-            description="Image super-resolution by next-scale prediction.",
-            args=args,
-        )
-    except ValueError as error:  # a value that its configuration does not take
-        print(f"hitsr-fast: {error}", file=sys.stderr)
+        with contextlib.redirect_stderr(said):
+            command: Command = tyro.cli(
+                Command,
+                prog="hitsr-fast",
+                description="Image super-resolution by next-scale prediction.",
+                args=args,
+            )
+    except (ValueError, SystemExit) as error:
+        fault = _config_fault(error)
+        if fault is None:
+            sys.stderr.write(said.getvalue())
+            raise
+        print(f"hitsr-fast: {fault}", file=sys.stderr)
         sys.exit(2)
     return command
+
+
+def _config_fault(error: BaseException) -> str | None:
+    """What a configuration says of a value that it does not take, and where in the recipe it is; or None.
+
+    tyro draws a box and exits while it handles an error of its own, raised while it handled the
+    configuration's; the attribute `arg` tells where the configuration is, or which option could not be read.
+    """
+    where: object = ""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ValueError):
+        where, cause = getattr(cause, "arg", where), cause.__context__
+    if cause is None or not isinstance(where, str):
+        return None
+    place = where.rpartition("recipe.")[2].replace("-", "_")
+    return f"{place}.{cause}" if place else str(cause)

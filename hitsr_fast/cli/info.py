@@ -6,6 +6,8 @@ import importlib.metadata
 import platform
 from dataclasses import dataclass
 
+from hitsr_fast.cli.options import setting_faults
+
 _PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors")
 
 
@@ -39,15 +41,18 @@ class Info:
                 reason = ", ".join(f"{key} {value}" for key, value in extension.build_info(module).items())
             _row(f"hitsr_fast.{module}", reason)
 
+        faults = setting_faults()
         if extension.unavailable() is None:
             _section("instruction sets of the CPU's kernels; one that is missing takes the next lower")
             _row("this machine", ", ".join(backends.instruction_sets()))
-            _row("active", backends.active_instruction_set())
+            wrong = "HITSR_FAST_CPU_ISA" in faults
+            _row("active", "none, see settings" if wrong else backends.active_instruction_set())
             for name, sets in backends.kernel_sets().items():
                 _row(name, ", ".join(sets))
 
         _section("settings")
-        _row("HITSR_FAST_BACKEND", env.backend() or "not set")
+        for name, value in (("HITSR_FAST_BACKEND", env.backend()), ("HITSR_FAST_CPU_ISA", env.cpu_isa())):
+            _row(name, f"{value}: {faults[name]}" if name in faults else value or "not set")
         _row("cache", str(env.cache_dir()))
 
         for name, operation in dispatch.operations().items():

@@ -41,9 +41,9 @@ class ModelOptions:
     colour_fix: bool = True
     """Take colours (the low frequencies) from the input."""
 
-    input: Literal["photo", "clean"] = "clean"
-    """What the model is told of the inputs: photo has noise, blur or artefacts, clean was only made
-    smaller."""
+    input: Literal["photo", "clean"] | None = None
+    """What the model is told of the inputs: photo has noise, blur or artefacts, clean, the default, was only
+    made smaller."""
 
     class_id: Literal[0, 1] | None = None
     """Deprecated: 0 is --input photo, 1 is --input clean."""
@@ -52,10 +52,9 @@ class ModelOptions:
         """The model of that name, see `HitSR.from_pretrained`."""
         import torch
 
-        from hitsr_fast.dispatch import forced_backend
         from hitsr_fast.pipeline import HitSR, pick_device
 
-        forced_backend()  # a wrong name is an error before the work
+        check_settings()
         dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
         return HitSR.from_pretrained(model, pick_device(self.device), dtype)
 
@@ -65,7 +64,34 @@ class ModelOptions:
 
         options = {name: value for name, value in asdict(self).items() if name not in ("device", "dtype")}
         class_id = options.pop("class_id")
+        if self.input is None:
+            del options["input"]
         if class_id is not None:
+            if self.input is not None:
+                raise ValueError(f"class_id: expected no --input beside it, found {self.input!r}")
             options["input"] = ("photo", "clean")[class_id]
             print(f"warning: --class-id is deprecated: use --input {options['input']}", file=sys.stderr)
         return UpscaleOptions.of(**options, **others)
+
+
+def setting_faults() -> dict[str, str]:
+    """Of each environment variable that names a backend or an instruction set there is not, what is wrong."""
+    from hitsr_fast import backends, dispatch, env
+
+    faults = {}
+    try:
+        dispatch.forced_backend()
+    except ValueError as error:
+        faults["HITSR_FAST_BACKEND"] = str(error)
+    try:
+        if env.cpu_isa() is not None:
+            backends.active_instruction_set()
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no set can run without the extension
+        faults["HITSR_FAST_CPU_ISA"] = str(error)
+    return {name: fault.removeprefix(f"{name}: ") for name, fault in faults.items()}
+
+
+def check_settings() -> None:
+    """Raise ValueError, before any work, if there are `setting_faults`."""
+    for name, fault in setting_faults().items():
+        raise ValueError(f"{name}: {fault}")

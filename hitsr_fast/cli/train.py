@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from hitsr_fast.cli.options import check_settings
 from hitsr_fast.train.config import Recipe
 
 
@@ -41,6 +42,7 @@ class Train:
         from hitsr_fast.train.recipe import model_config, photo_split, train_model
 
         try:
+            check_settings()
             device = pick_device(self.device)
             model_config(self.recipe)
             photo_split(self.recipe, self.photos)

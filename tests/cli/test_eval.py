@@ -15,12 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
+from hitsr_fast.backends import NAMES
 from hitsr_fast.cli.eval import Eval
 from hitsr_fast.data.degradation import degrade
 from hitsr_fast.evaluate import Bicubic, EvalSet, EvaluationError, evaluate, find_set
 from hitsr_fast.metrics import imresize, lpips, psnr_y, ssim_y
+from hitsr_fast.ops import instruction_sets
 from hitsr_fast.pipeline import HitSR, ModelNotFoundError
 from tests.imaging.nearest_model import NearestModel
+from tests.ops.backends import require
 from tests.tolerances import TOLERANCES
 
 
@@ -270,13 +273,15 @@ def test_missing_lpips_weights_name_the_command(
     assert "hitsr-fast weights lpips" in fails(capsys, "--hr", tmp_path / "HR", "--lr", tmp_path / "LR")
 
 
-def test_a_backend_that_is_none_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["HITSR_FAST_BACKEND", "HITSR_FAST_CPU_ISA"])
+def test_a_setting_that_is_none_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     write_pairs(tmp_path / "HR", tmp_path / "LR", "{}.png", "{}.png", count=1)
-    monkeypatch.setenv("HITSR_FAST_BACKEND", "abacus")
+    if name == "HITSR_FAST_CPU_ISA":
+        require("cpu")
+    known = NAMES if name == "HITSR_FAST_BACKEND" else instruction_sets()
+    monkeypatch.setenv(name, "abacus")
     assert run("--hr", tmp_path / "HR", "--lr", tmp_path / "LR") == 2
-    assert capsys.readouterr().err == (
-        "hitsr-fast eval: HITSR_FAST_BACKEND: expected one of cuda, triton, flash_attn, cpu, reference, "
-        "found 'abacus'\n"
-    )
+    message = f"hitsr-fast eval: {name}: expected one of {', '.join(known)}, found 'abacus'\n"
+    assert capsys.readouterr().err == message

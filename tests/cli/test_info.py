@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hitsr_fast import __version__, dispatch, extension
+from hitsr_fast import __version__, backends, dispatch, extension
 from hitsr_fast.cli import main
 from hitsr_fast.cli.info import Info
 
@@ -42,6 +42,33 @@ def test_state_of_the_extension(
     assert shown == dict.fromkeys(
         ("hitsr_fast._C", "hitsr_fast._C_cuda"), reason or "torch 2.x, cxx_standard 202002"
     )
+
+
+def test_settings_that_are_wrong_are_told_with_what_was_expected(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HITSR_FAST_BACKEND", "HITSR_FAST_CPU_ISA"):
+        monkeypatch.setenv(name, "abacus")
+    assert Info().run() == 0
+    found = sections(capsys.readouterr().out)
+    shown = found["settings"]
+    assert (
+        shown["HITSR_FAST_BACKEND"] == f"abacus: expected one of {', '.join(backends.NAMES)}, found 'abacus'"
+    )
+    known = ", ".join(() if extension.unavailable() else backends.instruction_sets())
+    why = extension.unavailable() or f"abacus: expected one of {known}, found 'abacus'"
+    assert shown["HITSR_FAST_CPU_ISA"].endswith(why)
+    assert "op nearest_code" in found
+
+
+def test_settings_that_are_not_set_are_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HITSR_FAST_BACKEND", "HITSR_FAST_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    Info().run()
+    shown = sections(capsys.readouterr().out)["settings"]
+    assert shown["HITSR_FAST_BACKEND"] == shown["HITSR_FAST_CPU_ISA"] == "not set"
 
 
 def test_build_info_tells_why_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

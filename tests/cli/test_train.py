@@ -10,12 +10,15 @@ import pytest
 import tyro
 from PIL import Image
 
+from hitsr_fast.backends import NAMES
 from hitsr_fast.cli import main
 from hitsr_fast.cli.train import Train
 from hitsr_fast.models.hit_var.config import HIT_TINY
+from hitsr_fast.ops import instruction_sets
 from hitsr_fast.train import recipe as recipe_module
 from hitsr_fast.train.config import Recipe
 from hitsr_fast.train.loop import ResumeError
+from tests.ops.backends import require
 
 CODES = HIT_TINY.tokenizer.codebook_size
 
@@ -137,35 +140,46 @@ def test_photos_smaller_than_a_crop_are_one_line(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("--decoder.batch", "0", "batch: expected at least 1, found 0"),
-        ("--transformer.mistakes", "1.5", "mistakes: expected a value in [0, 1], found 1.5"),
-        ("--tokenizer-loop.clip", "-1", "clip: expected a value above 0, found -1.0"),
-    ],
-)
-def test_values_out_of_range_are_said(
-    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parse("photos", "run", option, value)
-    assert caught.value.code == 2
-    words = capsys.readouterr().err.replace("│", " ").split()  # out of their box
-    assert message in " ".join(words)
-
-
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [
+        ("--decoder.batch", "0", "decoder.batch: expected at least 1, found 0"),
+        ("--transformer.mistakes", "1.5", "transformer.mistakes: expected a value in [0, 1], found 1.5"),
+        ("--tokenizer-loop.clip", "-1", "tokenizer_loop.clip: expected a value above 0, found -1.0"),
+        ("--tokenizer.loss.vgg", "-1", "tokenizer.loss.vgg: expected at least 0, found -1.0"),
         ("--seed", "-1", "seed: expected at least 0, found -1"),
         ("--clean-prob", "2", "clean_prob: expected a value in [0, 1], found 2.0"),
     ],
 )
-def test_the_recipes_own_values_out_of_range_are_one_line(
+def test_values_out_of_range_are_one_line(
     option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["train", "photos", "run", option, value])
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"hitsr-fast: {message}\n"
+
+
+def test_what_is_no_number_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "photos", "run", "--transformer.lr", "fast"])
+    assert caught.value.code == 2
+    assert "--transformer.lr" in (error := capsys.readouterr().err) and "'fast'" in error
+
+
+@pytest.mark.parametrize("name", ["HITSR_FAST_BACKEND", "HITSR_FAST_CPU_ISA"])
+def test_a_setting_that_is_none_is_one_line(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    if name == "HITSR_FAST_CPU_ISA":
+        require("cpu")
+    known = NAMES if name == "HITSR_FAST_BACKEND" else instruction_sets()
+    monkeypatch.setenv(name, "abacus")
+    assert parse(photos, tmp_path / "run", "--holdout", "a").run() == 2
+    message = f"hitsr-fast train: {name}: expected one of {', '.join(known)}, found 'abacus'\n"
+    assert capsys.readouterr().err == message
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,16 @@ import torch
 import tyro
 from PIL import Image
 
+from hitsr_fast.backends import NAMES
 from hitsr_fast.cli import main
 from hitsr_fast.cli.upscale import Upscale
 from hitsr_fast.imaging.io import Picture, read_picture
 from hitsr_fast.imaging.writing import PictureWriter, PngEncoder, write_picture
 from hitsr_fast.nn.sampling import SamplingOptions
+from hitsr_fast.ops import instruction_sets
 from hitsr_fast.pipeline import HitSR, PictureRows, UpscaleOptions
 from tests.imaging.nearest_model import NearestModel
+from tests.ops.backends import require
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +58,18 @@ def test_one_photo_gives_three_files(tmp_path: Path, capsys: pytest.CaptureFixtu
         f"1 upscaled into {tmp_path}/out, 0 failed",
     ]
     assert captured.err == ""
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
+def test_the_model_that_ships_runs_in_each_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    monkeypatch.undo()  # no stand-in for the model
+    cat = photo(tmp_path / "cat.png")
+    assert upscale(cat, "-o", tmp_path / "out", "--device", "cpu", "--dtype", dtype) == 0
+    with Image.open(tmp_path / "out" / "cat_x4.png") as image:
+        assert image.size == (80, 40)
+    assert capsys.readouterr().err == ""
 
 
 def test_scales_and_format_and_tree(tmp_path: Path) -> None:
@@ -343,15 +358,26 @@ def test_options_that_do_not_suit_the_model_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_backend_that_is_none_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["HITSR_FAST_BACKEND", "HITSR_FAST_CPU_ISA"])
+def test_a_setting_that_is_none_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setenv("HITSR_FAST_BACKEND", "abacus")
+    if name == "HITSR_FAST_CPU_ISA":
+        require("cpu")
+    known = NAMES if name == "HITSR_FAST_BACKEND" else instruction_sets()
+    monkeypatch.setenv(name, "abacus")
     assert upscale(photo(tmp_path / "cat.png"), "-o", tmp_path / "out") == 2
-    assert capsys.readouterr().err == (
-        "error: HITSR_FAST_BACKEND: expected one of cuda, triton, flash_attn, cpu, reference, "
-        "found 'abacus'\n"
-    )
+    message = f"error: {name}: expected one of {', '.join(known)}, found 'abacus'\n"
+    assert capsys.readouterr().err == message
+
+
+def test_a_class_and_a_kind_of_input_together_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cat = photo(tmp_path / "cat.png")
+    assert upscale(cat, "-o", tmp_path / "out", "--class-id", 0, "--input", "clean") == 2
+    assert capsys.readouterr().err == "error: class_id: expected no --input beside it, found 'clean'\n"
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -11,10 +14,12 @@ import torch
 from torch import Tensor
 
 from hitsr_fast import extension
+from tests.ops.backends import require
+from tests.ops.test_backends import WITHOUT_EXTENSION
 from tests.tolerances import TOLERANCES
 
 OPS = torch.ops.hitsr_fast
-SETS = [] if extension.unavailable() else OPS._instruction_sets()
+SETS = ["portable"] if extension.unavailable() else OPS._instruction_sets()
 DESCENDING = ["amx_bf16", "avx512_bf16", "avx512", "avx2", "portable"]
 VECTORS = ["avx512", "avx2", "portable"]
 OWN = {
@@ -27,7 +32,10 @@ OWN = {
     "scale_block_attention": ["amx_bf16", *VECTORS],
 }
 
-pytestmark = pytest.mark.skipif(not SETS, reason=f"hitsr_fast._C: {extension.unavailable()}")
+
+@pytest.fixture(autouse=True)
+def _extension() -> None:
+    require("cpu")
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,6 +88,16 @@ CALLS: dict[str, Callable[[str], tuple[Tensor, ...]]] = {
     "sample_codes": sample_codes,
     "scale_block_attention": scale_block_attention,
 }
+
+
+@pytest.mark.parametrize(("required", "status"), [("", 0), ("cpu", 1)])
+def test_a_missing_extension_is_a_skip_or_a_failure_where_it_is_required(required: str, status: int) -> None:
+    command = [sys.executable, "-c", WITHOUT_EXTENSION, "-q", "-rs", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "modulated_layer_norm-portable or listed_quickest_first"]
+    environment = os.environ | {"HITSR_TEST_REQUIRE": required}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stdout
+    assert ("3 errors" if status else "3 skipped") in done.stdout and "cpu: not built" in done.stdout
 
 
 def test_sets_are_listed_quickest_first() -> None:

@@ -508,6 +508,7 @@ def test_forcing_it_is_refused_with_its_reason() -> None:
 
 def test_a_missing_extension_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's flash kernel runs in its place, and where the extension has no code."""
+    monkeypatch.delenv("HITSR_FAST_CPU_ISA", raising=False)  # a set that is forced must not be missing
     monkeypatch.setattr(extension, "unavailable", lambda module="_C": "not built")
     extension.warn_once.cache_clear()
     with warnings.catch_warnings(record=True) as caught:

@@ -16,6 +16,7 @@ from hitsr_fast.imaging.colour import wavelet_colour_fix
 from hitsr_fast.losses.config import ReconstructionLossConfig
 from hitsr_fast.models import HitVar
 from hitsr_fast.models.hit_var.sampler import HitSampler
+from hitsr_fast.nn.sampling import SamplingOptions
 from hitsr_fast.train import stage as stage_module
 from hitsr_fast.train.autoencoder import AutoencoderStage
 from hitsr_fast.train.batches import PairBatches
@@ -212,18 +213,23 @@ def test_transformer_is_evaluated_by_plain_cross_entropy(batches: Batches) -> No
     assert found == pytest.approx(expected, rel=TOLERANCES["float32_training"].rtol)
 
 
-def test_decoder_loss(batches: Batches) -> None:
+@pytest.mark.parametrize("top_k", [1, 0])
+def test_decoder_loss(batches: Batches, top_k: int) -> None:
     """Mean over the targets of |output - image|^2.
 
     Half of the outputs are of tokens sampled from the LR images, half of the images' own tokens; about half
     have passed the colour fix.
     """
     whole = whole_model()
-    stage = DecoderStage(whole, *batches, DECODER)
+    stage = DecoderStage(whole, *batches, replace(DECODER, top_k=top_k))
     exact = double(whole)
     images, lr, class_id = batches[0].pairs(STEP, 4)
     with torch.no_grad():
-        sampled, _ = HitSampler(whole).sample(whole.lr_features(lr[:2]), class_id[:2])
+        features, draws = whole.lr_features(lr[:2]), torch.Generator().manual_seed(STEP)
+        options = SamplingOptions(top_k=top_k)
+        sampled, _ = HitSampler(whole).sample(features, class_id[:2], options, generator=draws)
+        greedy, _ = HitSampler(whole).sample(features, class_id[:2])
+        assert torch.equal(sampled, greedy) == (top_k == 1)
         own = whole.tokenizer.tokenize(images).indices[2:]
     images, lr = images.double(), lr.double()
     tokenizer = exact.tokenizer
