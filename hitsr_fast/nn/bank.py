@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hitsr_fast import ops
-from hitsr_fast.checks import FLOATING, check_choice, check_integer, check_number, check_shape, check_tensor
+from hitsr_fast.checks import check_choice, check_integer, check_number
 from hitsr_fast.ops.nearest_code import METRICS
+from hitsr_fast.ops.residual_quantize import check_bank
 from hitsr_fast.pyramid import Scale, ScalePyramid
 
 
@@ -31,17 +32,9 @@ class QuantizerBank:
     metric: ops.Metric = "l2"
 
     def __post_init__(self) -> None:
-        codebook, weight, bias = self.tensors
-        check_tensor("codebook", codebook, FLOATING)
-        check_shape("codebook", codebook, "K C")
-        for name, tensor in (("phi_weight", weight), ("phi_bias", bias)):
-            check_tensor(name, tensor, (codebook.dtype,), like=codebook)
-        C = codebook.shape[1]
-        if weight.dim() != 5 or weight.shape[1:] != (C, C, 3, 3):
-            raise ValueError(f"phi_weight: expected shape (P, {C}, {C}, 3, 3), found {tuple(weight.shape)}")
-        check_shape("phi_bias", bias, "P C", P=len(weight), C=C)
+        check_bank(*self.tensors)
         for entry in {*self.phi_index}:
-            check_integer("phi_index", entry, 0, len(weight) - 1)
+            check_integer("phi_index", entry, 0, len(self.phi_weight) - 1)
         check_number("phi_ratio", self.phi_ratio, 0, 1)
         check_choice("metric", self.metric, METRICS)
 

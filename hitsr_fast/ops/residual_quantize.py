@@ -120,7 +120,7 @@ def residual_quantize(
                   [1., 2.]]]])
     """
     return_inputs = _renamed(inputs, return_inputs)
-    _check_bank(codebook, phi_weight, phi_bias)
+    check_bank(codebook, phi_weight, phi_bias)
     flat = _check_latent("z", z, codebook, scales)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
     check_choice("metric", metric, METRICS)
@@ -184,7 +184,7 @@ def tokenize_pyramid(
         >>> tokenize_pyramid(latents, codebook, *phi, **targets, phi_ratio=0.0).indices
         tensor([[1, 0, 0, 0, 1]])
     """
-    _check_bank(codebook, phi_weight, phi_bias)
+    check_bank(codebook, phi_weight, phi_bias)
     _check_targets(latents, scales, target_steps, phi_index)
     check_choice("metric", metric, METRICS)
     if prepared is None and has_values(codebook):
@@ -256,7 +256,7 @@ def residual_decode(
                   [1., 2.]]]])
     """
     return_inputs = _renamed(inputs, return_inputs)
-    _check_bank(codebook, phi_weight, phi_bias)
+    check_bank(codebook, phi_weight, phi_bias)
     size = list(size_of("size", tuple(size) if isinstance(size, Iterable) else size))
     flat = _flat_scales(scales, size)
     _check_phi(phi_index, phi_ratio, len(scales), phi_weight.shape[0])
@@ -400,7 +400,8 @@ def _check_targets(
         raise ValueError(f"latents: expected 1 to {len(steps)} maps, found {len(latents)}")
 
 
-def _check_bank(codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor) -> None:
+def check_bank(codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor) -> None:
+    """Raise TypeError or ValueError unless these are a codebook `(K, C)` and P phis for it."""
     check_tensor("codebook", codebook, FLOATING)
     check_shape("codebook", codebook, "K C")
     check_not_empty(codebook)
