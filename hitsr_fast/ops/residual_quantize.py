@@ -367,7 +367,7 @@ def _unpack(prepared: PreparedCodebook | None, codebook: Tensor, metric: Metric)
 def _flat_scales(scales: Sequence[Scale], size: Sequence[int]) -> list[int]:
     """`[h0, w0, h1, w1, ...]`, checked against the map's (H, W)."""
     if not isinstance(scales, Sequence) or not scales:
-        raise ValueError(f"scales: expected a sequence of at least one, found {scales!r}")
+        raise ValueError(f"scales: expected at least one, in a sequence, found {scales!r}")
     flat: list[int] = []
     for scale in scales:
         h, w = size_of("scales", scale)
