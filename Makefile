@@ -55,10 +55,15 @@ $(VENV)/.torch:
 	$(PIP) install --quiet "torch>=2.10" "setuptools>=77" wheel ninja
 	touch $@
 
+# A module of one Python's own ABI, as older checkouts have, would be found before that of the stable one.
+STALE := hitsr_fast/_C.cpython-*.so hitsr_fast/_C_cuda.cpython-*.so
+
 $(VENV)/.installed: $(VENV)/.torch $(BUILD_INPUTS)
+	rm -f $(STALE)
 	$(PIP) install --quiet --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch $(BUILD_INPUTS)
+	rm -f $(STALE)
 	$(PIP) install --quiet --no-build-isolation -e ".[dev]"
 	touch $(VENV)/.installed $@
