@@ -89,29 +89,31 @@ def build_command(base: Any, toolkit: Any) -> Any:
                 super().build_extension(extension)
                 return
             try:
-                extension.extra_objects = [str(self.compiled_kernels())]
+                extension.extra_objects = self.compiled_kernels()
                 super().build_extension(extension)
             except Exception as error:
                 if cuda_wanted() == "1":
                     raise
                 print(f"hitsr_fast: the CUDA extension is left out, for its build failed: {error}")
 
-        def compiled_kernels(self) -> Path:
-            out = Path(self.build_temp).resolve() / "cuda_kernels.o"
-            sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-            if not out.exists() or out.stat().st_mtime < max(path.stat().st_mtime for path in sources):
-                out.parent.mkdir(parents=True, exist_ok=True)
-                nvcc = nvcc_module()
-                nvcc.compile_kernels(toolkit, "-c", *nvcc.architectures(), out=out)
-            return out
+        def compiled_kernels(self) -> list[str]:
+            nvcc, folder = nvcc_module(), Path(self.build_temp).resolve()
+            newest = max(path.stat().st_mtime for path in (ROOT / "csrc").rglob("*") if path.is_file())
+            folder.mkdir(parents=True, exist_ok=True)
+            found = []
+            for op in nvcc.KERNELS:
+                out = folder / f"{op}_cuda.o"
+                if not out.exists() or out.stat().st_mtime < newest:
+                    nvcc.compile_kernels(toolkit, op, "-c", *nvcc.architectures(toolkit.targets), out=out)
+                found.append(str(out))
+            return found
 
     return Build
 
 
 def cuda_extension(base: Any, toolkit: Any) -> Any:
     """hitsr_fast._C_cuda, but for its kernels: those are compiled by nvcc, which sees no header of torch."""
-    nvcc = nvcc_module()
-    targets = " ".join((*nvcc.TARGETS, nvcc.PTX))
+    targets = " ".join(toolkit.targets)
     return base(
         CUDA,
         sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/cuda/*.cpp")),
@@ -186,6 +188,6 @@ kernels = kernel_packages()
 setup(
     packages=[*find_packages(include=["hitsr_fast", "hitsr_fast.*"]), *kernels],
     package_dir=kernels,
-    package_data={"hitsr_fast": ["py.typed", "weights/**/*"]},
+    package_data={"hitsr_fast": ["py.typed", "weights/**/*", "train/recipes/*.json"]},
     **extension(),
 )

@@ -44,13 +44,16 @@ template <typename... Parts>
 inline void check_cpu(const Tensor& tensor, const char* name) {
   HITSR_CHECK(tensor.is_cpu(), name, ": expected device cpu, found ", tensor.is_cuda() ? "cuda" : "another");
 }
-inline void check_contiguous(const Tensor& tensor, const char* name) {
+template <class T = Tensor>
+void check_contiguous(const T& tensor, const char* name) {
   HITSR_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor, found strides ", tensor.strides());
 }
-inline void check_dtype(const Tensor& tensor, ScalarType dtype, const char* name) {
+template <class T = Tensor>
+void check_dtype(const T& tensor, ScalarType dtype, const char* name) {
   HITSR_CHECK(tensor.scalar_type() == dtype, name, ": expected dtype ", dtype, ", found ", tensor.scalar_type());
 }
-inline void check_shape(const Tensor& tensor, Shape shape, const char* name) {
+template <class T = Tensor>
+void check_shape(const T& tensor, Shape shape, const char* name) {
   HITSR_CHECK(tensor.sizes() == shape, name, ": expected shape ", shape, ", found ", tensor.sizes());
 }
 

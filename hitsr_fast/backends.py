@@ -15,6 +15,7 @@ import torch
 
 from hitsr_fast import env, extension
 from hitsr_fast.checks import FLOATING, check_choice, short_name
+from hitsr_fast.precision import exact_float32
 
 NAMES = ("cuda", "triton", "flash_attn", "cpu", "reference")  # in order of priority
 UP_TO_FLOAT32 = (torch.float16, torch.bfloat16, torch.float32)
@@ -41,6 +42,8 @@ class Backend:
         any_dtype: names of arguments that may have others, too.
         limits: the longest sides that it takes.
         unless: of the op's arguments, another reason why it cannot run the call, or None.
+        rather: of the op's arguments, whether a later backend is quicker, if it can run the call on the
+            device as well.
     """
 
     name: ClassVar[str]
@@ -53,7 +56,9 @@ class Backend:
         any_dtype: Sequence[str] = (),
         limits: Sequence[Limit] = (),
         unless: Callable[..., str | None] | None = None,
+        rather: Callable[..., bool] | None = None,
     ) -> None:
+        self.rather = rather
         self.run, self.dtypes, self.any_dtype, self.limits = run, dtypes, any_dtype, limits
         self._unless = unless
         self._refused = frozenset(FLOATING) - frozenset(dtypes)
@@ -104,9 +109,17 @@ class Backend:
 
 
 class Reference(Backend):
-    """The definition, in plain PyTorch."""
+    """The definition, in plain PyTorch, whose float32 is never TF32 (which cuDNN's is by default)."""
 
     name = "reference"
+
+    def __init__(self, run: Callable[..., Any], **options: Any) -> None:
+        self._definition = run
+        super().__init__(self._exactly, **options)
+
+    def _exactly(self, *args: Any) -> Any:
+        with exact_float32():
+            return self._definition(*args)
 
 
 class Native(Backend):
@@ -162,6 +175,9 @@ class NativeCuda(Backend):
     def available(self) -> str | None:
         reason = extension.unavailable("_C_cuda")
         return "no CUDA device" if reason is None and not torch.cuda.is_available() else reason
+
+    def refusal(self, args: Sequence[Any]) -> str | None:
+        return super().refusal(args) or _unloadable(args[self._first].device.index)
 
     def _misplaced(self, tensor: torch.Tensor) -> str | None:
         return None if tensor.is_cuda else "CUDA"
@@ -270,6 +286,19 @@ def native(kernel: str, *args: Any) -> Any:
 @functools.cache
 def _overload(kernel: str) -> Any:
     return getattr(torch.ops.hitsr_fast, kernel).default
+
+
+@functools.cache
+def _unloadable(device: int) -> str | None:
+    """Why hitsr_fast._C_cuda has no code for a device, or None: its chip is not among the targets, and its
+    driver is older than the compiler, whose PTX it cannot take."""
+    error = torch.ops.hitsr_fast._cuda_unloadable(device)
+    if not error:
+        return None
+    info = extension.build_info("_C_cuda")
+    major, minor = torch.cuda.get_device_capability(device)
+    built = f"found {major}.{minor}, with CUDA {info['cuda']} for {info['targets']}"
+    return f"needs code that the device's driver takes, {built}: {error}"
 
 
 @functools.cache

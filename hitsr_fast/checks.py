@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -139,7 +139,12 @@ def check_pair(a: Tensor, b: Tensor, *, min_side: int) -> None:
 
 
 def check_finite(name: str, value: Tensor) -> None:
-    """Raise ValueError if `value` holds NaN or infinity. Reads the tensor, so it has no place in a trace."""
+    """Raise ValueError if `value` holds NaN or infinity. Reads the tensor, so it has no place in a trace.
+
+    Nothing can be read, and nothing is checked, while the kernels on `value` are captured as a CUDA graph.
+    """
+    if is_captured(value):
+        return
     # Least and greatest are NaN where any value is; unlike isfinite() this takes no memory.
     if value.numel() > 0 and not torch.stack(value.aminmax()).isfinite().all():
         raise ValueError(f"{name}: expected finite values, found NaN or infinity")
@@ -155,12 +160,28 @@ def check_index_range(name: str, value: Tensor, size: int) -> None:
 
 
 def has_values(*tensors: Tensor) -> bool:
-    """Whether these tensors may be looked into: false while a compiler or a fake tensor mode traces."""
+    """Whether these tensors may be looked into.
+
+    Not while a compiler or a fake tensor mode traces, nor while kernels on one of them become part of a CUDA
+    graph.
+    """
     if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() == 0:  # the usual case, which must not take long
-        return not any(isinstance(tensor, FakeTensor) for tensor in tensors)
-    return detect_fake_mode(tensors) is None
+        if any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return False
+    elif detect_fake_mode(tensors) is not None:
+        return False
+    return not any(map(is_captured, tensors))
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether kernels on this tensor become part of a CUDA graph, and nothing can be read back."""
+    guard = cuda.device_of(tensor)
+    if guard.idx < 0:
+        return False
+    with guard:
+        return cuda.is_current_stream_capturing()
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

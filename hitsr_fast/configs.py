@@ -31,7 +31,11 @@ class Range(NamedTuple):
 
 
 Count = Annotated[int, Range(1)]
+AnyCount = Annotated[int, Range(0)]
 Share = Annotated[float, Range(0, 1)]
+BelowOne = Annotated[float, Range(0, 1, open="high")]
+Weight = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, open="low")]
 
 
 def check_fields(config: object) -> None:
@@ -100,9 +104,25 @@ def _build(cls: type[ConfigT], values: Any, where: str) -> ConfigT:
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ValueError(f"{where}: unknown keys {unknown}; known are {sorted(hints)}")
-    built = {}
-    for key, value in values.items():
-        if isinstance(hints[key], type) and issubclass(hints[key], Config):
-            value = _build(hints[key], value, f"{where}.{key}")
-        built[key] = tuple(value) if isinstance(value, list) else value
-    return cls(**built)
+    return cls(**{key: _converted(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _converted(hint: Any, value: Any, where: str) -> Any:
+    """A value of JSON as a field of type `hint` has it: configurations built, lists made tuples."""
+    kind, parts = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType) and isinstance(value, dict):
+        return _build(_chosen(parts, value, where), value, where)
+    if isinstance(hint, type) and issubclass(hint, Config):
+        return _build(hint, value, where)
+    if isinstance(value, list):
+        item = parts[0] if kind is tuple else None
+        return tuple(_converted(item, one, f"{where}[{i}]") for i, one in enumerate(value))
+    return value
+
+
+def _chosen(kinds: tuple[type[Config], ...], value: dict[str, Any], where: str) -> type[Config]:
+    """That of several configurations whose `kind` is the value's."""
+    by_name = {get_args(get_type_hints(cls)["kind"])[0]: cls for cls in kinds}
+    if value.get("kind") not in by_name:
+        raise ValueError(f"{where}.kind: expected one of {sorted(by_name)}, found {value.get('kind')!r}")
+    return by_name[value["kind"]]

@@ -142,16 +142,26 @@ class Op:
             BackendUnavailableError: the forced one cannot run this call, or none can.
         """
         forced = forced_backend()
-        if forced is None:
-            for backend in self.backends.values():
-                if backend.reason(*args) is None:
-                    if backend.name == "reference" and "cpu" in self.backends:
-                        self._warn(args)
-                    return backend
-        elif forced in self.backends and self.backends[forced].reason(*args) is None:
-            return self.backends[forced]
+        found = self.preferred(*args) if forced is None else self.backends.get(forced)
+        if found is not None and (forced is None or found.reason(*args) is None):
+            return found
         wanted = "no backend can" if forced is None else f"forced backend {forced!r} cannot"
         raise BackendUnavailableError(f"{self.name}: {wanted} run this call\n{_table(self.reasons(*args))}")
+
+    def preferred(self, *args: Any) -> Backend | None:
+        """The first backend that can run, or the next such one where the first says that it is quicker."""
+        first: Backend | None = None
+        for backend in self.backends.values():
+            if backend.reason(*args) is not None:
+                continue
+            if backend.name == "reference":
+                if first is None and "cpu" in self.backends:
+                    self._warn(args)
+                return first or backend
+            if first is not None or backend.rather is None or not backend.rather(*args):
+                return backend
+            first = backend
+        return first
 
     def _warn(self, args: Sequence[Any]) -> None:
         """Say once that the extension is missing, where it would have run the call."""
@@ -207,7 +217,7 @@ def op(
         reference: the definition.
         cuda, triton, flash_attn, native: what else runs it, native being C++ on the CPU.
         check: raises on bad values (shapes are the public function's job). It runs with each real call and
-            never while tracing, so it may look into tensors.
+            never while tracing, so it may look into tensors, but for those with `checks.is_captured`.
         gradient: its formula, whose backward op is called `<op>_backward`. Without one, arguments that ask
             for a gradient are an error.
         integer: whether all results are integers, so that there is nothing to differentiate.
@@ -297,11 +307,12 @@ def explain(op: str, *args: Any) -> None:
         ValueError: no such op.
 
     Example:
-        >>> explain("residual_decode_backward")
+        >>> with use_backend("reference"):
+        ...     explain("group_norm_silu")  # doctest: +ELLIPSIS
         cuda        not implemented for this op
-        triton      not implemented for this op
+        triton      ...
         flash_attn  not implemented for this op
-        cpu         not implemented for this op
+        cpu         ...
         reference   can run  <- chosen
     """
     table = operations()
@@ -309,7 +320,10 @@ def explain(op: str, *args: Any) -> None:
     reasons = table[op].reasons(*args)
     forced = forced_backend()
     able = [name for name, reason in reasons.items() if reason is None and forced in (None, name)]
-    print(_table(reasons, chosen=able[0] if able else None))
+    chosen = able[0] if able else None
+    if args and forced is None and (preferred := table[op].preferred(*args)) is not None:
+        chosen = preferred.name
+    print(_table(reasons, chosen=chosen))
 
 
 def support_tables() -> tuple[str, str]:

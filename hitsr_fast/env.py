@@ -31,3 +31,18 @@ def cache_dir() -> Path:
 def triton_interpret() -> bool:
     """Whether `TRITON_INTERPRET`, Triton's own variable, asks for its interpreter in place of a GPU."""
     return (os.environ.get("TRITON_INTERPRET") or "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def rank() -> int:
+    """Number of this process among those that `torchrun` started, which it says by `RANK`; else 0."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def world() -> int:
+    """Number of processes that `torchrun` started, which it says by `WORLD_SIZE`; else 1."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine, which `torchrun` says by `LOCAL_RANK`; else 0."""
+    return int(os.environ.get("LOCAL_RANK") or 0)

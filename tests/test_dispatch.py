@@ -21,7 +21,6 @@ from hitsr_fast.nn.prepared import CodebookCache
 from hitsr_fast.ops import (
     attention_prologue,
     cached_attention,
-    group_norm_silu,
     instruction_sets,
     modulated_layer_norm,
     nearest_code,
@@ -64,6 +63,31 @@ def test_takes_the_first_backend_that_can_run() -> None:
     assert double(None).run(ONE) == ("triton", 2)
     assert double().run(ONE) == ("cpu", 2)
     assert double().run(LONG)[0] == "reference"
+
+
+def test_a_backend_may_leave_a_call_to_the_next_one_of_its_device() -> None:
+    """Where that can run it; to the reference, which is slower by nature, it leaves none."""
+    few = {"rather": lambda x: len(x) < 10}
+    cuda, reference = made("cuda", lambda x: "cuda", **few), Reference(lambda x: "reference")
+    both = operation(cuda, made("triton", lambda x: "triton"), reference)
+    assert [both.run(x) for x in (ONE, LONG)] == ["triton", "cuda"]
+    with use_backend("cuda"):
+        assert both.run(ONE) == "cuda"
+    without = operation(cuda, made("triton", lambda x: "triton", "not installed"), reference)
+    assert without.run(ONE) == operation(cuda).run(ONE) == "cuda"
+    last = operation(cuda, made("triton", lambda x: "triton", limits=[Limit("N", 0, 0)], **few), reference)
+    assert last.run(ONE) == "cuda"
+
+
+def test_what_is_explained_is_what_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = made("cuda", lambda x: "cuda", rather=lambda x: len(x) < 10)
+    monkeypatch.setitem(dispatch._OPS, "double", operation(few, made("triton", lambda x: "triton")))
+    for x, chosen in ((ONE, "triton"), (LONG, "cuda")):
+        explain("double", x)
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "chosen" in line)
+        assert line.startswith(chosen)
 
 
 def test_forcing_takes_exactly_that_backend() -> None:
@@ -182,13 +206,15 @@ def test_a_missing_extension_is_told_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_gradient_that_does_not_exist_is_refused() -> None:
-    x, weight = torch.randn(1, 4, 2, 2), torch.ones(4, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"group_norm_silu: has no gradient; call it under torch\.no_grad"):
-        group_norm_silu(x, weight, weight, 2)
+    q = torch.randn(1, 1, 2, 4, requires_grad=True)
+    with pytest.raises(
+        RuntimeError, match=r"cached_attention: has no gradient; call it under torch\.no_grad"
+    ):
+        cached_attention(q, q, q, 1)
     with torch.no_grad():
-        assert not group_norm_silu(x, weight, weight, 2).requires_grad
-    with pytest.raises(NotImplementedError, match="group_norm_silu: a gradient is not implemented"):
-        torch.ops.hitsr_fast.group_norm_silu(x, weight, weight, 2, 1e-6).sum().backward()
+        assert not cached_attention(q, q, q, 1).requires_grad
+    with pytest.raises(NotImplementedError, match="cached_attention: a gradient is not implemented"):
+        torch.ops.hitsr_fast.cached_attention(q, q, q, 1, 0.5).sum().backward()
 
 
 class Seen(TorchDispatchMode):

@@ -81,7 +81,8 @@ def _run(python: Path, code: str) -> dict[str, object]:
 def test_wheel_holds_what_it_must(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert f"hitsr_fast-{__version__}-" in wheel.name
-    for path in [ROOT / "hitsr_fast" / "py.typed", *(ROOT / "hitsr_fast").glob("weights/**/*")]:
+    data = [ROOT / "hitsr_fast" / "py.typed", *(ROOT / "hitsr_fast").glob("weights/**/*")]
+    for path in [*data, *(ROOT / "hitsr_fast").glob("train/recipes/*.json")]:
         assert path.is_dir() or str(path.relative_to(ROOT)) in names, path
     for path in [*ROOT.glob("hitsr_fast/**/*.py"), *ROOT.glob("kernels/**/*.py")]:
         inside = path.relative_to(ROOT)

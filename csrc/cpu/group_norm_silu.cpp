@@ -1,6 +1,9 @@
-// CPU backend of group_norm_silu: blocks of a map in parallel, once for the moments and once for the result.
+// CPU backend of group_norm_silu: blocks of a map in parallel, once for the moments and once for the result; of its
+// gradient, once for the sums and once for the result.
 #include <algorithm>
+#include <cmath>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #if defined(__linux__)
@@ -17,6 +20,7 @@ namespace {
 constexpr int64_t kBlock = 16384;         // values that are read twice for their moments: they stay in a near cache
 constexpr int64_t kMostPixels = 512;      // that one channel's sum in a block runs over
 constexpr int64_t kSmallestShare = 8192;  // values that are worth a thread
+constexpr int64_t kKept = 262144;         // values of a group whose gradients are kept in a near cache
 
 // Moments are the mean of some values, and the sum of the squares of their deviations from it. A value x becomes
 // silu((x - mean) * factor + offset).
@@ -32,6 +36,22 @@ struct Kernels {
       const T* x, const float* mean, const float* factor, const float* offset, int64_t pixels, int64_t C, T* out);
   // Of x [count].
   void (*apply_to_run)(const T* x, float mean, float factor, float offset, int64_t count, T* out);
+  // The gradient G in (x - mean) * factor + offset is `grad` times SiLU's derivative of that. Of each channel of
+  // [pixels][C] the sums of G and of G * (x - mean). sums: [2][C].
+  void (*sums_of_pixels)(
+      const T* grad, const T* x, const float* mean, const float* factor, const float* offset, int64_t pixels,
+      int64_t C, float* sums);
+  // The same of [count]. sums: [2]. G is written to `inner`, with room for one whole vector more, if that is not null.
+  void (*sums_of_run)(
+      const T* grad, const T* x, float mean, float factor, float offset, int64_t count, float* inner, double* sums);
+  // G * factor + (x - mean) * linear + constant, of [pixels][C].
+  void (*slope_of_pixels)(
+      const T* grad, const T* x, const float* mean, const float* factor, const float* offset, const float* linear,
+      const float* constant, int64_t pixels, int64_t C, T* out);
+  // The same of [count]. G is read from `inner`, if that is not null.
+  void (*slope_of_run)(
+      const T* grad, const T* x, float mean, float factor, float offset, float linear, float constant, int64_t count,
+      const float* inner, T* out);
 };
 
 #define HITSR_OP group_norm_silu
@@ -111,13 +131,17 @@ Moments measure(const Maps& maps, const Kernels<T>& kernels, const T* x) {
 // What the kernels take for each channel of each image, [B][C].
 struct Coefficients {
   std::vector<float> mean, factor, offset;
+
+  explicit Coefficients(const Maps& maps)
+      : mean(static_cast<size_t>(maps.B * maps.C)), factor(mean.size()), offset(mean.size()) {}
 };
 
-// Blocks are joined in their order, in double precision.
-Coefficients join(const Maps& maps, const Moments& moments, const float* weight, const float* bias, double eps) {
+// Blocks are joined in their order, in double precision. group_mean, group_rstd: [B][groups], written.
+Coefficients join(
+    const Maps& maps, const Moments& moments, const float* weight, const float* bias, double eps, float* group_mean,
+    float* group_rstd) {
   const int64_t groups = maps.groups, blocks = maps.blocks;
-  const auto channels = static_cast<size_t>(maps.B * maps.C);
-  Coefficients found{std::vector<float>(channels), std::vector<float>(channels), std::vector<float>(channels)};
+  Coefficients found(maps);
   const double unit = maps.channels_last ? maps.width : 1, count = unit * static_cast<double>(maps.length());
   std::vector<double> mean(static_cast<size_t>(groups)), squares(mean.size());
   for (int64_t image = 0; image < maps.B; ++image) {
@@ -134,6 +158,10 @@ Coefficients join(const Maps& maps, const Moments& moments, const float* weight,
         const double apart = means[block * groups + g] - mean[g];
         squares[g] += parts[block * groups + g] + values * apart * apart;
       }
+    }
+    for (int64_t g = 0; g < groups; ++g) {
+      group_mean[image * groups + g] = static_cast<float>(mean[g]);
+      group_rstd[image * groups + g] = static_cast<float>(1 / std::sqrt(squares[g] / count + eps));
     }
     for (int64_t c = 0; c < maps.C; ++c) {
       const int64_t g = c / maps.width, to = image * maps.C + c;
@@ -169,43 +197,200 @@ Tensor floats_of(const Tensor& values, int64_t C, const char* name) {
   return in_a_row(values, ScalarType::Float);
 }
 
+// Of channels-last maps the sums of G and of its products with deviations from the mean, [B][2][C]; G is that of
+// `Kernels`. Blocks are joined in their order, in double precision.
 template <typename T>
-void run(
-    const Tensor& x, const Tensor& out, const Maps& maps, const Tensor& weight, const Tensor& bias, double eps,
-    const std::string& isa) {
-  const Kernels<T>& kernels = HITSR_SELECT(isa, kKernels<T>);
-  const Moments moments = measure(maps, kernels, data<const T>(x));
-  const Coefficients found = join(maps, moments, data<const float>(weight), data<const float>(bias), eps);
-  apply(maps, kernels, found, data<const T>(x), data<T>(out));
+std::vector<double> sum_pixels(
+    const Maps& maps, const Kernels<T>& kernels, const Coefficients& found, const T* grad, const T* x) {
+  const int64_t C = maps.C, P = maps.P, blocks = maps.blocks;
+  std::vector<double> sums(static_cast<size_t>(maps.B * 2 * C));
+  const Buffer<float> parts(maps.B * blocks * 2 * C);
+  for_each(maps.B * blocks, maps.size(0) * C, [&](int64_t i) {
+    const int64_t image = i / blocks, block = i % blocks, at = (image * P + block * maps.step) * C, first = image * C;
+    kernels.sums_of_pixels(
+        grad + at, x + at, &found.mean[first], &found.factor[first], &found.offset[first], maps.size(block), C,
+        parts.at(i * 2 * C));
+  });
+  for_each(maps.B, blocks * 2 * C, [&](int64_t image) {
+    double* to = &sums[image * 2 * C];
+    for (int64_t block = 0; block < blocks; ++block) {
+      const float* from = parts.at((image * blocks + block) * 2 * C);
+      for (int64_t c = 0; c < 2 * C; ++c) to[c] += from[c];
+    }
+  });
+  return sums;
 }
 
-// x is read as it lies if its channels or its pixels lie in a row, and copied otherwise.
-Tensor group_norm_silu(
-    const Tensor& given, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
-    const std::string& isa) {
-  check_cpu(given, "x");
-  HITSR_CHECK(given.dim() == 4, "x: expected shape (B, C, H, W), found ", given.sizes());
-  const int64_t C = given.size(1), P = given.size(2) * given.size(3);
-  HITSR_CHECK(
-      groups > 0 && C > 0 && C % groups == 0, "groups: expected a divisor of C = ", C, ", found ", groups);
-  const bool channels_last = C > 1 && P > 1 && given.stride(1) == 1;
+// With n the normalised values, G the gradient in n * weight + bias and H = G * weight:
+// dx = rstd (H - mean(H) - n mean(H n)), means over a group; dweight = sum G n, dbias = sum G.
+template <typename T>
+void run_backward(
+    const Maps& maps, const Kernels<T>& kernels, const T* grad, const T* x, const float* weight, const float* bias,
+    const float* mean, const float* rstd, T* grad_x, float* grad_weight, float* grad_bias) {
+  const int64_t B = maps.B, C = maps.C, P = maps.P, groups = maps.groups, width = maps.width;
+  Coefficients found(maps);
+  for (int64_t i = 0; i < B * C; ++i) {
+    const int64_t part = i / width;
+    found.mean[i] = mean[part];
+    found.factor[i] = weight[i % C] * rstd[part];
+    found.offset[i] = bias[i % C];
+  }
+  std::vector<double> sums(static_cast<size_t>(maps.channels_last ? 0 : B * 2 * C));
+  std::vector<float> linear(found.mean.size()), constant(linear.size());
+  const double count = static_cast<double>(width) * static_cast<double>(P);
+  const auto join = [&](int64_t part) {  // of an image's group
+    const int64_t image = part / groups, first = part % groups * width;
+    const double *plain = &sums[image * 2 * C], *product = plain + C, scale = rstd[part];
+    double plain_mean = 0, product_mean = 0;
+    for (int64_t c = first; c < first + width; ++c) {
+      plain_mean += weight[c] * plain[c] / count;
+      product_mean += weight[c] * product[c] * scale / count;
+    }
+    for (int64_t i = part * width; i < (part + 1) * width; ++i) {
+      constant[i] = static_cast<float>(-scale * plain_mean);
+      linear[i] = static_cast<float>(-scale * scale * product_mean);
+    }
+  };
+  const auto sum = [&](int64_t i, float* inner) {
+    double both[2];
+    kernels.sums_of_run(grad + i * P, x + i * P, found.mean[i], found.factor[i], found.offset[i], P, inner, both);
+    const int64_t to = i / C * 2 * C + i % C;
+    sums[to] = both[0];
+    sums[to + C] = both[1];
+  };
+  const auto slope = [&](int64_t i, const float* inner) {
+    kernels.slope_of_run(
+        grad + i * P, x + i * P, found.mean[i], found.factor[i], found.offset[i], linear[i], constant[i], P, inner,
+        grad_x + i * P);
+  };
+  if (maps.channels_last) {
+    sums = sum_pixels(maps, kernels, found, grad, x);
+    for (int64_t part = 0; part < B * groups; ++part) join(part);
+    for_each(B * maps.blocks, maps.size(0) * C, [&](int64_t i) {
+      const int64_t image = i / maps.blocks, block = i % maps.blocks, at = (image * P + block * maps.step) * C;
+      const int64_t first = image * C;
+      kernels.slope_of_pixels(
+          grad + at, x + at, &found.mean[first], &found.factor[first], &found.offset[first], &linear[first],
+          &constant[first], maps.size(block), C, grad_x + at);
+    });
+  } else if (maps.length() <= kKept) {
+    for_each(B * groups, maps.length(), [&](int64_t part) {
+      const Buffer<float> inner(maps.length() + 16);
+      for (int64_t c = 0; c < width; ++c) sum(part * width + c, inner.at(c * P));
+      join(part);
+      for (int64_t c = 0; c < width; ++c) slope(part * width + c, inner.at(c * P));
+    });
+  } else {
+    for_each(B * C, P, [&](int64_t i) { sum(i, nullptr); });
+    for (int64_t part = 0; part < B * groups; ++part) join(part);
+    for_each(B * C, P, [&](int64_t i) { slope(i, nullptr); });
+  }
+  for (int64_t c = 0; c < C; ++c) {
+    double of_weight = 0, of_bias = 0;
+    for (int64_t image = 0; image < B; ++image) {
+      of_bias += sums[image * 2 * C + c];
+      of_weight += sums[image * 2 * C + C + c] * rstd[image * groups + c / width];
+    }
+    grad_weight[c] = static_cast<float>(of_weight);
+    grad_bias[c] = static_cast<float>(of_bias);
+  }
+}
+
+bool is_channels_last(const Tensor& x) {
+  return x.size(1) > 1 && x.size(2) * x.size(3) > 1 && x.stride(1) == 1;
+}
+
+// The tensor itself if its channels, or its pixels, lie in a row, and a copy otherwise.
+Tensor in_layout(const Tensor& x, bool channels_last) {
   const auto format =
       channels_last ? torch::headeronly::MemoryFormat::ChannelsLast : torch::headeronly::MemoryFormat::Contiguous;
-  const Tensor x = torch::stable::contiguous(given, format), out = torch::stable::empty_like(x);
+  return torch::stable::contiguous(x, format);
+}
+
+void check_maps(const Tensor& x, int64_t groups) {
+  check_cpu(x, "x");
+  HITSR_CHECK(x.dim() == 4, "x: expected shape (B, C, H, W), found ", x.sizes());
+  HITSR_CHECK(
+      groups > 0 && x.size(1) > 0 && x.size(1) % groups == 0, "groups: expected a divisor of C = ", x.size(1),
+      ", found ", groups);
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu(
+    const Tensor& given, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
+    const std::string& isa) {
+  check_maps(given, groups);
+  const int64_t B = given.size(0), C = given.size(1);
+  const bool channels_last = is_channels_last(given);
+  const Tensor x = in_layout(given, channels_last), out = torch::stable::empty_like(x);
   const Tensor weights = floats_of(weight, C, "weight"), biases = floats_of(bias, C, "bias");
-  if (out.numel() == 0) return out;
+  const Tensor mean = empty({B, groups}, ScalarType::Float), rstd = empty({B, groups}, ScalarType::Float);
+  float *const means = data<float>(mean), *const rstds = data<float>(rstd);
+  if (out.numel() == 0) {
+    std::fill(means, means + mean.numel(), 0.0f);
+    std::fill(rstds, rstds + rstd.numel(), static_cast<float>(1 / std::sqrt(eps)));
+    return {out, mean, rstd};
+  }
   advise_large_pages(out);
   const Maps maps(x, groups, channels_last);
-  visit_dtype(x, "x", [&](auto value) { run<decltype(value)>(x, out, maps, weights, biases, eps, isa); });
-  return out;
+  visit_dtype(x, "x", [&](auto value) {
+    using T = decltype(value);
+    const Kernels<T>& kernels = HITSR_SELECT(isa, kKernels<T>);
+    const Moments moments = measure(maps, kernels, data<const T>(x));
+    const Coefficients found =
+        join(maps, moments, data<const float>(weights), data<const float>(biases), eps, means, rstds);
+    apply(maps, kernels, found, data<const T>(x), data<T>(out));
+  });
+  return {out, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> group_norm_silu_backward(
+    const Tensor& grad_in, const Tensor& given, const Tensor& weight, const Tensor& bias, const Tensor& mean_in,
+    const Tensor& rstd_in, const std::string& isa) {
+  const int64_t B = given.size(0), C = given.size(1), groups = mean_in.size(1);
+  check_maps(given, groups);
+  check_cpu(grad_in, "grad");
+  check_shape(grad_in, given.sizes(), "grad");
+  check_shape(mean_in, {B, groups}, "mean");
+  check_shape(rstd_in, {B, groups}, "rstd");
+  const bool channels_last = is_channels_last(given);
+  const Tensor x = in_layout(given, channels_last);
+  const bool same = grad_in.scalar_type() == x.scalar_type();
+  const Tensor grad = in_layout(same ? grad_in : in_a_row(grad_in, x.scalar_type()), channels_last);
+  const Tensor weights = floats_of(weight, C, "weight"), biases = floats_of(bias, C, "bias");
+  const Tensor mean = in_a_row(mean_in, ScalarType::Float), rstd = in_a_row(rstd_in, ScalarType::Float);
+  const Tensor grad_x = torch::stable::empty_like(x);
+  const Tensor grad_weight = empty({C}, ScalarType::Float), grad_bias = empty({C}, ScalarType::Float);
+  float *const of_weight = data<float>(grad_weight), *const of_bias = data<float>(grad_bias);
+  if (x.numel() == 0) {
+    std::fill(of_weight, of_weight + C, 0.0f);
+    std::fill(of_bias, of_bias + C, 0.0f);
+  } else {
+    advise_large_pages(grad_x);
+    const Maps maps(x, groups, channels_last);
+    visit_dtype(x, "x", [&](auto value) {
+      using T = decltype(value);
+      run_backward<T>(
+          maps, HITSR_SELECT(isa, kKernels<T>), data<const T>(grad), data<const T>(x), data<const float>(weights),
+          data<const float>(biases), data<const float>(mean), data<const float>(rstd), data<T>(grad_x), of_weight,
+          of_bias);
+    });
+  }
+  return {grad_x, in_a_row(grad_weight, weight.scalar_type()), in_a_row(grad_bias, bias.scalar_type())};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
   define(
-      library, "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, str isa) -> Tensor",
+      library,
+      "_group_norm_silu(Tensor x, Tensor weight, Tensor bias, int groups, float eps, str isa) "
+      "-> (Tensor, Tensor, Tensor)",
       TORCH_BOX(&group_norm_silu));
+  define(
+      library,
+      "_group_norm_silu_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor rstd, str isa) "
+      "-> (Tensor, Tensor, Tensor)",
+      TORCH_BOX(&group_norm_silu_backward));
 }
 
 }  // namespace hitsr_fast

@@ -32,6 +32,20 @@ inline void silu(float* values, int64_t count) {
   }
 }
 
+// SiLU's derivative at y, s (1 + y (1 - s)) with s = 1 / (1 + e^-y), in place; as `silu`. What is above 87 counts as
+// 87, for the power, which stays above 2^-127, would count beside a larger y.
+template <typename T>
+inline void silu_slope(float* values, int64_t count) {
+  const auto one = Vectors::fill(1), most = Vectors::fill(87);
+  for (int64_t i = count; i % Vectors::kLanes != 0; ++i) values[i] = 0;
+  for (int64_t i = 0; i < count; i += Vectors::kLanes) {
+    const auto y = Vectors::minimum(most, Vectors::maximum(Vectors::fill(-87), Vectors::load(values + i)));
+    const auto power = power_of_two<kPrecise<T> ? 6 : 3>(y * Vectors::fill(-1.44269504088896341f));
+    const auto s = Vectors::quotient<kPrecise<T>>(one, one + power);
+    Vectors::store(values + i, Vectors::fused(y, power * s, one) * s);
+  }
+}
+
 template <typename T>
 void moments_of_pixels(
     const T* x, int64_t pixels, int64_t groups, int64_t width, float* memory, float* mean, float* squares) {
@@ -146,5 +160,123 @@ void apply_to_run(const T* x, float mean, float factor, float offset, int64_t co
   }
 }
 
+// Calls task(row, first, channels, slopes) for each piece of a pixel's row, with SiLU's derivative of each value.
+template <typename T, typename F>
+inline void with_slopes(
+    const T* grad, const T* x, const float* mean, const float* factor, const float* offset, int64_t pixels, int64_t C,
+    const F& task) {
+  alignas(64) float room[kRoom];
+  const int64_t width = smaller(C, kRoom), rows = kRoom / width;
+  for (int64_t pixel = 0; pixel < pixels; pixel += rows) {
+    const int64_t count = smaller(rows, pixels - pixel);
+    for (int64_t first = 0; first < C; first += width) {
+      const int64_t channels = smaller(width, C - first), bytes = channels * static_cast<int64_t>(sizeof(T));
+      for (int64_t row = 0; row < count; ++row) {
+        const int64_t at = (pixel + row) * C + first;
+        const T* from = x + at;
+        float* to = room + row * channels;
+        fetch<false>(from + 2 * rows * C, bytes);
+        fetch<false>(grad + at + 2 * rows * C, bytes);
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) {
+          to[c] = Vectors::fused(wide(from[c]) - mean[first + c], factor[first + c], offset[first + c]);
+        }
+      }
+      silu_slope<T>(room, count * channels);
+      for (int64_t row = 0; row < count; ++row) task(pixel + row, first, channels, room + row * channels);
+    }
+  }
+}
+
 template <typename T>
-constexpr Kernels<T> kKernels{moments_of_pixels<T>, moments_of_run<T>, apply_to_pixels<T>, apply_to_run<T>};
+void sums_of_pixels(
+    const T* grad, const T* x, const float* mean, const float* factor, const float* offset, int64_t pixels, int64_t C,
+    float* sums) {
+  for (int64_t c = 0; c < 2 * C; ++c) sums[c] = 0;
+  with_slopes<T>(
+      grad, x, mean, factor, offset, pixels, C,
+      [&](int64_t row, int64_t first, int64_t channels, const float* slopes) {
+        const T *given = grad + row * C + first, *from = x + row * C + first;
+        const float* centre = mean + first;
+        float *plain = sums + first, *product = sums + C + first;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) {
+          const float inner = slopes[c] * wide(given[c]);
+          plain[c] += inner;
+          product[c] = Vectors::fused(inner, wide(from[c]) - centre[c], product[c]);
+        }
+      });
+}
+
+template <typename T>
+void slope_of_pixels(
+    const T* grad, const T* x, const float* mean, const float* factor, const float* offset, const float* linear,
+    const float* constant, int64_t pixels, int64_t C, T* out) {
+  with_slopes<T>(
+      grad, x, mean, factor, offset, pixels, C,
+      [&](int64_t row, int64_t first, int64_t channels, const float* slopes) {
+        const T *given = grad + row * C + first, *from = x + row * C + first;
+        const float *centre = mean + first, *factors = factor + first;
+        const float *linears = linear + first, *constants = constant + first;
+        T* to = out + row * C + first;
+#pragma omp simd
+        for (int64_t c = 0; c < channels; ++c) {
+          const float rest = Vectors::fused(wide(from[c]) - centre[c], linears[c], constants[c]);
+          narrow(Vectors::fused(slopes[c] * wide(given[c]), factors[c], rest), to + c);
+        }
+      });
+}
+
+// SiLU's derivatives of [count], times grad.
+template <typename T>
+inline void inner_of_run(
+    const T* grad, const T* x, float mean, float factor, float offset, int64_t count, float* inner) {
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) inner[i] = Vectors::fused(wide(x[i]) - mean, factor, offset);
+  silu_slope<T>(inner, count);
+#pragma omp simd
+  for (int64_t i = 0; i < count; ++i) inner[i] *= wide(grad[i]);
+}
+
+template <typename T>
+void sums_of_run(
+    const T* grad, const T* x, float mean, float factor, float offset, int64_t count, float* inner, double* sums) {
+  alignas(64) float room[kRoom];
+  sums[0] = sums[1] = 0;
+  for (int64_t at = 0; at < count; at += kRoom) {
+    const int64_t values = smaller(kRoom, count - at);
+    float* to = inner == nullptr ? room : inner + at;
+    inner_of_run(grad + at, x + at, mean, factor, offset, values, to);
+    float plain = 0, product = 0;
+#pragma omp simd reduction(+ : plain, product)
+    for (int64_t i = 0; i < values; ++i) {
+      plain += to[i];
+      product += to[i] * (wide(x[at + i]) - mean);
+    }
+    sums[0] += plain;
+    sums[1] += product;
+  }
+}
+
+template <typename T>
+void slope_of_run(
+    const T* grad, const T* x, float mean, float factor, float offset, float linear, float constant, int64_t count,
+    const float* inner, T* out) {
+  alignas(64) float room[kRoom];
+  for (int64_t at = 0; at < count; at += kRoom) {
+    const int64_t values = smaller(kRoom, count - at);
+    const float* from = inner == nullptr ? room : inner + at;
+    if (inner == nullptr) inner_of_run(grad + at, x + at, mean, factor, offset, values, room);
+#pragma omp simd
+    for (int64_t i = 0; i < values; ++i) {
+      const float rest = Vectors::fused(wide(x[at + i]) - mean, linear, constant);
+      narrow(Vectors::fused(from[i], factor, rest), out + at + i);
+    }
+  }
+}
+
+template <typename T>
+constexpr Kernels<T> kKernels{
+    moments_of_pixels<T>, moments_of_run<T>, apply_to_pixels<T>, apply_to_run<T>,
+    sums_of_pixels<T>,    sums_of_run<T>,    slope_of_pixels<T>, slope_of_run<T>,
+};

@@ -1,4 +1,4 @@
-// CPU backend of modulated_layer_norm and gated_residual: the loops over images and blocks of rows.
+// CPU backend of modulated_layer_norm, gated_residual and both: the loops over images and blocks of rows.
 #include <algorithm>
 #include <initializer_list>
 #include <string>
@@ -29,6 +29,10 @@ struct Kernels {
   void (*residual)(const S* x, const R* y, const float* gate, int64_t rows, int64_t C, S* out);
   void (*residual_backward)(
       const S* grad, const S* y, const float* gate, int64_t rows, int64_t C, S* grad_y, float* grad_gate);
+  // memory: [C] floats.
+  void (*residual_norm)(
+      const S* x, const R* y, const float* gate, const float* scale, const float* shift, float eps, int64_t rows,
+      int64_t C, float* memory, S* total, R* out);
 };
 
 #define HITSR_OP modulated_layer_norm
@@ -185,6 +189,37 @@ Tensor residual(const Tensor& x_in, const Tensor& y_in, const Tensor& gate_in, c
   return in_a_row(out, x_in.scalar_type());
 }
 
+std::tuple<Tensor, Tensor> residual_norm(
+    const Tensor& x_in, const Tensor& y_in, const Tensor& gate_in, const Tensor& scale_in, const Tensor& shift_in,
+    double eps, ScalarType out_dtype, const std::string& isa) {
+  const ScalarType branch = dtype_of({y_in.scalar_type(), out_dtype}), stream = dtype_of({x_in.scalar_type(), branch});
+  if (stream != x_in.scalar_type()) {  // the sum is rounded to a dtype in which no kernel reads it
+    const Tensor total = residual(x_in, y_in, gate_in, isa);
+    return {total, std::get<0>(norm(total, scale_in, shift_in, eps, out_dtype, isa))};
+  }
+  const Tensor x = rows_of(x_in, x_in, stream, "x"), y = rows_of(y_in, x_in, branch, "y");
+  const int64_t B = x.size(0), C = x.size(2);
+  const Tensor gate = floats_of(gate_in, B, C, "gate");
+  const Tensor scale = floats_of(scale_in, B, C, "scale"), shift = floats_of(shift_in, B, C, "shift");
+  const Tensor total = empty(x.sizes(), stream), out = empty(x.sizes(), branch);
+  with_dtypes(x, y, [&](auto of_stream, auto of_branch) {
+    using S = decltype(of_stream);
+    using R = decltype(of_branch);
+    const auto kernel = HITSR_SELECT(isa, kKernels<S, R>).residual_norm;
+    const S* const from = data<S>(x);
+    const R* const added = data<R>(y);
+    const float *const gates = data<float>(gate), *const factors = data<float>(scale), *const offsets = data<float>(shift);
+    S* const sums = data<S>(total);
+    R* const to = data<R>(out);
+    for_each_block(x, [&](int64_t, int64_t image, int64_t row, int64_t rows, float* memory) {
+      kernel(
+          from + row * C, added + row * C, gates + image * C, factors + image * C, offsets + image * C,
+          static_cast<float>(eps), rows, C, memory, sums + row * C, to + row * C);
+    });
+  });
+  return {total, in_a_row(out, out_dtype)};
+}
+
 std::tuple<Tensor, Tensor> residual_backward(
     const Tensor& grad_in, const Tensor& y_in, const Tensor& gate_in, const std::string& isa) {
   const ScalarType dtype = dtype_of({grad_in.scalar_type(), y_in.scalar_type()});
@@ -220,6 +255,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
       "-> (Tensor, Tensor, Tensor)",
       TORCH_BOX(&norm_backward));
   define(library, "_gated_residual(Tensor x, Tensor y, Tensor gate, str isa) -> Tensor", TORCH_BOX(&residual));
+  define(
+      library,
+      "_gated_residual_norm(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, "
+      "ScalarType out_dtype, str isa) -> (Tensor, Tensor)",
+      TORCH_BOX(&residual_norm));
   define(
       library, "_gated_residual_backward(Tensor grad, Tensor y, Tensor gate, str isa) -> (Tensor, Tensor)",
       TORCH_BOX(&residual_backward));

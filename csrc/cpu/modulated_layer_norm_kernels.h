@@ -1,34 +1,42 @@
 // The kernels of modulated_layer_norm and gated_residual (foreach_isa.h). The loops are plain, for the compiler to turn
 // into vectors; `omp simd` lets it order a sum as it likes.
 
+// One row. A function of its own, for the compiler may order a sum otherwise where it sees more around it.
+template <typename T, typename R>
+[[gnu::noinline, gnu::noclone]] void norm_row(
+    const T* x, const float* scale, const float* shift, float eps, int64_t C, float* memory, R* out, float* mean,
+    float* rstd) {
+  const float count = static_cast<float>(C);
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t c = 0; c < C; ++c) {
+    const float value = wide(x[c]);
+    memory[c] = value;
+    sum += value;
+  }
+  const float centre = sum / count;
+  float rest = 0, squares = 0;
+#pragma omp simd reduction(+ : rest, squares)
+  for (int64_t c = 0; c < C; ++c) {
+    const float centred = memory[c] - centre;
+    memory[c] = centred;
+    rest += centred;
+    squares += centred * centred;
+  }
+  const float missed = rest / count;  // what the rounding of the mean left
+  const float inverse = 1 / std::sqrt(squares / count - missed * missed + eps);
+#pragma omp simd
+  for (int64_t c = 0; c < C; ++c) narrow((memory[c] - missed) * inverse * (1 + scale[c]) + shift[c], out + c);
+  *mean = centre + missed;
+  *rstd = inverse;
+}
+
 template <typename T, typename R>
 void norm(
     const T* x, const float* scale, const float* shift, float eps, int64_t rows, int64_t C, float* memory, R* out,
     float* mean, float* rstd) {
-  const float count = static_cast<float>(C);
-  for (int64_t row = 0; row < rows; ++row, x += C, out += C) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t c = 0; c < C; ++c) {
-      const float value = wide(x[c]);
-      memory[c] = value;
-      sum += value;
-    }
-    const float centre = sum / count;
-    float rest = 0, squares = 0;
-#pragma omp simd reduction(+ : rest, squares)
-    for (int64_t c = 0; c < C; ++c) {
-      const float centred = memory[c] - centre;
-      memory[c] = centred;
-      rest += centred;
-      squares += centred * centred;
-    }
-    const float missed = rest / count;  // what the rounding of the mean left
-    const float inverse = 1 / std::sqrt(squares / count - missed * missed + eps);
-#pragma omp simd
-    for (int64_t c = 0; c < C; ++c) narrow((memory[c] - missed) * inverse * (1 + scale[c]) + shift[c], out + c);
-    mean[row] = centre + missed;
-    rstd[row] = inverse;
+  for (int64_t row = 0; row < rows; ++row) {
+    norm_row(x + row * C, scale, shift, eps, C, memory, out + row * C, mean + row, rstd + row);
   }
 }
 
@@ -66,6 +74,18 @@ void residual(const T* x, const R* y, const float* gate, int64_t rows, int64_t C
   }
 }
 
+// Row after row, which lies in the first-level cache between the two.
+template <typename T, typename R>
+void residual_norm(
+    const T* x, const R* y, const float* gate, const float* scale, const float* shift, float eps, int64_t rows,
+    int64_t C, float* memory, T* total, R* out) {
+  float mean, rstd;
+  for (int64_t row = 0; row < rows; ++row, x += C, y += C, total += C, out += C) {
+    residual(x, y, gate, 1, C, total);
+    norm_row(total, scale, shift, eps, C, memory, out, &mean, &rstd);
+  }
+}
+
 template <typename T>
 void residual_backward(
     const T* grad, const T* y, const float* gate, int64_t rows, int64_t C, T* grad_y, float* grad_gate) {
@@ -80,4 +100,5 @@ void residual_backward(
 }
 
 template <typename S, typename R>
-constexpr Kernels<S, R> kKernels{norm<S, R>, norm_backward<S>, residual<S, R>, residual_backward<S>};
+constexpr Kernels<S, R> kKernels{
+    norm<S, R>, norm_backward<S>, residual<S, R>, residual_backward<S>, residual_norm<S, R>};

@@ -10,6 +10,7 @@
 #include "cpu/buffer.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/nearest_code.h"
+#include "cpu/residual_quantize.h"
 
 namespace hitsr_fast {
 namespace {
@@ -24,10 +25,9 @@ struct Geometry {
   int64_t stride, channels_stride;
 };
 
-// Four taps for each place of a finer grid: bicubic, a = -0.75, half-pixel centres, edges repeated.
-struct Taps {
-  const int* place;     // [out][4]
-  const float* weight;  // [out][4]
+struct Taps {  // those of BicubicTaps
+  const int* place;
+  const float* weight;
 };
 
 // One scale of the pyramid.
@@ -65,8 +65,6 @@ struct Kernels {
 #define HITSR_OP residual_quantize
 #include "cpu/foreach_isa.h"
 
-int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
-
 // The scales of a pyramid, with the tables that their kernels read.
 class Pyramid {
  public:
@@ -80,9 +78,7 @@ class Pyramid {
     if (phi_ratio != 0) fold(phi_weight, phi_bias, static_cast<float>(phi_ratio));
     for (size_t s = 0; s < phi_index.size(); ++s) {
       Scale scale{scales[2 * s], scales[2 * s + 1], tokens, {}, {}, nullptr, nullptr};
-      HITSR_CHECK(
-          0 < scale.height && scale.height <= height && 0 < scale.width && scale.width <= width,
-          "scales: expected at most the map's ", height, " x ", width, ", found ", scale.height, " x ", scale.width);
+      check_scale(scale.height, scale.width, height, width);
       scale.y = taps(scale.height, height);
       scale.x = taps(scale.width, width);
       if (phi_ratio != 0) {
@@ -108,7 +104,13 @@ class Pyramid {
   // phi(h) = (1 - r) h + r (conv(h) + bias) is a convolution itself.
   void fold(const Tensor& phi_weight, const Tensor& phi_bias, float ratio) {
     const int64_t C = map.channels, stride = map.channels_stride;
-    const Tensor weight = in_a_row(phi_weight, ScalarType::Float), bias = in_a_row(phi_bias, ScalarType::Float);
+    const bool as_is = phi_weight.scalar_type() == ScalarType::Float;  // whatever its strides
+    const Tensor weight = as_is ? phi_weight : in_a_row(phi_weight, ScalarType::Float);
+    const Tensor bias = in_a_row(phi_bias, ScalarType::Float);
+    const int64_t last = weight.dim() - 1;  // of (P, C, C, 3, 3), or of one phi
+    const int64_t across = weight.stride(last), down = weight.stride(last - 1);
+    const int64_t each_in = weight.stride(last - 2), each_out = weight.stride(last - 3);
+    const int64_t each_phi = last == 4 ? weight.stride(0) : 0;
     phis_ = bias.numel() / C;
     weight_ = Buffer<float>::zeros(phis_ * 9 * C * stride);
     bias_ = Buffer<float>::zeros(phis_ * stride);
@@ -120,7 +122,8 @@ class Pyramid {
       for (int64_t tap = 0; tap < 9; ++tap) {
         for (int64_t in = 0; in < C; ++in) {
           float* row = to + ((p * 9 + tap) * C + in) * stride;
-          for (int64_t out = 0; out < C; ++out) row[out] = ratio * from[((p * C + out) * C + in) * 9 + tap];
+          const float* column = from + p * each_phi + in * each_in + tap / 3 * down + tap % 3 * across;
+          for (int64_t out = 0; out < C; ++out) row[out] = ratio * column[out * each_out];
           if (tap == 4) row[in] += 1 - ratio;
         }
       }
@@ -128,27 +131,13 @@ class Pyramid {
   }
 
   Taps taps(int64_t from, int64_t to) {
-    auto& place = places_.emplace_back(4 * to);
-    auto& weight = weights_.emplace_back(4 * to);
-    constexpr double a = -0.75;
-    const auto near = [](double x) { return ((a + 2) * x - (a + 3)) * x * x + 1; };
-    const auto far = [](double x) { return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a; };
-    for (int64_t i = 0; i < to; ++i) {
-      const double centre = (static_cast<double>(i) + 0.5) * static_cast<double>(from) / static_cast<double>(to) - 0.5;
-      const double below = std::floor(centre), part = centre - below;
-      const double values[4] = {far(part + 1), near(part), near(1 - part), far(2 - part)};
-      for (int64_t t = 0; t < 4; ++t) {
-        place[4 * i + t] = static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(below) - 1 + t, 0, from - 1));
-        weight[4 * i + t] = static_cast<float>(values[t]);
-      }
-    }
-    return {place.data(), weight.data()};
+    const BicubicTaps& found = taps_.emplace_back(from, to);
+    return {found.place.data(), found.weight.data()};
   }
 
   int64_t phis_ = 0;
   std::optional<Buffer<float>> weight_, bias_;
-  std::deque<std::vector<int>> places_;  // their elements stay where they are
-  std::deque<std::vector<float>> weights_;
+  std::deque<BicubicTaps> taps_;  // whose elements stay where they are
 };
 
 // What one thread works with; made before the walk, so that nothing is allocated on the way.
@@ -319,13 +308,6 @@ void walk_all(const Pyramid& pyramid, const Batch& batch, const nearest::Codeboo
     walk(pyramid, batch, image, run, reconstruction, batch.latents ? residual : nullptr);
   };
   for_each_image(pyramid, batch.indices.size(0), book, isa, task);
-}
-
-void check_indices(const Tensor& indices, int64_t codes, const char* name) {
-  const int64_t* first = data<const int64_t>(indices);
-  const auto found = std::find_if(first, first + indices.numel(), [&](int64_t k) { return k < 0 || k >= codes; });
-  HITSR_CHECK(
-      found == first + indices.numel(), name, ": expected indices from 0 to ", codes - 1, ", found ", *found);
 }
 
 void make_outputs(Batch& batch, const Pyramid& pyramid, int64_t B, bool inputs, bool per_scale) {

@@ -62,10 +62,10 @@ Fraction random_fraction(uint64_t seed, uint64_t offset, uint64_t row) {
   return {a >> 1, b >> 1};
 }
 
-// logits, uncond_logits: float32 (N, V), contiguous. dropped: 1 - top_p in units of 2^-62; negative: no top-p.
+// logits, uncond_logits: float32 (N, V), contiguous. dropped: 1 - top_p in units of 2^-62; 0: no top-p.
 Tensor sample_codes(
     const Tensor& logits, const std::optional<Tensor>& uncond_logits, const std::optional<Tensor>& state,
-    double guidance, int64_t top_k, int64_t dropped, double scale, const std::string& isa) {
+    double cond, double uncond, double scale, int64_t top_k, int64_t dropped, const std::string& isa) {
   check_cpu(logits, "logits");
   check_dtype(logits, ScalarType::Float, "logits");
   check_contiguous(logits, "logits");
@@ -73,13 +73,13 @@ Tensor sample_codes(
       logits.dim() == 2 && logits.size(1) >= 1 && logits.size(1) <= 1 << 20,
       "logits: expected shape (N, V) with V from 1 to 2^20, found ", logits.sizes());
   const int64_t N = logits.size(0), V = logits.size(1);
-  const float* uncond = nullptr;
+  const float* second = nullptr;
   if (uncond_logits) {
     check_cpu(*uncond_logits, "uncond_logits");
     check_dtype(*uncond_logits, ScalarType::Float, "uncond_logits");
     check_contiguous(*uncond_logits, "uncond_logits");
     check_shape(*uncond_logits, logits.sizes(), "uncond_logits");
-    uncond = data<const float>(*uncond_logits);
+    second = data<const float>(*uncond_logits);
   }
   uint64_t seed = 0, offset = 0;
   if (state) {
@@ -90,7 +90,7 @@ Tensor sample_codes(
     offset = static_cast<uint64_t>(data<const int64_t>(*state)[state->stride(0)]);
   }
   const Options options{
-      static_cast<float>(1 + guidance), static_cast<float>(guidance), static_cast<float>(scale), top_k, dropped >= 0,
+      static_cast<float>(cond), static_cast<float>(uncond), static_cast<float>(scale), top_k, dropped > 0,
       {dropped >> 31, dropped & 0x7fffffff}};
   const Kernels& kernels = HITSR_SELECT(isa, kKernels);
   const Tensor codes = empty({N}, ScalarType::Long);
@@ -100,7 +100,7 @@ Tensor sample_codes(
     const Buffer<int32_t> memory(3 * V);
     const Workspace work{memory.at(0), memory.at(V), memory.at(2 * V)};
     for (int64_t row = begin; row < end; ++row) {
-      const float* other = uncond == nullptr ? nullptr : uncond + row * V;
+      const float* other = second == nullptr ? nullptr : second + row * V;
       if (!state) {
         out[row] = kernels.largest(options, first + row * V, other, V, work);
       } else {
@@ -117,8 +117,8 @@ Tensor sample_codes(
 STABLE_TORCH_LIBRARY_FRAGMENT(hitsr_fast, library) {
   define(
       library,
-      "_sample_codes(Tensor logits, Tensor? uncond_logits, Tensor? state, float guidance, int top_k, int dropped, "
-      "float scale, str isa) -> Tensor",
+      "_sample_codes(Tensor logits, Tensor? uncond_logits, Tensor? state, float cond, float uncond, float scale, "
+      "int top_k, int dropped, str isa) -> Tensor",
       TORCH_BOX(&sample_codes));
 }
 

@@ -3,7 +3,6 @@
 // float32, takes one head a thread, whose tiles of queries are walked in order, so that the sums of keys and values are
 // the same for any number of threads.
 #include <algorithm>
-#include <atomic>
 #include <numeric>
 #include <string>
 #include <tuple>
@@ -12,6 +11,7 @@
 #include "cpu/buffer.h"
 #include "cpu/instruction_sets.h"
 #include "cpu/scale_block_attention_layouts.h"
+#include "cpu/share_out.h"
 
 namespace hitsr_fast {
 namespace {
@@ -33,15 +33,6 @@ struct Kernels {
 #define HITSR_OP scale_block_attention
 #define HITSR_AMX_BF16
 #include "cpu/foreach_isa.h"
-
-// A task for each of [0, count), taken by whichever thread is free: none of their results depends on which.
-template <typename F>
-void share_out(int64_t count, const F& task) {
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min<int64_t>(torch::stable::get_num_threads(), count), 1, [&](int64_t, int64_t) {
-    task([&] { return next.fetch_add(1, std::memory_order_relaxed); });
-  });
-}
 
 template <typename T, typename E>
 class Attention {

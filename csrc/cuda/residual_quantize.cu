@@ -4,14 +4,22 @@
 #include "../block/cuda.h"
 #include "residual_quantize.cuh"
 #include "residual_quantize/quantize.h"
+#include "shared_memory.cuh"
 
 namespace hitsr_fast::residual {
 
 namespace {
 
-// The residual of a whole image leaves room for one block on a multiprocessor, that of a half for two.
+// The residual of a whole image leaves room for one block on a multiprocessor, that of a half for two; but for sm_120,
+// whose multiprocessors have 100 KiB.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int blocks_at_once(int) { return 1; }
+#else
+constexpr int blocks_at_once(int ranks) { return ranks; }
+#endif
+
 template <int C, int RANKS>
-__global__ void __launch_bounds__(kMaxThreads, RANKS)
+__global__ void __launch_bounds__(kMaxThreads, blocks_at_once(RANKS))
     residual_quantize_kernel(const __grid_constant__ Arguments arguments) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
   // No clusters: `launch` is never asked for them here.
@@ -25,9 +33,7 @@ __global__ void __launch_bounds__(kMaxThreads, RANKS)
 
 template <int C, int RANKS>
 cudaError_t launch_kernel(const Arguments& arguments, size_t bytes, cudaStream_t stream) {
-  const auto kernel = residual_quantize_kernel<C, RANKS>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  const cudaError_t error = allow_shared_memory<residual_quantize_kernel<C, RANKS>>();
   if (error != cudaSuccess) return error;
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
@@ -39,7 +45,7 @@ cudaError_t launch_kernel(const Arguments& arguments, size_t bytes, cudaStream_t
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = RANKS > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, arguments);
+  return cudaLaunchKernelEx(&config, residual_quantize_kernel<C, RANKS>, arguments);
 }
 
 template <int C>
@@ -49,6 +55,11 @@ cudaError_t launch_channels(const Arguments& arguments, const Plan& plan, cudaSt
 }
 
 }  // namespace
+
+cudaError_t load() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, residual_quantize_kernel<32, 1>);
+}
 
 cudaError_t launch(const Arguments& arguments, int channels, const Plan& plan, cudaStream_t stream) {
   switch (channels) {

@@ -8,9 +8,8 @@
 
 namespace hitsr_fast::residual {
 
-constexpr bool has_channels(int channels) {
-  return channels == 8 || channels == 16 || channels == 32 || channels == 64;
-}
+// Loads the code for the current device: an error where there is none for its chip, or its driver is too old for it.
+cudaError_t load();
 
 // Starts the kernel for all images on a stream.
 cudaError_t launch(const Arguments& arguments, int channels, const Plan& plan, cudaStream_t stream);

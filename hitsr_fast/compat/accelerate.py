@@ -44,7 +44,7 @@ _MAX_SCALE = math.log(100)
 _COMMON = ("attn.num_heads", "attn.scale", "attn.attn_l2_norm", "ln_wo_grad.eps")  # one value for all blocks
 
 
-def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
+def accelerate(model: Model, *, dtype: torch.dtype | None = None, cuda_graphs: bool = True) -> Model:
     """Let an instance of VAR's class `VAR` sample through the ops of this package.
 
     Its `autoregressive_infer_cfg` is replaced, KV cache included, and the quantizer of its tokenizer, by a
@@ -56,8 +56,10 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
         model: of VAR-d16 to d36 or any size, with AdaLN shared or not, for any `patch_nums`. Its class is not
             imported: it is known by its attributes.
         dtype: float32, bfloat16 or float16, of the blocks and the classifier while sampling. None is the
-            weights' own, or autocast's where a call stands under it. In another dtype than the weights' a
-            converted copy of them is kept.
+            weights' own, or autocast's where a call stands under it. In another dtype than the weights'
+            each call converts them.
+        cuda_graphs: False leaves out the CUDA graphs, of which there is one for each B and for each set of
+            scales that are guided, from the second such call on.
 
     Returns:
         The same instance. `model.undo()` or `undo(model)` makes it again what it was. The end of a `with`
@@ -72,7 +74,7 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
         Accelerated once more, a model takes the new dtype; one `undo` ends it, in nested blocks too. Until
         then its class is a subclass of its own, with the same name.
         While sampling, blocks and head are read and not called: no hook of theirs runs, and training mode
-        drops nothing.
+        drops nothing. Embeddings and AdaLN are called, with a graph when it is captured.
         Source: VAR (arXiv 2404.02905), the interface of its released code.
 
     Example:
@@ -93,7 +95,7 @@ def accelerate(model: Model, *, dtype: torch.dtype | None = None) -> Model:
     if known is not None:
         known.undo()
     _expect_var(model)
-    _Acceleration(model, VarSampler(model, dtype), known)
+    _Acceleration(model, VarSampler(model, dtype, cuda_graphs), known)
     return model
 
 
@@ -196,7 +198,7 @@ class _Acceleration:
     def copy_to(self, other: Any) -> None:
         """Accelerate a shallow copy of the model. The tokenizer is one for both: this one changes it back."""
         own = other._acceleration = copy.copy(self)
-        own.model, own.sampler = other, VarSampler(other, self.sampler.dtype)
+        own.model, own.sampler = other, self.sampler.of(other)
         own.before, own.blocks, own.quantizer = None, [], None
 
 

@@ -11,6 +11,8 @@ from hitsr_fast.ops import nearest_phi
 class Phi(nn.Conv2d):
     """`phi(h) = (1 - r) h + r (conv3x3(h) + bias)`."""
 
+    undecayed = ("weight", "bias")
+
     def __init__(self, code_dim: int, ratio: float) -> None:
         super().__init__(code_dim, code_dim, 3, padding=1)
         self.resi_ratio = ratio

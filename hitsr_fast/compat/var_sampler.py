@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from hitsr_fast.checks import has_values
 from hitsr_fast.compat.var import VectorQuantizer2
 from hitsr_fast.nn.bank import ReconstructionWalk
 from hitsr_fast.nn.cached_body import CachedBody
-from hitsr_fast.nn.sampling import Classifier, SamplingOptions, guided_logits, sample_scales
-from hitsr_fast.nn.versions import Snapshot
+from hitsr_fast.nn.sampling import Classifier, SamplingOptions, SamplingPlan, guided_logits, sample_scales
+from hitsr_fast.ops.cuda_graphs import Graphs
+from hitsr_fast.precision import autocast_dtype
 
 
 class _Weights(NamedTuple):
@@ -20,6 +22,13 @@ class _Weights(NamedTuple):
 
     body: CachedBody
     head: Classifier
+
+    @classmethod
+    def of(cls, model: Any, dtype: torch.dtype) -> _Weights:
+        """Those of a VAR in a dtype: its own parameters where it is theirs, and a few small vectors."""
+        attention, norm, head = model.blocks[0].attn, model.blocks[0].ln_wo_grad, model.head
+        body = CachedBody(model.blocks, attention.num_heads, float(attention.scale), dtype, norm.eps)
+        return cls(body, Classifier(head.weight.to(dtype), head.bias.to(dtype)))
 
 
 def mixtures(
@@ -53,22 +62,27 @@ def mixtures(
 class VarSampler:
     """Samples from a VAR: static KV cache, AdaLN once a call, one branch where there is no guidance.
 
-    It reads the model's own parameters. Where it computes in another dtype than theirs they are converted
-    once, and anew after they have changed; only what writes to their `.data` goes unseen then.
+    It reads the model's own parameters. Where it computes in another dtype than theirs each call converts
+    them, so that no way of changing them goes unseen.
+
+    On a GPU all from the labels to the latent is a CUDA graph for each B and for each set of scales that are
+    guided, from the second call of a kind on. It reads the weights where they are, and the numbers of
+    guidance and filters from memory. `more_smooth` draws within the scales from the caller's generator,
+    whose state a graph would replay, and so stays outside.
 
     Args:
         model: of VAR's class, with a `VectorQuantizer2` of this package in its `vae_quant_proxy`.
         dtype: of blocks and classifier; None for autocast's where that is on, else the weights' own.
+        cuda_graphs: False leaves out the graphs.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype | None) -> None:
-        self.model = model
-        self.dtype = dtype
-        self._kept: _Weights | None = None
-        self._sources: list[Snapshot] = []
+    def __init__(self, model: Any, dtype: torch.dtype | None, cuda_graphs: bool = True) -> None:
+        self.model, self.dtype, self.cuda_graphs = model, dtype, cuda_graphs
+        self._graphs = Graphs(self._latent)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None, "_sources": []}
+    def of(self, model: Any) -> VarSampler:
+        """One with the same options for another model."""
+        return VarSampler(model, self.dtype, self.cuda_graphs)
 
     @torch.no_grad()
     def autoregressive_infer_cfg(
@@ -102,10 +116,9 @@ class VarSampler:
         generator = None if g_seed is None else model.rng.manual_seed(g_seed)
         labels = self._labels(B, label_B, generator)
         device = labels.device.type
-        ambient = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        dtype = self.dtype or autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            weights = self._weights(self.dtype or ambient)
-            f_hat = self._latent(labels, weights, cfg, top_k, top_p, generator, more_smooth)
+            f_hat = self._sampled(labels, dtype, cfg, top_k, top_p, generator, more_smooth)
         image: Tensor = model.vae_proxy[0].fhat_to_img(f_hat)
         return image.add_(1).mul_(0.5)
 
@@ -124,31 +137,78 @@ class VarSampler:
             raise ValueError(f"label_B: expected shape (B={B},), found {tuple(label_B.shape)}")
         return label_B
 
-    def _latent(
+    def _sampled(
         self,
         labels: Tensor,
-        weights: _Weights,
+        dtype: torch.dtype | None,
         cfg: float,
         top_k: int,
         top_p: float,
         generator: torch.Generator | None,
         more_smooth: bool,
     ) -> Tensor:
-        """The sum of all scales, `(B, Cvae, H, W)`."""
-        model, B, head = self.model, len(labels), weights.head
-        quantizer: VectorQuantizer2 = model.vae_quant_proxy[0]
-        bank, pyramid = quantizer.bank(), quantizer.pyramid
-        scales = len(pyramid.scales)
+        """The sum of all scales, `(B, Cvae, H, W)`, by a graph or not."""
+        quantizer: VectorQuantizer2 = self.model.vae_quant_proxy[0]
+        scales, device = quantizer.pyramid.scales, labels.device
         options = SamplingOptions(abs(cfg), top_k=max(top_k, 0), top_p=min(max(top_p, 0.0), 1.0))
-        plan = options.plan(scales, scales)
+        plan = options.plan(len(scales), len(scales))
         if cfg < 0:
             plan = plan._replace(strengths=tuple(-strength for strength in plan.strengths))
+        dtype = dtype or self.model.head.weight.dtype
+        if more_smooth:
+            codebook = quantizer.bank().codebook
+
+            def smooth(head: Classifier, rows: Tensor, step: int) -> Tensor:
+                logits = guided_logits(
+                    head.logits(rows).unflatten(0, (-1, len(labels))), plan.strengths[step]
+                )
+                ratio = step / max(len(scales) - 1, 1)
+                return mixtures(logits, codebook, ratio=ratio, top_k=top_k, top_p=top_p, generator=generator)
+
+            return self._walk(labels, plan, _Weights.of(self.model, dtype), smooth)
+        states = plan.states(device, generator)
+        if self.cuda_graphs and has_values(labels):
+            read = [*self.model.parameters(), self.model.lvl_1L, *quantizer.parameters()]
+            given = labels, states, plan.settings(device)
+            return self._graphs(given, plan.kind, dtype, scales, quantizer.phi_ratio, read)[0]
+        return self._latent(labels, states, None, plan, dtype)[0]
+
+    def _latent(
+        self,
+        labels: Tensor,
+        states: Tensor | None,
+        settings: Tensor | None,
+        plan: SamplingPlan,
+        dtype: torch.dtype,
+        *_read: Any,
+    ) -> tuple[Tensor]:
+        """The sum of all scales, `(B, Cvae, H, W)`, of codes; waits for nothing on the device.
+
+        For `states` and `settings` see `SamplingPlan.draw`. What else is read follows, for the
+        graphs to know it by.
+        """
+
+        def choose(head: Classifier, rows: Tensor, step: int) -> Tensor:
+            return head.codes(rows, plan, states, step, settings)
+
+        return (self._walk(labels, plan, _Weights.of(self.model, dtype), choose),)
+
+    def _walk(
+        self,
+        labels: Tensor,
+        plan: SamplingPlan,
+        weights: _Weights,
+        choose: Callable[[Classifier, Tensor, int], Tensor],
+    ) -> Tensor:
+        """The sum of all scales; `choose` takes classifier, rows and number of a scale."""
+        model, B, head = self.model, len(labels), weights.head
+        quantizer: VectorQuantizer2 = model.vae_quant_proxy[0]
+        pyramid = quantizer.pyramid
         if plan.guided_steps:
             labels = torch.cat([labels, torch.full_like(labels, model.num_classes)])
         condition: Tensor = model.class_emb(labels)
         places = (model.lvl_embed(model.lvl_1L) + model.pos_1LC).split(pyramid.lengths, dim=1)
-        states = None if more_smooth else plan.states(labels.device, generator)
-        walk = ReconstructionWalk([bank], pyramid, B)
+        walk = ReconstructionWalk([quantizer.bank().by_taps()], pyramid, B)
 
         def embed(step: int, inputs: Tensor | None) -> Tensor:
             if inputs is None:
@@ -158,13 +218,6 @@ class VarSampler:
             embedded: Tensor = (rows + places[step]).to(head.weight.dtype)
             return embedded
 
-        def choose(step: int, rows: Tensor) -> Tensor:
-            if not more_smooth:
-                return head.codes(rows, plan, states, step)
-            logits = guided_logits(head.logits(rows).unflatten(0, (-1, B)), plan.strengths[step])
-            ratio = step / max(scales - 1, 1)
-            return mixtures(logits, bank.codebook, ratio=ratio, top_k=top_k, top_p=top_p, generator=generator)
-
         sample_scales(
             plan,
             weights.body,
@@ -173,7 +226,7 @@ class VarSampler:
             head_modulation=torch.stack(model.head_nm.ada_lin(condition).chunk(2, dim=-1)),
             head_eps=model.head_nm.ln_wo_grad.eps,
             embed=embed,
-            choose=choose,
+            choose=lambda step, rows: choose(head, rows, step),
             feed=walk.advance,
         )
         return walk.finished[-1].to(condition.dtype)
@@ -187,28 +240,3 @@ class VarSampler:
             for block in model.blocks
         ]
         return torch.stack(rows).transpose(1, 2).contiguous()
-
-    def _weights(self, dtype: torch.dtype | None) -> _Weights:
-        """Those of blocks and classifier in a dtype, or in their own.
-
-        Where nothing is converted they are the parameters themselves and a few small vectors, made in a
-        millisecond, so that any change is seen; a converted copy is kept until a parameter has changed.
-        """
-        blocks, head = self.model.blocks, self.model.head
-        dtype = dtype or head.weight.dtype
-        sources = [*blocks.parameters(), *head.parameters()]
-        if all(tensor.dtype == dtype for tensor in sources) or not has_values(head.weight):
-            return self._made(dtype)
-        same = len(self._sources) == len(sources) and all(
-            known.is_of(tensor) for known, tensor in zip(self._sources, sources, strict=True)
-        )
-        if self._kept is None or self._kept.body.dtype != dtype or not same:
-            self._kept = self._made(dtype)
-            self._sources = [Snapshot(tensor) for tensor in sources]
-        return self._kept
-
-    def _made(self, dtype: torch.dtype) -> _Weights:
-        blocks, head = self.model.blocks, self.model.head
-        attention, norm = blocks[0].attn, blocks[0].ln_wo_grad
-        body = CachedBody(blocks, attention.num_heads, float(attention.scale), dtype, norm.eps)
-        return _Weights(body, Classifier(head.weight.to(dtype), head.bias.to(dtype)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
@@ -15,16 +16,13 @@ from torch import Tensor, nn
 from hitsr_fast.checks import check_choice, check_integer
 from hitsr_fast.configs import Config
 from hitsr_fast.models.hub import CONFIG_FILE, WEIGHTS_FILE, find_weights
+from hitsr_fast.models.state_dicts import check_state, short, taken_from, unwrap
 from hitsr_fast.nn.sampling import SamplingOptions
 
 ModelT = TypeVar("ModelT", bound="Model")
 
-Input = Literal["photo", "clean"]
+Input = Literal["photo", "clean", "unknown"]
 INPUTS: tuple[Input, ...] = get_args(Input)
-
-
-class CheckpointError(ValueError):
-    """A state dict does not fit a model; the message lists missing, unexpected and mis-shaped keys."""
 
 
 class SuperResolver(Protocol):
@@ -61,7 +59,7 @@ class SuperResolver(Protocol):
             lr: `(B, 3, t, t)` floating in [-1, 1] with `t = lr_tile`.
             sampling: How codes are drawn.
             input: What the tiles are: `"photo"` has noise, blur or artefacts, `"clean"` was only made
-                smaller.
+                smaller, `"unknown"` leaves it open.
             factors: Wanted factors, out of `scale_factors`; all by default.
             generator: Source of randomness in place of `sampling.seed`; unused when greedy.
 
@@ -150,7 +148,8 @@ class Model(nn.Module):
             ValueError: A file is broken, or the model is of another family.
 
         Notes:
-            A `config.json` without `model_type` is that of a HIT-VAR.
+            A `config.json` without `model_type` is that of a HIT-VAR. Weights that a trainer has wrapped, as
+            in `module.`, are unwrapped, with a warning.
 
         Example:
             >>> Model.from_pretrained("hit-tiny").config.model_type
@@ -163,9 +162,11 @@ class Model(nn.Module):
             raise ValueError(f"{folder}: expected a {cls.__name__}, found a {family.__name__}")
         model = family(config)
         try:
-            load_state(model, load_file(path), str(path))
+            said = load_state(model, load_file(path), str(path))
         except SafetensorError as error:
             raise ValueError(f"model: {path} is broken: {error}") from error
+        if said:
+            warnings.warn(said, stacklevel=2)
         return model.to(device=device, dtype=dtype).eval()
 
 
@@ -190,33 +191,22 @@ def load_config(path: Path) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_state(model: nn.Module, state: Mapping[str, Any], source: str) -> str:
     """Make a complete state dict the weights of `model`, in its dtypes, or change nothing.
 
     Args:
         model: Changed in place.
-        state: Tensors by key.
+        state: Tensors by key, also as trainers wrap them: see `unwrap`.
         source: What to call the state dict in an error.
+
+    Returns:
+        One line on what was unwrapped; empty where nothing was.
 
     Raises:
         CheckpointError: If keys are missing, unexpected or mis-shaped.
     """
-    check_state({key: tuple(value.shape) for key, value in model.state_dict().items()}, state, source)
-    model.load_state_dict(state, assign=True)
-
-
-def check_state(expected: Mapping[str, tuple[int, ...]], state: Mapping[str, Tensor], source: str) -> None:
-    """Raise CheckpointError unless `state` has exactly the keys of `expected`, in these shapes."""
-    misshaped = [
-        f"{key}: expected {expected[key]}, found {tuple(state[key].shape)}"
-        for key in sorted(set(expected) & set(state))
-        if tuple(state[key].shape) != expected[key]
-    ]
-    problems = {
-        "missing": sorted(set(expected) - set(state)),
-        "unexpected": sorted(set(state) - set(expected)),
-        "mis-shaped": misshaped,
-    }
-    if any(problems.values()):
-        found = "; ".join(f"{name} keys: {keys}" for name, keys in problems.items() if keys)
-        raise CheckpointError(f"{source} does not fit the model; {found}")
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    own, wrapping = unwrap(state, expected)
+    check_state(expected, own, source)
+    model.load_state_dict(own, assign=True)
+    return f"{short(source)}: {taken_from(wrapping)}" if wrapping else ""

@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.ops.scale_block_attention import scale_block_attention
+from hitsr_fast.nn.recompute import modulated_linear, qkv_attention
 
 _MAX_LOG_SCALE = math.log(100.0)
 
@@ -28,6 +27,8 @@ class SelfAttention(nn.Module):
         l2_norm: Normalise q and k per head and multiply q by a learned factor of at most 100.
     """
 
+    undecayed = ("q_bias", "v_bias", "scale_mul_1H11")
+
     def __init__(self, width: int, heads: int, l2_norm: bool) -> None:
         super().__init__()
         self.heads = heads
@@ -44,17 +45,14 @@ class SelfAttention(nn.Module):
         """Factor of the scores."""
         return 1.0 if self.l2_norm else 0.25 / math.sqrt(self.proj.in_features // self.heads)
 
-    def forward(self, x: Tensor, block_lengths: Sequence[int]) -> Tensor:
-        """Attend within `x` `(B, T, width)`; see `CachedBody` for sampling."""
-        b, t, width = x.shape
+    def forward(self, x: Tensor, modulation: tuple[Tensor, Tensor], block_lengths: Sequence[int]) -> Tensor:
+        """Attend within the `modulated_layer_norm` of x `(B, T, width)`; before the projection.
+
+        `modulation` are the norm's scale and shift. See `CachedBody` for sampling.
+        """
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        q, k, v = F.linear(x, self.mat_qkv.weight, bias).view(b, t, 3, self.heads, -1).unbind(2)
-        if self.l2_norm:
-            # The norm is taken in float32 at least: in half it overflows and underflows.
-            wide = torch.promote_types(q.dtype, torch.float32)
-            factor = score_factor(self.scale_mul_1H11)[:, None]
-            q = (F.normalize(q.to(wide), dim=-1) * factor).to(v.dtype)
-            k = F.normalize(k.to(wide), dim=-1).to(v.dtype)
-        out = scale_block_attention(q, k, v, block_lengths=block_lengths, softmax_scale=self.softmax_scale)
-        projected: Tensor = self.proj(out.reshape(b, t, width))
-        return projected
+        qkv = modulated_linear(x, modulation, self.mat_qkv.weight, bias)
+        factor = score_factor(self.scale_mul_1H11) if self.l2_norm else None
+        return qkv_attention(
+            qkv, factor, heads=self.heads, block_lengths=block_lengths, softmax_scale=self.softmax_scale
+        )

@@ -48,6 +48,11 @@ class QuantizerBank:
         codebook, weight, bias = (tensor.to(dtype) for tensor in self.tensors)
         return replace(self, codebook=codebook, phi_weight=weight, phi_bias=bias)
 
+    def by_taps(self) -> QuantizerBank:
+        """The same; the channels of a tap of phi lie together in memory, as GPUs read them: a copy."""
+        weight = self.phi_weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
+        return replace(self, phi_weight=weight)
+
     def quantize(self, z: Tensor, scales: Sequence[Scale], **options: Any) -> ops.ResidualQuantized:
         """`residual_quantize` of `(B, C, H, W)` over some first scales, with its other options."""
         options |= self._options(scales)

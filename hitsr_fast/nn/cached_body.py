@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hitsr_fast.checks import check_integer, check_shape
 from hitsr_fast.nn.attention import score_factor
-from hitsr_fast.ops import attention_prologue, cached_attention, gated_residual, modulated_layer_norm
+from hitsr_fast.ops import attention_prologue, cached_attention, gated_residual_norm, modulated_layer_norm
 
 # Whether this build of PyTorch has oneDNN's linear map with an activation, which its compiler uses.
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -28,6 +28,22 @@ class KVCache(NamedTuple):
         """The first `batch` sequences, in the same memory; an error where there are not so many."""
         check_integer("batch", batch, 0, self.k.shape[1], "B")
         return KVCache(self.k[:, :batch], self.v[:, :batch])
+
+
+class Stream(NamedTuple):
+    """Rows `x` `(B, L, C)`, and a `branch` that they gain, times `gate` `(B, C)`, as they are normalised."""
+
+    x: Tensor
+    branch: Tensor
+    gate: Tensor
+
+    def normed(self, scale: Tensor, shift: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """The rows with their branch, and the `modulated_layer_norm` of these; see `gated_residual_norm`."""
+        return gated_residual_norm(*self, scale, shift, **options)
+
+    def last(self, batch: int, tokens: int) -> Stream:
+        """Of the first sequences the last tokens."""
+        return Stream(self.x[:batch, -tokens:], self.branch[:batch, -tokens:], self.gate[:batch])
 
 
 class CachedBlock(NamedTuple):
@@ -63,22 +79,30 @@ class CachedBlock(NamedTuple):
         return CachedBlock._make([*(weight.to(dtype) for weight in weights), q_scale])
 
     def run(
-        self, x: Tensor, modulation: Tensor, cache: tuple[Tensor, Tensor], start: int, body: CachedBody
-    ) -> Tensor:
+        self,
+        x: Tensor | Stream,
+        modulation: Tensor,
+        cache: tuple[Tensor, Tensor],
+        start: int,
+        body: CachedBody,
+    ) -> Stream:
         """As `CachedBody`, of one block: `modulation` is `(6, B, C)`, `cache` its keys and values.
 
         In float32 `x` loses less from block to block.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation.unbind()
-        dtype = self.qkv_weight.dtype
-        normed = modulated_layer_norm(x, scale1, shift1, eps=body.eps, out_dtype=dtype)
+        options: dict[str, Any] = {"eps": body.eps, "out_dtype": self.qkv_weight.dtype}
+        if isinstance(x, Stream):
+            x, normed = x.normed(scale1, shift1, **options)
+        else:
+            normed = modulated_layer_norm(x, scale1, shift1, **options)
         qkv = F.linear(normed, self.qkv_weight)
         q = attention_prologue(qkv, *cache, start, bias=self.qkv_bias, q_scale=self.q_scale)
         attended = cached_attention(q, *cache, start + x.shape[1], softmax_scale=body.softmax_scale)
-        x = gated_residual(x, F.linear(attended.flatten(2), self.proj_weight, self.proj_bias), gamma1)
-        normed = modulated_layer_norm(x, scale2, shift2, eps=body.eps, out_dtype=dtype)
+        branch = F.linear(attended.flatten(2), self.proj_weight, self.proj_bias)
+        x, normed = Stream(x, branch, gamma1).normed(scale2, shift2, **options)
         hidden = linear_gelu(normed, self.fc1_weight, self.fc1_bias)
-        return gated_residual(x, F.linear(hidden, self.fc2_weight, self.fc2_bias), gamma2)
+        return Stream(x, F.linear(hidden, self.fc2_weight, self.fc2_bias), gamma2)
 
 
 class CachedBody:
@@ -105,8 +129,11 @@ class CachedBody:
         shape = len(self.blocks), batch, tokens, self.heads, weight.shape[1] // self.heads
         return KVCache(weight.new_empty(shape), weight.new_empty(shape))
 
-    def __call__(self, x: Tensor, modulation: Tensor, cache: KVCache, start: int) -> Tensor:
-        """Output `(B, L, C)` for new tokens `x` `(B, L, C)`, which see the first `start` ones and themselves.
+    def __call__(self, x: Tensor, modulation: Tensor, cache: KVCache, start: int) -> Stream:
+        """Output for new tokens `x` `(B, L, C)`, which see the first `start` ones and themselves.
+
+        The last block's second branch is still apart from it, as the norm that follows takes both in one
+        pass.
 
         Args:
             x: Floating, as is the output.
@@ -122,9 +149,11 @@ class CachedBody:
         sides = {"layers": layers, "6": 6, "B": len(x), "C": x.shape[2]}
         check_shape("modulation", modulation, "layers 6 B C", **sides)
         check_shape("cache.k", cache.k, "layers B T NH D", layers=layers)
+        out: Tensor | Stream = x
         for block, rows, k, v in zip(self.blocks, modulation, cache.k, cache.v, strict=True):
-            x = block.run(x, rows, (k, v), start, self)
-        return x
+            out = block.run(out, rows, (k, v), start, self)
+        assert isinstance(out, Stream)
+        return out
 
 
 @torch.no_grad()

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hitsr_fast.nn.autoencoder import NormSiLU, Upsample
-from hitsr_fast.ops.group_norm_silu import group_norm_silu
+from hitsr_fast.nn.autoencoder import Upsample
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -53,23 +52,6 @@ class FoldedUpsample(nn.Module):
         return out
 
 
-class FusedNormSiLU(nn.Module):
-    """Group norm and SiLU by `group_norm_silu`, which reads a map twice and writes it once; no gradients."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, norm: NormSiLU) -> None:
-        super().__init__()
-        self.groups, self.eps = norm.num_groups, norm.eps
-        self.register_buffer("weight", norm.weight.detach(), persistent=False)
-        self.register_buffer("bias", norm.bias.detach(), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, C, H, W)` -> the same, channels-last where x is."""
-        return group_norm_silu(x, self.weight, self.bias, self.groups, eps=self.eps)
-
-
 @torch.no_grad()
 def for_inference(module: ModuleT, dtype: torch.dtype) -> ModuleT:
     """A copy of a network of `nn.autoencoder`, faster and without gradients; for channels-last inputs."""
@@ -78,8 +60,6 @@ def for_inference(module: ModuleT, dtype: torch.dtype) -> ModuleT:
         for name, child in parent.named_children():
             if isinstance(child, Upsample):
                 setattr(parent, name, FoldedUpsample(child))
-            elif isinstance(child, NormSiLU):
-                setattr(parent, name, FusedNormSiLU(child))
     prepared.to(dtype)
     for tensors in (prepared.parameters(), prepared.buffers()):
         for tensor in tensors:

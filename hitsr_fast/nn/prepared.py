@@ -6,21 +6,20 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.checks import has_values
-from hitsr_fast.nn.versions import Snapshot
 from hitsr_fast.ops import Metric, PreparedCodebook, prepare_codebook
 from hitsr_fast.ops.nearest_code import is_current
 
 
 class CodebookCache:
-    """Packs a codebook when it is first needed, and again after it has changed.
+    """Packs a codebook on the CPU when it is first needed, and again after it has changed.
 
     A module holds one beside its codebook. It is no part of the state dict, and copies and pickles of the
     module start with an empty one.
 
-    On the CPU a change is found by comparing values, which takes a fraction of the search's time and sees all
-    ways of writing. On other devices a comparison would stall the caller, so memory address and version
-    counter decide: they see optimizers, `load_state_dict`, `.to()` and all writes through PyTorch, but not
-    writes in place to `.data`.
+    A change is found by comparing values, which takes a fraction of the search's time and sees all ways of
+    writing. On other devices nothing is kept: a comparison would stall the caller, and PyTorch's version
+    counters miss collectives, FSDP2, replayed graphs and writes to `.data`. There packing is part of the op:
+    two small kernels a call (docs/ops/nearest_code.md).
 
     Example:
         >>> cache, codebook = CodebookCache(), torch.randn(16, 4)
@@ -33,31 +32,27 @@ class CodebookCache:
     """
 
     def __init__(self) -> None:
-        self._entry: tuple[PreparedCodebook, Snapshot] | None = None
+        self._entry: PreparedCodebook | None = None
 
     def __call__(self, codebook: Tensor, *, metric: Metric = "l2") -> PreparedCodebook | None:
-        """Of a codebook `(K, C)`; None, which leaves packing to each call, where nothing may be kept.
-
-        That is while a tracer is at work, and, off the CPU, of inference tensors, which count no versions.
-        """
-        if not has_values(codebook) or (codebook.is_inference() and codebook.device.type != "cpu"):
+        """Of a codebook `(K, C)`; None, which leaves packing to each call, off the CPU and while tracing."""
+        if not keeps(codebook):
             return None
         entry = self._entry
         if (
             entry is None
-            or entry[0].metric != metric
-            or not is_current(entry[0])
-            or _changed(codebook, *entry)
+            or entry.metric != metric
+            or not is_current(entry)
+            or entry.codebook.dtype != codebook.dtype
+            or not torch.equal(codebook, entry.codebook)
         ):
-            entry = self._entry = prepare_codebook(codebook.detach(), metric=metric), Snapshot(codebook)
-        return entry[0]
+            entry = self._entry = prepare_codebook(codebook.detach(), metric=metric)
+        return entry
 
     def __getstate__(self) -> dict[str, None]:
         return {"_entry": None}
 
 
-def _changed(codebook: Tensor, prepared: PreparedCodebook, source: Snapshot) -> bool:
-    known = prepared.codebook
-    if codebook.device.type == "cpu" and (codebook.dtype, codebook.device) == (known.dtype, known.device):
-        return not torch.equal(codebook, known)
-    return not source.is_of(codebook)
+def keeps(codebook: Tensor) -> bool:
+    """Whether a codebook's packed form may be kept: where comparing values waits for no device."""
+    return codebook.device.type == "cpu" and has_values(codebook)

@@ -16,6 +16,7 @@ from hitsr_fast.nn.bank import QuantizerBank
 from hitsr_fast.nn.prepared import CodebookCache
 from hitsr_fast.ops.nearest_code import METRICS
 from hitsr_fast.pyramid import Scale, ScalePyramid
+from hitsr_fast.transfer import to_device
 
 PhiIndexing = Literal["global", "per_target"]
 
@@ -56,6 +57,7 @@ class ResidualQuantizer(nn.Module):
         loads, and leaves the statistics here as they are.
     """
 
+    undecayed = ("codebook", "phi_weight", "phi_bias")
     ema_vocab_hit_SV: Tensor  # noqa: N815
 
     def __init__(
@@ -122,8 +124,11 @@ class ResidualQuantizer(nn.Module):
         """
         sizes = self.pyramid.scales if scales is None else scales
         bank = self.bank(scales=len(sizes))
-        prepared = self._prepared(bank.codebook, metric=self.metric)
-        return bank.quantize(z, sizes[:steps], prepared=prepared, **options)
+        return bank.quantize(z, sizes[:steps], prepared=self.prepared(), **options)
+
+    def prepared(self) -> ops.PreparedCodebook | None:
+        """The codebook as it is now, for the op's `prepared`; None off the CPU, where each call packs it."""
+        return self._prepared(self._parameters_as_tensors()[0], metric=self.metric)
 
     def tokenize(self, latents: Sequence[Tensor]) -> ops.TokenizedPyramid:
         """Quantize the latents of all targets; each continues the tokens of the one before (Algorithm 1).
@@ -149,7 +154,7 @@ class ResidualQuantizer(nn.Module):
             phi_index=[bank.phi_index for bank in banks],
             phi_ratio=self.phi_ratio,
             metric=self.metric,
-            prepared=self._prepared(banks[0].codebook, metric=self.metric),
+            prepared=self.prepared(),
         )
 
     def decode(self, indices: Tensor, target: int = -1, **options: Any) -> ops.ResidualDecoded:
@@ -235,18 +240,15 @@ class ResidualQuantizer(nn.Module):
         The counter that lets the average slow down ticks once a scale.
         """
         S, K = len(self.pyramid.scales), self.ema_vocab_hit_SV.shape[1]
-        lengths = self.pyramid.lengths
-        scale = torch.arange(S, device=indices.device).repeat_interleave(
-            torch.tensor(lengths, device=indices.device), output_size=self.pyramid.num_tokens
-        )
-        place = (indices + K * scale).flatten()
-        # A count in 16 bits would stop growing at a few hundred.
-        hits = torch.bincount(place, minlength=S * K).float().view(S, K)
+        # In integers: a count in 16 bits would stop growing at a few hundred, one in floats depend on order.
+        first = (torch.arange(S) * K).repeat_interleave(torch.tensor(self.pyramid.lengths))
+        place = (indices + to_device(first, indices.device)).flatten()
+        hits = place.new_zeros(S * K).scatter_add_(0, place, torch.ones_like(place)).float().view(S, K)
         if _distributed():
             torch.distributed.all_reduce(hits)
         ticks = range(self.record_hit, self.record_hit + S)
-        keep = hits.new_tensor([0.0 if t == 0 else 0.9 if t < 100 else 0.99 for t in ticks])[:, None]
-        take = hits.new_tensor([1.0 if t == 0 else 0.1 if t < 100 else 0.01 for t in ticks])[:, None]
+        shares = [(0.0, 1.0) if t == 0 else (0.9, 0.1) if t < 100 else (0.99, 0.01) for t in ticks]
+        keep, take = to_device(torch.tensor(shares), hits.device).T[..., None]
         average = self.ema_vocab_hit_SV[:S]
         average.copy_(average.float() * keep + hits * take)
         self.record_hit += S

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hitsr_fast.checks import MAX_INT, check_generator, check_integer, check_number
 from hitsr_fast.nn.cached_body import CachedBody
-from hitsr_fast.ops import modulated_layer_norm
+from hitsr_fast.ops.sample_codes import sampling_settings
 
 _CACHED_LOGITS = 2**21  # 8 MiB, which a CPU's caches hold beside the weights
 
@@ -87,7 +87,7 @@ def check_sampling(name: str, value: object) -> None:
 
 
 class SamplingPlan(NamedTuple):
-    """What is fixed before the first scale; hashable, so that a captured graph can be found by it."""
+    """What is fixed before the first scale."""
 
     strengths: tuple[float, ...]  # of guidance, one a scale that is run; 0 runs one branch only
     scales: int  # all of the model, run or not
@@ -101,6 +101,19 @@ class SamplingPlan(NamedTuple):
         guided = [step for step, strength in enumerate(self.strengths) if strength != 0]
         return guided[-1] + 1 if guided else 0
 
+    @property
+    def kind(self) -> SamplingPlan:
+        """The plan of all those that take the same steps, whatever their numbers: a graph is found by it.
+
+        The same scales are guided, and both are greedy or neither is. The numbers go along as `settings`.
+        """
+        strengths = tuple(float(strength != 0) for strength in self.strengths)
+        return SamplingPlan(strengths, self.scales, int(self.top_k == 1), top_p=1.0, temperature=1.0)
+
+    def settings(self, device: torch.device) -> Tensor:
+        """The numbers, int64 `(scales that are run, 5)` on `device`: see `ops.sample_codes`."""
+        return sampling_settings(self.strengths, self.top_k, self.top_p, self.temperature, device)
+
     def states(self, device: torch.device, generator: torch.Generator | None) -> Tensor | None:
         """Seed and offset of each scale's draws, int64 `(scales, 2)` on `device`; None when greedy.
 
@@ -113,18 +126,19 @@ class SamplingPlan(NamedTuple):
         drawn = torch.randint(2**63 - 1, (self.scales, 2), generator=generator, device=source)
         return drawn.to(device)
 
-    def draw(self, logits: Tensor, states: Tensor | None, step: int) -> Tensor:
+    def draw(
+        self, logits: Tensor, states: Tensor | None, step: int, settings: Tensor | None = None
+    ) -> Tensor:
         """Codes `(N,)` int64 of scale number `step` by `ops.sample_codes`, with what `states` gave.
 
         `logits` are `(1, N, K)`, or `(2, N, K)` where the scale is guided, the class-free branch second.
+        `settings`, of a plan of this kind, take the place of this one's numbers.
         """
-        strength = self.strengths[step]
-        if strength < 0:  # which the op does not take
-            logits, strength = guided_logits(logits, strength)[None], 0.0
         conditional, *rest = logits.unbind()
         codes: Tensor = torch.ops.hitsr_fast.sample_codes(
             *(conditional, rest[0] if rest else None, None if states is None else states[step]),
-            *(strength, self.top_k, self.top_p, self.temperature),
+            *(self.strengths[step], self.top_k, self.top_p, self.temperature),
+            None if settings is None else settings[step],
         )
         return codes
 
@@ -140,12 +154,19 @@ class Classifier:
         """`(..., K)` float32 of rows `(..., width)`."""
         return F.linear(rows, self.weight, self.bias).float()
 
-    def codes(self, rows: Tensor, plan: SamplingPlan, states: Tensor | None, step: int) -> Tensor:
+    def codes(
+        self,
+        rows: Tensor,
+        plan: SamplingPlan,
+        states: Tensor | None,
+        step: int,
+        settings: Tensor | None = None,
+    ) -> Tensor:
         """Codes `(B, L)` of rows `(B, L, width)`, or `(2 B, L, width)` where the scale is guided."""
         branches = rows.flatten(0, 1).unflatten(0, (2 if plan.strengths[step] != 0 else 1, -1))
         # Greedy codes ask nothing of other rows: on a CPU in parts, whose logits stay in the cache.
         parts = branches.split(self.cached_rows, 1) if plan.top_k == 1 and rows.is_cpu else (branches,)
-        codes = torch.cat([plan.draw(self.logits(part), states, step) for part in parts])
+        codes = torch.cat([plan.draw(self.logits(part), states, step, settings) for part in parts])
         return codes.view(-1, rows.shape[1])
 
 
@@ -197,11 +218,11 @@ def sample_scales(
             branches, cache = batch, cache.first(batch)
             modulation = modulation[:, :, :batch]
         x = embed(step, inputs)
-        x = body(torch.cat([x, x]) if len(x) < branches else x, modulation, cache, start)
+        stream = body(torch.cat([x, x]) if len(x) < branches else x, modulation, cache, start)
         start += x.shape[1]
         seen = batch if strength == 0 else branches  # else the other branch is there for its keys alone
-        rows = x[:seen, -lengths[step] :]
-        rows = modulated_layer_norm(rows, *head_modulation[:, :seen].unbind(), eps=head_eps)
+        scale, shift = head_modulation[:, :seen].unbind()
+        _, rows = stream.last(seen, lengths[step]).normed(scale, shift, eps=head_eps)
         chosen.append(choose(step, rows))
         inputs = feed(chosen[-1])
     return chosen

@@ -3,8 +3,9 @@
 from hitsr_fast.backends import active_instruction_set, instruction_sets, use_instruction_set
 from hitsr_fast.ops.attention_prologue import attention_prologue
 from hitsr_fast.ops.group_norm_silu import group_norm_silu
-from hitsr_fast.ops.modulated_layer_norm import gated_residual, modulated_layer_norm
+from hitsr_fast.ops.modulated_layer_norm import gated_residual, gated_residual_norm, modulated_layer_norm
 from hitsr_fast.ops.nearest_code import Metric, PreparedCodebook, nearest_code, prepare_codebook
+from hitsr_fast.ops.preference_cross_entropy import preference_cross_entropy
 from hitsr_fast.ops.residual_quantize import (
     ResidualDecoded,
     ResidualQuantized,
@@ -28,12 +29,14 @@ __all__ = [
     "attention_prologue",
     "cached_attention",
     "gated_residual",
+    "gated_residual_norm",
     "group_norm_silu",
     "instruction_sets",
     "modulated_layer_norm",
     "nearest_code",
     "nearest_phi",
     "phi_table",
+    "preference_cross_entropy",
     "prepare_codebook",
     "residual_decode",
     "residual_quantize",

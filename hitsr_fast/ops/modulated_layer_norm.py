@@ -1,4 +1,4 @@
-"""`modulated_layer_norm` and `gated_residual`: what AdaLN does before and after each branch of a block."""
+"""`modulated_layer_norm`, `gated_residual` and both in a row: AdaLN before and after a block's branches."""
 
 from __future__ import annotations
 
@@ -43,10 +43,7 @@ def modulated_layer_norm(
         >>> modulated_layer_norm(x, torch.ones(1, 2), torch.tensor([[0.0, 5.0]])).round()
         tensor([[[-2.,  7.]]])
     """
-    check_tensor("x", x, FLOATING)
-    check_shape("x", x, "B L C")
-    if x.shape[2] == 0:
-        raise ValueError(f"x: expected C of at least 1, found shape {tuple(x.shape)}")
+    _check_stream(x)
     check_positive("eps", eps)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     check_dtype("out_dtype", out_dtype, FLOATING)
@@ -79,11 +76,66 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """
     check_tensor("x", x, FLOATING)
     check_shape("x", x, "B L C")
+    _check_branch(x, y)
+    out: Tensor = _residual(x, y, _rows("gate", gate, x))
+    return out
+
+
+def gated_residual_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """End of a branch and norm of the next: `gated_residual`, and `modulated_layer_norm` of its result.
+
+    Args:
+        x, y, gate: as for `gated_residual`.
+        scale, shift, eps, out_dtype: as for `modulated_layer_norm`.
+
+    Returns:
+        The sum `(B, L, C)` in the dtype of x, and its norm in `out_dtype`: what the two ops give one after
+        the other, bit for bit, in one pass.
+
+    Raises:
+        TypeError, ValueError: as the two.
+        RuntimeError: an argument asks for a gradient; the op has none.
+
+    Notes:
+        Accumulation, backends and source are those of `modulated_layer_norm`.
+
+    Example:
+        >>> x, row = torch.ones(1, 1, 2), torch.tensor([[2.0, -1.0]])
+        >>> total, normed = gated_residual_norm(x, x, row, torch.zeros(1, 2), torch.zeros(1, 2))
+        >>> total, normed.round()
+        (tensor([[[3., 0.]]]), tensor([[[ 1., -1.]]]))
+    """
+    _check_stream(x)
+    _check_branch(x, y)
+    check_positive("eps", eps)
+    out_dtype = x.dtype if out_dtype is None else out_dtype
+    check_dtype("out_dtype", out_dtype, FLOATING)
+    rows = (_rows(name, t, x) for name, t in (("gate", gate), ("scale", scale), ("shift", shift)))
+    out: tuple[Tensor, Tensor] = _residual_norm(x, y, *rows, eps, out_dtype)
+    return out
+
+
+def _check_stream(x: Tensor) -> None:
+    """Of what is normalised."""
+    check_tensor("x", x, FLOATING)
+    check_shape("x", x, "B L C")
+    if x.shape[2] == 0:
+        raise ValueError(f"x: expected C of at least 1, found shape {tuple(x.shape)}")
+
+
+def _check_branch(x: Tensor, y: Tensor) -> None:
     check_tensor("y", y, FLOATING, like=x)
     if y.shape != x.shape:
         check_shape("y", y, "B L C", **dict(zip("BLC", x.shape, strict=True)))
-    out: Tensor = _residual(x, y, _rows("gate", gate, x))
-    return out
 
 
 def _rows(name: str, value: Tensor, x: Tensor) -> Tensor:
@@ -171,3 +223,15 @@ def _residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 )
 def _residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return y.new_empty(y.shape), gate.new_empty(gate.shape)
+
+
+@op(
+    "gated_residual_norm(Tensor x, Tensor y, Tensor gate, Tensor scale, Tensor shift, float eps, "
+    "ScalarType out_dtype) -> (Tensor, Tensor)",
+    reference=reference.gated_residual_norm,
+    triton=Launch(triton.gated_residual_norm_triton, limits=triton.LIMITS),
+    native=Native("_gated_residual_norm", dtypes=UP_TO_FLOAT32),
+)
+def _residual_norm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *_, out_dtype = rest
+    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=out_dtype)

@@ -1,4 +1,4 @@
-"""Triton backend of `modulated_layer_norm` and `gated_residual`: launches kernels/modulated_layer_norm."""
+"""Triton backend of the ops of modulated_layer_norm.py: launches kernels/modulated_layer_norm."""
 
 from __future__ import annotations
 
@@ -67,6 +67,23 @@ def gated_residual_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
             x, y, gate, out, L, x.stride(), y.stride(), gate.stride(), **constants(C)
         )
     return out
+
+
+def gated_residual_norm_triton(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As `reference.gated_residual_norm`."""
+    from hitsr_fast.kernels.modulated_layer_norm import _gated_residual_norm_kernel
+
+    B, L, C = x.shape
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    if out.numel() > 0:
+        _gated_residual_norm_kernel[(L, B)](
+            x, y, gate, scale, shift, total, out, L, eps, x.stride(), y.stride(),
+            gate.stride(), scale.stride(), shift.stride(), **constants(C),
+        )  # fmt: skip
+    return total, out
 
 
 def gated_residual_backward_triton(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native, active_instructio
 from hitsr_fast.checks import FLOATING, check_choice, check_finite, check_shape, check_tensor
 from hitsr_fast.dispatch import op
 from hitsr_fast.ops import nearest_code_triton as triton
+from hitsr_fast.ops.packed_codebook import pack_triton
 from hitsr_fast.reference.nearest_code import nearest_code as reference
 
 Metric = Literal["l2", "cosine"]
@@ -32,7 +33,8 @@ class PreparedCodebook:
 def prepare_codebook(codebook: Tensor, *, metric: Metric = "l2") -> PreparedCodebook:
     """Check and pack a codebook (centred, rounded, with norms and error bounds) for repeated searches.
 
-    Arguments and errors are those of `nearest_code`.
+    Arguments and errors are those of `nearest_code`. The values are looked at once, which on a GPU waits for
+    it; searches of the result wait for nothing. It is a copy: later writes to the codebook do not reach it.
 
     Returns:
         What `nearest_code` takes in place of the codebook.
@@ -49,7 +51,7 @@ def prepare_codebook(codebook: Tensor, *, metric: Metric = "l2") -> PreparedCode
     check_choice("metric", metric, METRICS)
     check_finite("codebook", codebook)
     codes = codebook.detach().clone()
-    for name, pack in (("triton", triton.prepare), ("cpu", pack_cpu)):
+    for name, pack in (("triton", pack_triton), ("cpu", pack_cpu)):
         if _nearest_code.backends[name].reason(codes.new_empty(0), codes) is None:
             return PreparedCodebook(codes, metric, *pack(codes, metric))
     return PreparedCodebook(codes, metric, "", ())
@@ -70,10 +72,12 @@ def nearest_code(x: Tensor, codebook: Tensor | PreparedCodebook, *, metric: Metr
 
     Raises:
         TypeError: an argument is not a tensor of those dtypes.
-        ValueError: shapes, devices or metrics do not fit, K = 0, NaN or infinity in the codebook.
+        ValueError: shapes, devices or metrics do not fit, K = 0; on the CPU, NaN or infinity in the codebook.
 
     Notes:
         Ties: the lowest index. A row that holds NaN or infinity gives 0 and leaves the other rows alone.
+        On a GPU no value is read back: there a codebook with NaN or infinity gives indices from 0 to K - 1
+        that mean nothing. `prepare_codebook` raises on every device.
         Accumulation: float64 on the given values, channel by channel, so the indices are the same
         on every backend, whatever its threads or batch split. What is quicker only screens, within a proven
         bound (docs/ops/nearest_code.md).
@@ -116,9 +120,14 @@ def check_not_empty(codebook: Tensor) -> None:
         raise ValueError(f"codebook: expected K and C of at least 1, found shape {tuple(codebook.shape)}")
 
 
-def _check(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> None:
-    if not layout:  # else `prepare_codebook` has looked
+def check_codebook(codebook: Tensor, layout: str) -> None:
+    """Raise ValueError if a codebook is not finite. CPU only: elsewhere a look stalls the device."""
+    if not layout and codebook.device.type == "cpu":  # what is packed was looked at by `prepare_codebook`
         check_finite("codebook", codebook)
+
+
+def _check(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> None:
+    check_codebook(codebook, layout)
 
 
 def _reference(x: Tensor, codebook: Tensor, parts: list[Tensor], layout: str, metric: str) -> Tensor:

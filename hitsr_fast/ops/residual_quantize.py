@@ -97,8 +97,8 @@ def residual_quantize(
 
     Raises:
         TypeError: an argument is not a tensor, or of another dtype.
-        ValueError: a shape, device, scale, index or ratio does not fit, the codebook is not finite, or
-            `prepared` was made of another one (its values are compared on the CPU only).
+        ValueError: a shape, device, scale, index or ratio does not fit; on the CPU, the codebook is not
+            finite, or `prepared` was made of another one (elsewhere no value is looked at).
 
     Notes:
         Arithmetic runs in the dtype of the reconstruction. The order of sums is each backend's own; given the
@@ -155,7 +155,7 @@ def tokenize_pyramid(
     """Quantize one latent a target, from coarse to fine, each continuing the codes of the one before.
 
     Target n is `residual_quantize` of its latent over the first `target_steps[n]` scales, with the codes of
-    target n - 1 as replay. The codebook is packed once for all of them.
+    target n - 1 as replay. On the CPU the codebook is packed once for all of them.
 
     Args:
         latents: `(B, C, H_n, W_n)` of each target, dtypes as for `residual_quantize`; they may be fewer than
@@ -187,7 +187,7 @@ def tokenize_pyramid(
     check_bank(codebook, phi_weight, phi_bias)
     _check_targets(latents, scales, target_steps, phi_index)
     check_choice("metric", metric, METRICS)
-    if prepared is None and has_values(codebook):
+    if prepared is None and codebook.device.type == "cpu" and has_values(codebook):
         prepared = prepare_codebook(codebook, metric=metric)
     packed = _unpack(prepared, codebook, metric)
     indices: Tensor | None = None

@@ -12,11 +12,13 @@ from torch import Tensor
 
 import hitsr_fast.reference.residual_quantize as reference
 from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native, NativeCuda
-from hitsr_fast.checks import check_finite, check_index_range
+from hitsr_fast.checks import check_index_range
 from hitsr_fast.dispatch import Gradient, op
+from hitsr_fast.ops import residual_decode_backward_cuda as backward_cuda
+from hitsr_fast.ops import residual_decode_backward_triton as backward_triton
 from hitsr_fast.ops import residual_quantize_cuda as cuda
 from hitsr_fast.ops import residual_quantize_triton as triton
-from hitsr_fast.ops.nearest_code import packed_cpu
+from hitsr_fast.ops.nearest_code import check_codebook, packed_cpu
 from hitsr_fast.reference.residual_quantize import DecodeCall, QuantizeCall, arithmetic_dtype
 
 _OPTIONS: dict[str, Any] = {"dtypes": UP_TO_FLOAT32, "any_dtype": ("z",)}
@@ -29,8 +31,7 @@ def scale_ends(flat: Sequence[int]) -> list[int]:
 
 def _check_quantize(*args: Any) -> None:
     call = QuantizeCall(*args)
-    if not call.layout:  # else `prepare_codebook` has looked
-        check_finite("codebook", call.codebook)
+    check_codebook(call.codebook, call.layout)
     if call.replay is not None:
         check_index_range("replay", call.replay, call.codebook.shape[0])
 
@@ -90,7 +91,12 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "str layout, int[] scales, int[] phi_index, float phi_ratio, Tensor? replay, str metric, bool inputs, "
     "bool per_scale) -> (Tensor, Tensor, Tensor, Tensor)",
     reference=_reference,
-    cuda=NativeCuda(cuda.residual_quantize_cuda, **_OPTIONS, unless=cuda.quantize_unsupported),
+    cuda=NativeCuda(
+        cuda.residual_quantize_cuda,
+        **_OPTIONS,
+        unless=cuda.quantize_unsupported,
+        rather=cuda.quantize_leaves_idle,
+    ),
     triton=Launch(triton.residual_quantize_triton, **_OPTIONS, limits=triton.LIMITS),
     native=Native("_residual_quantize", run=_cpu, **_OPTIONS, limits=triton.LIMITS),
     check=_check_quantize,
@@ -108,7 +114,12 @@ def quantize(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "int[] phi_index, SymInt[] size, float phi_ratio, bool inputs, bool per_scale) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.residual_decode,
-    cuda=NativeCuda(cuda.residual_decode_cuda, **_OPTIONS, unless=cuda.decode_unsupported),
+    cuda=NativeCuda(
+        cuda.residual_decode_cuda,
+        **_OPTIONS,
+        unless=cuda.decode_unsupported,
+        rather=cuda.decode_leaves_idle,
+    ),
     triton=Launch(triton.residual_decode_triton, **_OPTIONS, limits=triton.LIMITS),
     native=Native("_residual_decode", **_OPTIONS, limits=triton.LIMITS),
     check=_check_indices,
@@ -134,6 +145,13 @@ def _maps(call: QuantizeCall | DecodeCall, shape: Sequence[int]) -> tuple[Tensor
     "residual_decode_backward(Tensor grad, Tensor grad_per_scale, Tensor indices, Tensor codebook, "
     "Tensor phi_weight, int[] scales, int[] phi_index, float phi_ratio) -> (Tensor, Tensor, Tensor)",
     reference=reference.residual_decode_backward,
+    cuda=NativeCuda(
+        backward_cuda.residual_decode_backward_cuda,
+        dtypes=UP_TO_FLOAT32,
+        unless=backward_cuda.backward_unsupported,
+    ),
+    triton=Launch(backward_triton.residual_decode_backward_triton, limits=triton.LIMITS),
+    native=Native("_residual_decode_backward", dtypes=UP_TO_FLOAT32, limits=triton.LIMITS),
 )
 def decode_backward(
     grad: Tensor, grad_per_scale: Tensor, indices: Tensor, codebook: Tensor, phi_weight: Tensor, *_rest: Any

@@ -13,53 +13,72 @@ from torch import Tensor
 from hitsr_fast import env
 from hitsr_fast.backends import Limit, cdiv
 from hitsr_fast.ops import nearest_code_triton as nearest
-from hitsr_fast.ops.cuda_graphs import Graphs, capturing
+from hitsr_fast.ops.cuda_graphs import Graphs
+from hitsr_fast.ops.packed_codebook import LAYOUT, pack_triton, padded_channels
 from hitsr_fast.reference.residual_quantize import DecodeCall, QuantizeCall
 
 LIMITS = (Limit("C", 1, 256, "codebook"),)
 _WORKSPACE = 2**23  # floats, 32 MiB, of what programs keep for themselves: a second-level cache holds it
 _SEARCH_PROGRAMS = 512  # enough to fill a large GPU: more rows are taken in turns,
 _UPDATE_PROGRAMS = 1024  # and of fewer the search shares the codes out
+_POOLED = 4096  # values that a search of few rows loads at a time: 32 a thread
+_POOLED_ALONE = 512  # and the kernel that only pools, whose programs are many
 _FEW_ROWS = 4096  # up to which blocks are small
+_FEW_PLACES = 2**12  # times parts of the channels, up to which 8 x 8 of them leave half a large GPU idle
 _GRAPH_PLACES = 2**13  # of a batch, up to which launching the kernels takes longer than running them
 
 
-def search_constants(channels: int, metric: str, rows: int, places: int) -> dict[str, int]:
+def search_constants(
+    channels: int, metric: str, rows: int, places: int, capability: int = 0
+) -> dict[str, int]:
     """Block sizes of the search: those of the screen and of the re-check of `nearest_code`, in one program.
 
-    places: of the largest area bin. A block is re-checked by one program: where rows are few, blocks are
-    small. All sizes are such that no stage takes more registers than there are.
+    places: of the largest area bin; capability: of `_capability`. A block is re-checked by one program: where
+    rows are few, blocks are small. All sizes are such that no stage takes more registers than there are.
     """
-    constants = nearest.recheck_constants(channels, metric) | nearest.screen_constants(channels)
+    constants = nearest.recheck_constants(channels, metric, 1) | nearest.screen_constants(channels)
     if rows <= _FEW_ROWS or constants["CP"] > 128:
         constants["BLOCK_N"] = 16
-    elif constants["CP"] > 32:
+    elif constants["CP"] > 32 or capability // 10 == 12:  # for which the compiler spills of larger ones
         constants["BLOCK_N"] = 32
     block = constants["BLOCK_N"]
     at_once = {"BLOCK_R": min(block, 512 // constants["CP"]), "ROWS": 8, "BLOCK_C": 4}
-    return pool_constants(channels, block, places) | constants | at_once
+    values = _POOLED if block == 16 else _POOLED // 4  # large blocks need their registers for the screen
+    return pool_constants(channels, block, places, values) | constants | at_once
 
 
-def pool_constants(channels: int, rows: int, places: int) -> dict[str, int]:
-    """Block sizes of the pooling: as many loads at once as registers allow."""
-    together = 4 if places <= 4 or rows > 16 else 16
-    block = min(nearest.padded_channels(channels), max(1024 // (rows * together), 1))
-    return {"C": channels, "BLOCK_P": block, "BLOCK_N": rows, "PLACES": together}
+def pool_constants(channels: int, rows: int, places: int, values: int) -> dict[str, int]:
+    """Block sizes of the pooling of blocks of rows: a program loads so many values at a time.
+
+    places: of the largest area bin. Small bins are added up by a thread each, for rows and channels are
+    enough for all; large ones by 8 or 32 neighbours, which read what lies together.
+    """
+    lanes = 1 if places <= 16 else 8 if places <= 64 else 32
+    together = 16 if lanes == 1 and places > 4 and rows <= 16 else 4
+    at_once = rows if lanes == 1 else min(rows, 32 // lanes)
+    block = min(padded_channels(channels), max(values // (at_once * lanes * together), 1))
+    return {"C": channels, "BLOCK_P": block, "BLOCK_M": at_once, "LANES": lanes, "PLACES": together}
 
 
-def update_constants(channels: int, phi: bool) -> dict[str, int]:
-    """Block sizes of the update: square blocks of a short border, smaller where none is needed."""
-    padded = nearest.padded_channels(channels)
-    places = {"ROWS": 8 if phi else 2, "COLUMNS": 8, "BLOCK_S": 16}
-    return {"C": channels, "CP": padded, "BLOCK_I": min(padded, 32), "BLOCK_O": min(padded, 32)} | places
+def update_constants(channels: int, phi: bool, places: int) -> dict[str, int]:
+    """Block sizes of the update: square blocks of a short border, smaller where none is needed.
+
+    places: of a batch. A block of 8 x 8 interpolates 100 places to convolve 64, one of 4 x 4 36 to convolve
+    16: 1.4 times the work in all, but in 4 times the programs, each done in 0.36 of the time.
+    """
+    padded = padded_channels(channels)
+    few = places * cdiv(padded, 32) <= _FEW_PLACES
+    blocks = {"ROWS": 4 if few else 8, "COLUMNS": 4 if few else 8} if phi else {"ROWS": 2, "COLUMNS": 8}
+    sizes = {"C": channels, "CP": padded, "BLOCK_I": min(padded, 32), "BLOCK_O": min(padded, 32)}
+    return sizes | blocks | {"BLOCK_S": 16, "TOGETHER": few}
 
 
 OPTIONS = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": False}
 
 
 def search_options(channels: int, block: int) -> dict[str, int]:
-    """Options of the search's launch."""
-    stages = {} if channels > 128 else {"num_stages": 3}
+    """Options of the search's launch. A third stage of loads takes registers that only small blocks have."""
+    stages = {"num_stages": 3} if block == 16 and channels <= 128 else {}
     limit = 168 if block == 16 and channels <= 128 else 255
     return nearest.screen_options(channels) | stages | register_limit(limit)
 
@@ -84,6 +103,15 @@ def _target() -> str:
     from triton.runtime import driver
 
     return str(driver.active.get_current_target().backend)
+
+
+def _capability() -> int:
+    """The compute capability that Triton compiles for, 120 for 12.0; 0 but for GPUs of NVIDIA."""
+    if _target() != "cuda":
+        return 0
+    from triton.runtime import driver
+
+    return int(driver.active.get_current_target().arch)
 
 
 @dataclass(frozen=True)
@@ -114,8 +142,8 @@ class _Searcher:
     def __init__(self, call: QuantizeCall) -> None:
         self._metric = call.metric
         self._parts: Sequence[Tensor] = call.parts
-        if call.layout != nearest.LAYOUT:
-            self._parts = nearest.prepare(call.codebook, call.metric)[1]
+        if call.layout != LAYOUT:
+            self._parts = pack_triton(call.codebook, call.metric)[1]
         self._size, self._channels = call.codebook.shape
         self._arrived = call.codebook.new_zeros(_SEARCH_PROGRAMS, dtype=torch.int32)  # and 0 after each scale
 
@@ -132,7 +160,8 @@ class _Searcher:
 
         rows = residual.shape[0] * scale.h * scale.w
         bins = _bins(scale, residual)
-        constants = search_constants(self._channels, self._metric, rows, bins[-2] * bins[-1])
+        places = bins[-2] * bins[-1]
+        constants = search_constants(self._channels, self._metric, rows, places, _capability())
         block, padded, classes = constants["BLOCK_N"], constants["CP"], constants["CLASSES"]
         tiles = self._parts[1].shape[1] // (constants["BLOCK_K"] * constants["PARTS"])
         blocks = cdiv(rows, block)
@@ -163,9 +192,9 @@ def _pool(x: Tensor, scale: Scale, rows: Tensor) -> None:
     from hitsr_fast.kernels.residual_quantize import _residual_quantize_pool_kernel
 
     bins = _bins(scale, x)
-    constants = pool_constants(x.shape[1], 64, bins[-2] * bins[-1])
+    constants = pool_constants(x.shape[1], 64, bins[-2] * bins[-1], _POOLED_ALONE)
     count = x.shape[0] * scale.h * scale.w
-    grid = cdiv(count, constants["BLOCK_N"]), cdiv(x.shape[1], constants["BLOCK_P"])
+    grid = cdiv(count, constants["BLOCK_M"]), cdiv(x.shape[1], constants["BLOCK_P"])
     _residual_quantize_pool_kernel[grid](
         x, rows, count, *bins, x.stride(), rows.stride(), **constants, **OPTIONS
     )
@@ -188,8 +217,11 @@ class _Updater:
         self, codebook: Tensor, phi_weight: Tensor, phi_bias: Tensor, phi_ratio: float, places: Tensor
     ) -> None:
         self._codebook, self._weight, self._bias = codebook, phi_weight, phi_bias
-        self._ratio, self._constants = phi_ratio, update_constants(codebook.shape[1], phi_ratio != 0)
         B, _, H, W = places.shape
+        # The matrix cores of AMD add in an order of their own for each size of block: there it is one.
+        count = _FEW_PLACES + 1 if _target() == "hip" else B * H * W
+        self._ratio = phi_ratio
+        self._constants = update_constants(codebook.shape[1], phi_ratio != 0, count)
         tall, broad = self._constants["ROWS"], self._constants["COLUMNS"]
         strip = (tall + 2) * (broad + 2) * self._constants["CP"] if phi_ratio != 0 else 0
         self._blocks = B * cdiv(H, tall) * cdiv(W, broad)
@@ -199,7 +231,7 @@ class _Updater:
 
     @classmethod
     def of(cls, call: QuantizeCall | DecodeCall, results: _Results) -> _Updater:
-        """With the channels of a tap of phi together in memory, for all scales of a call."""
+        """With the channels of a tap of phi together in memory: by one copy, where they are not yet."""
         by_taps = call.phi_weight.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
         return cls(call.codebook, by_taps, call.phi_bias, call.phi_ratio, results.reconstruction)
 
@@ -221,19 +253,38 @@ class _Updater:
             out if residual_out is None else residual_out,
             out if reconstruction is None else reconstruction,
             out, self._strips, self._blocks, scale.begin, scale.h, scale.w, *out.shape[2:],
-            1 - self._ratio, self._ratio, indices.stride(), self._codebook.stride(),
+            self._codebook.shape[0], 1 - self._ratio, self._ratio, indices.stride(), self._codebook.stride(),
             self._weight.stride()[1:], self._bias.stride()[1:], taken.stride(), out.stride(),
             PHI=self._ratio != 0, FIRST=reconstruction is None, RESIDUAL=residual_out is not None,
             **self._constants, **update_options(self._codebook.shape[1], self._ratio != 0),
         )  # fmt: skip
 
+    def sum(self, walk: list[Scale], indices: Tensor, out: Tensor) -> None:
+        """out = the sum of all scales' f, in one launch."""
+        from hitsr_fast.kernels.residual_quantize import _residual_decode_kernel
+
+        _residual_decode_kernel[(self._programs,)](
+            indices, self._codebook, self._weight, self._bias, out, self._strips,
+            _scale_table(tuple(walk), out.device), self._blocks, len(walk), *out.shape[2:],
+            self._codebook.shape[0], 1 - self._ratio, self._ratio, indices.stride(), self._codebook.stride(),
+            self._weight.stride(), self._bias.stride(), out.stride(), PHI=self._ratio != 0,
+            **self._constants, **update_options(self._codebook.shape[1], self._ratio != 0),
+        )  # fmt: skip
+
+
+@functools.cache  # and for good: a captured graph reads it where it lies
+def _scale_table(walk: tuple[Scale, ...], device: torch.device) -> Tensor:
+    """int32 `(S, 4)`: first token, h, w and phi of each scale."""
+    rows = [(scale.begin, scale.h, scale.w, scale.phi) for scale in walk]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
 
 def residual_quantize_triton(*args: Any) -> tuple[Tensor, ...]:
-    """As `reference.residual_quantize`; small batches with a packed codebook as CUDA graphs."""
+    """As `reference.residual_quantize`; small batches as CUDA graphs."""
     call = QuantizeCall(*args)
     z, rest = call.z, call[1:]
     places = z.shape[0] * z.shape[2] * z.shape[3]
-    if call.layout != nearest.LAYOUT or not 0 < places <= _GRAPH_PLACES or not z.is_cuda or capturing():
+    if not 0 < places <= _GRAPH_PLACES:
         return _quantize(z, call.replay, *rest)
     return _graphs((z, call.replay), *call._replace(replay=None)[1:])
 
@@ -263,7 +314,11 @@ def residual_decode_triton(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     walk = _walk(call.scales, call.phi_index)
     results = _Results.allocate(call, (call.indices.shape[0], call.codebook.shape[1], *call.size), walk)
     if results.reconstruction.numel() > 0:
-        _run(walk, call.indices, results, _Updater.of(call, results))
+        update = _Updater.of(call, results)
+        if call.inputs or call.per_scale:
+            _run(walk, call.indices, results, update)
+        else:
+            update.sum(walk, call.indices, results.reconstruction)
     return results.reconstruction, results.inputs, results.reconstructions
 
 

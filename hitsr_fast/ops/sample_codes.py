@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ import hitsr_fast.reference.sample_codes as reference
 from hitsr_fast.backends import UP_TO_FLOAT32, Launch, Native, native
 from hitsr_fast.checks import (
     FLOATING,
+    INDEX,
     MAX_INT,
     check_generator,
     check_integer,
     check_number,
     check_shape,
     check_tensor,
+    has_values,
 )
 from hitsr_fast.dispatch import op
 from hitsr_fast.ops import sample_codes_triton as triton
@@ -95,9 +98,8 @@ def sample_codes(
     elif guidance != 0:
         raise ValueError(f"uncond_logits: expected a tensor where guidance is {guidance}, found None")
     state = None if top_k == 1 else random_state(logits.device, generator)
-    codes: Tensor = _sample(
-        logits, uncond_logits if guidance > 0 else None, state, guidance, top_k, top_p, temperature
-    )
+    uncond = uncond_logits if guidance > 0 else None
+    codes: Tensor = _sample(logits, uncond, state, guidance, top_k, top_p, temperature, None)
     return codes
 
 
@@ -108,14 +110,32 @@ def random_state(device: torch.device, generator: torch.Generator | None = None)
     return drawn.to(device)
 
 
-def _check(logits: Tensor, uncond_logits: Tensor | None, state: Tensor | None, *_rest: Any) -> None:
+def sampling_settings(
+    guidance: Sequence[float], top_k: int, top_p: float, temperature: float, device: torch.device
+) -> Tensor:
+    """The op's `settings` for some calls, int64 `(calls, 5)` on `device`; the caller does not wait for it."""
+    settings = reference.packed(guidance, top_k, top_p, temperature)
+    if device.type == "cuda" and has_values(settings):
+        settings = settings.pin_memory()
+    return settings.to(device, non_blocking=True)
+
+
+def _check(logits: Tensor, uncond_logits: Tensor | None, state: Tensor | None, *rest: Any) -> None:
     if state is not None:
-        check_tensor("state", state, (torch.int64,), like=logits)
+        check_tensor("state", state, INDEX, like=logits)
         check_shape("state", state, "words", words=2)
+    settings = rest[-1]
+    if settings is not None:
+        check_tensor("settings", settings, INDEX, like=logits)
+        check_shape("settings", settings, "words", words=5)
 
 
 def _cpu(*args: Any) -> Tensor:
-    logits, uncond_logits, state, guidance, top_k, top_p, temperature = args
+    logits, uncond_logits, state, guidance, top_k, top_p, temperature, settings = args
+    factors = [1 + guidance, guidance, reference.power_scale(temperature)]
+    others = [top_k, reference.dropped_fraction(top_p)]
+    if settings is not None:
+        factors, others = (part.tolist() for part in reference.unpacked(settings))
 
     def rows(values: Tensor) -> Tensor:
         return values.float().reshape(-1, values.shape[-1]).contiguous()
@@ -123,16 +143,14 @@ def _cpu(*args: Any) -> Tensor:
     codes: Tensor = native(
         "_sample_codes",
         *(rows(logits), None if uncond_logits is None else rows(uncond_logits)),
-        *(state, guidance, top_k),
-        reference.dropped_fraction(top_p) if 0 < top_p < 1 else -1,
-        reference.power_scale(temperature),
+        *(state, *factors, *others),
     )
     return codes.view(logits.shape[:-1])
 
 
 @op(
     "sample_codes(Tensor logits, Tensor? uncond_logits, Tensor? state, float guidance, int top_k, "
-    "float top_p, float temperature) -> Tensor",
+    "float top_p, float temperature, Tensor? settings) -> Tensor",
     reference=reference.sample_codes,
     triton=Launch(triton.sample_codes_triton, dtypes=FLOATING, limits=triton.LIMITS),
     native=Native("_sample_codes", run=_cpu),

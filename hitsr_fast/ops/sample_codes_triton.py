@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.backends import Limit
-from hitsr_fast.reference.sample_codes import dropped_fraction, power_scale
+from hitsr_fast.reference.sample_codes import dropped_fraction, power_scale, split
 
 LIMITS = (Limit("V", -1, 16384),)  # a row lies in one program's registers
 _PER_THREAD = 16  # codes
@@ -28,18 +28,17 @@ def sample_codes_triton(*args: Any) -> Tensor:
     """As `reference.sample_codes`."""
     from hitsr_fast.kernels.sample_codes import _sample_codes_kernel
 
-    logits, uncond_logits, state, guidance, top_k, top_p, temperature = args
+    logits, uncond_logits, state, guidance, top_k, top_p, temperature, settings = args
     V = logits.shape[-1]
     x = logits.reshape(-1, V)
     other = x if uncond_logits is None else uncond_logits.reshape(-1, V)
     codes = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    words = [codes if tensor is None else tensor.contiguous() for tensor in (state, settings)]
     if len(x) > 0:
-        some = 0 < top_k < V
         _sample_codes_kernel[(len(x),)](
-            x, other, codes if state is None else state, codes, x.stride(), other.stride(),
-            V, 1 + guidance, guidance, power_scale(temperature),
-            V - top_k if some else 0, dropped_fraction(top_p),
-            GUIDED=uncond_logits is not None, GREEDY=state is None, TOP_K=some, TOP_P=0 < top_p < 1,
+            x, other, *words, codes, x.stride(), other.stride(), V,
+            1 + guidance, guidance, power_scale(temperature), min(top_k, V), *split(dropped_fraction(top_p)),
+            GUIDED=uncond_logits is not None, GREEDY=state is None, SETTINGS=settings is not None,
             **constants(V), **_OPTIONS,
         )  # fmt: skip
     return codes.view(logits.shape[:-1])

@@ -22,13 +22,15 @@ _LOG2E = math.log2(math.e)
 _ROWS = 64  # of which a program of the small kernels takes care
 _COMBINED = 16  # rows that a program combines
 _ENOUGH = 128  # programs: about as many as a large GPU has multiprocessors
+_FEW = 64  # programs: of more, sharing the keys out spares less time than the kernel that combines them takes
 _LEAST_SHARE = 128  # keys that are worth a program, whose part of the result is written and read once more
 
 _KERNELS = ("forward", "dkdv", "dq", "decode")
 
-# Queries and keys of a tile, warps and stages, for each kernel; by chip, by whether values are float32 and
-# whether D is above 64. Of the sizes that spill nothing these take about the fewest instructions a score.
-_TILES: dict[str, dict[tuple[bool, bool], tuple[tuple[int, int, int, int], ...]]] = {
+# Queries and keys of a tile, warps and stages, for each kernel, and where the compiler aims too low, the most
+# registers of a thread; by chip, by whether values are float32 and whether D is above 64. Of the sizes that
+# spill nothing these take about the fewest instructions a score.
+_TILES: dict[str, dict[tuple[bool, bool], tuple[tuple[int, ...], ...]]] = {
     # And all others of NVIDIA's: their products read registers, not shared memory.
     "ampere": {
         (False, False): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2)),
@@ -48,6 +50,13 @@ _TILES: dict[str, dict[tuple[bool, bool], tuple[tuple[int, int, int, int], ...]]
         (False, True): ((128, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (64, 32, 4, 2)),
         (True, False): ((64, 32, 8, 1), (32, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
         (True, True): ((16, 32, 4, 1), (16, 16, 4, 1), (16, 16, 8, 1), (16, 32, 4, 1)),
+    },
+    # Of GeForce and RTX PRO: products as those of Ampere, less shared memory than Blackwell's others.
+    "blackwell_rtx": {
+        (False, False): ((128, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2), (64, 64, 4, 2, 255)),
+        (False, True): ((128, 32, 8, 2), (64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 4, 2)),
+        (True, False): ((32, 32, 4, 1, 255), (32, 16, 4, 1), (16, 32, 4, 1), (16, 32, 4, 1)),
+        (True, True): ((16, 32, 4, 1), (16, 16, 8, 1), (16, 16, 8, 2), (16, 32, 4, 1)),
     },
     "cdna": {
         (False, False): ((128, 64, 4, 2), (16, 128, 4, 1), (128, 64, 4, 1), (64, 32, 4, 1)),
@@ -81,14 +90,14 @@ def block_table(block_lengths: tuple[int, ...], device: torch.device) -> Tensor:
     lengths = torch.tensor(block_lengths)
     ends = torch.tensor(list(accumulate(block_lengths)))
     edges = torch.stack([ends - lengths, ends]).int()
-    return edges.repeat_interleave(lengths, dim=1).to(device)
+    return edges.repeat_interleave(lengths, dim=1, output_size=sum(block_lengths)).to(device)
 
 
 def family(backend: str, arch: int | str) -> str:
     """The key of `_TILES` for a target of Triton's."""
     if backend != "cuda":
         return "cdna"
-    return {9: "hopper", 10: "blackwell"}.get(int(arch) // 10, "ampere")
+    return {9: "hopper", 10: "blackwell", 12: "blackwell_rtx"}.get(int(arch) // 10, "ampere")
 
 
 def _present_family() -> str:
@@ -109,11 +118,12 @@ def constants(kernel: str, dtype: torch.dtype, D: int, chip: str | None = None) 
     chip = chip or _present_family()
     padded = max(1 << (D - 1).bit_length(), 16)
     exact = dtype == torch.float32
-    queries, keys, warps, stages = _TILES[chip][exact, padded > 64][_KERNELS.index(kernel)]
+    queries, keys, warps, stages, *most = _TILES[chip][exact, padded > 64][_KERNELS.index(kernel)]
     # Three products of tf32 give the digits of float32; AMD's tensor cores take float32 as it is.
     precision = "tf32x3" if exact and chip not in ("cdna", "interpreter") else "ieee"
     sizes = {"D": D, "DP": padded, "BLOCK_M": queries, "BLOCK_N": keys, "PRECISION": precision}
-    return sizes | {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return sizes | options | ({"maxnreg": most[0]} if most else {})
 
 
 def decode_plan(
@@ -129,7 +139,7 @@ def decode_plan(
     if few["BLOCK_M"] >= L or cdiv(L, chosen["BLOCK_M"]) * NH * B < _ENOUGH:
         chosen = few | {"BLOCK_M": min(max(1 << (L - 1).bit_length(), 16), few["BLOCK_M"])}
     programs = cdiv(L, chosen["BLOCK_M"]) * NH * B
-    splits = min(2 * _ENOUGH // programs, cdiv(length, _LEAST_SHARE)) if programs < _ENOUGH else 1
+    splits = min(2 * _ENOUGH // programs, cdiv(length, _LEAST_SHARE)) if programs < _FEW else 1
     return cdiv(cdiv(length, splits), chosen["BLOCK_N"]) * chosen["BLOCK_N"], chosen
 
 

@@ -22,7 +22,7 @@ class UpscaleOptions:
         sampling: how codes are drawn; the seed, 0 by default, is that of all tiles.
         colour_fix: take the low frequencies from the input (see `hitsr_fast.imaging.colour`).
         input: what the model is told of the image: `"photo"` has noise, blur or artefacts, `"clean"` was only
-            made smaller.
+            made smaller, `"unknown"` leaves it open.
     """
 
     scales: Sequence[int] | None = None

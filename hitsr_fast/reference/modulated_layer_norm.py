@@ -1,4 +1,4 @@
-"""Definition of AdaLN's two elementwise parts: the modulated layer norm, and the gated residual."""
+"""Definition of AdaLN's elementwise parts: the modulated layer norm, the gated residual, and both."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def gated_residual_backward(grad: Tensor, y: Tensor, gate: Tensor) -> tuple[Tens
     given, branch, factor = _wide(grad, y, gate)
     grad_y = (given * factor[:, None]).to(y.dtype).contiguous()
     return grad_y, (given * branch).sum(1).to(gate.dtype)
+
+
+def gated_residual_norm(
+    x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual`, and `modulated_layer_norm` of its result as it was rounded."""
+    total = gated_residual(x, y, gate)
+    return total, modulated_layer_norm(total, scale, shift, eps, out_dtype)[0]
 
 
 def _wide(*tensors: Tensor) -> list[Tensor]:

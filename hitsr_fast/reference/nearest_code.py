@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ def nearest_code(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
         return indices
     codes = codebook.double()
     if metric == "cosine":
-        norm = _sum_channels(codes * codes).sqrt()
+        norm = root(_sum_channels(codes * codes))
         codes = codes / torch.where(norm > 0, norm, 1.0)[:, None]
     for start in range(0, x.shape[0], _ROWS_PER_CHUNK):
         rows = slice(start, start + _ROWS_PER_CHUNK)
@@ -76,6 +77,11 @@ def _decide(x: Tensor, codes: Tensor, row: Tensor, code: Tensor, metric: str) ->
     winner = code.masked_fill(loser, codes.shape[0])
     lowest = torch.full((rows,), codes.shape[0], dtype=code.dtype, device=code.device)
     return torch.arange(rows, device=row.device), lowest.scatter_reduce(0, row, winner, "amin")
+
+
+def root(x: Tensor) -> Tensor:
+    """The square root of float64 as IEEE 754 rounds it; PyTorch's own is MKL's on some CPUs, and differs."""
+    return torch.from_numpy(np.sqrt(x.numpy())) if x.device.type == "cpu" else x.sqrt()
 
 
 def _sum_channels(terms: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ whose sums do not depend on their order. So every backend finds the same codes.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,23 +33,32 @@ def sample_codes(
     top_k: int,
     top_p: float,
     temperature: float,
+    settings: Tensor | None = None,
 ) -> Tensor:
     """One code a row, int64 `(...)`.
 
-    Arguments are those of `ops.sample_codes`, but for `state`: int64 `(2,)`, seed and offset of the random
-    numbers, or None, which is greedy.
+    Arguments are those of `ops.sample_codes`, but for two. `state`: int64 `(2,)`, seed and offset of the
+    random numbers, or None, which is greedy. `settings`: int64 `(5,)`, what the four numbers amount to (see
+    `packed`), in their place; nobody looks at it.
     """
-    x = guided(logits, uncond_logits, guidance).reshape(-1, logits.shape[-1])
+    cond: float | Tensor = 1 + guidance
+    uncond: float | Tensor = guidance
+    scale: float | Tensor = power_scale(temperature)
+    kept: int | Tensor = top_k
+    dropped: int | Tensor = dropped_fraction(top_p)
+    if settings is not None:
+        factors, others = unpacked(settings)
+        (cond, uncond, scale), (kept, dropped) = factors.unbind(), others.unbind()
+    x = guided(logits, uncond_logits, cond, uncond).reshape(-1, logits.shape[-1])
     if state is None:
         return _first_largest(x).view(logits.shape[:-1])
-    weights = code_weights(x, temperature)
-    if 0 < top_k < x.shape[1]:
-        least = x.topk(top_k, dim=1).values[:, -1:]
-        weights = weights.where(x >= least, 0)
-    if 0.0 < top_p < 1.0:
+    weights = code_weights(x, scale)
+    if isinstance(kept, Tensor) or 0 < kept < x.shape[1]:
+        weights = weights.where(x >= _least_kept(x, kept), 0)
+    if isinstance(dropped, Tensor) or dropped > 0:
         ascending, order = x.sort(dim=1)
         share = weights.gather(1, order).cumsum(1)
-        limit = fraction(share[:, -1:], *split(dropped_fraction(top_p)))
+        limit = fraction(share[:, -1:], *split(dropped))
         least = ascending.gather(1, (share <= limit).sum(1, keepdim=True))
         weights = weights.where(x >= least, 0)
     share = weights.cumsum(1)
@@ -56,18 +66,37 @@ def sample_codes(
     return (share <= drawn[:, None]).sum(1).view(logits.shape[:-1])
 
 
-def guided(logits: Tensor, uncond_logits: Tensor | None, guidance: float) -> Tensor:
-    """float32 `(1 + guidance) * logits - guidance * uncond_logits`, each step rounded; NaN is -infinity."""
+def packed(guidance: Sequence[float], top_k: int, top_p: float, temperature: float) -> Tensor:
+    """The numbers of some calls as the op reads them from memory, int64 `(calls, 5)`.
+
+    A row is the bits of three float32, `1 + guidance`, `guidance` and `log2(e) / temperature`; then `top_k`,
+    and `1 - top_p` in units of 2^-62.
+    """
+    scale = power_scale(temperature)
+    factors = torch.tensor([(1 + strength, strength, scale) for strength in guidance], dtype=torch.float32)
+    others = torch.tensor([top_k, dropped_fraction(top_p)]).expand(len(factors), 2)
+    return torch.cat([factors.view(torch.int32), others], dim=1)
+
+
+def unpacked(settings: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a row of `packed` the three factors, float32, and the other two."""
+    return settings[:3].to(torch.int32).view(torch.float32), settings[3:]
+
+
+def guided(
+    logits: Tensor, uncond_logits: Tensor | None, cond: float | Tensor, uncond: float | Tensor
+) -> Tensor:
+    """float32 `cond * logits - uncond * uncond_logits`, each step rounded; NaN is -infinity."""
     x = logits.float()
     if uncond_logits is not None:
-        x = x * (1 + guidance) - uncond_logits.float() * guidance
+        x = x * cond - uncond_logits.float() * uncond
     return x.where(x == x, -torch.inf)
 
 
-def code_weights(x: Tensor, temperature: float) -> Tensor:
-    """int64 `floor(2^30 exp((x - max x) / temperature))` of rows `(N, V)`, by a series."""
+def code_weights(x: Tensor, scale: float | Tensor) -> Tensor:
+    """int64 `floor(2^(30 + (x - max x) * scale))` of rows `(N, V)`, by a series; see `power_scale`."""
     largest = x.amax(1, keepdim=True)
-    scaled = (x - largest) * power_scale(temperature)
+    scaled = (x - largest) * scale
     scaled = scaled.where(x != largest, 0.0).clamp(min=LOWEST_POWER)
     whole = scaled + NEAREST - NEAREST
     part = scaled - whole
@@ -79,11 +108,12 @@ def code_weights(x: Tensor, temperature: float) -> Tensor:
 
 
 def dropped_fraction(top_p: float) -> int:
-    """`1 - top_p` in units of 2^-62, less than one whole so that the largest logit stays."""
-    return min(int((1.0 - top_p) * 2.0**62), 2**62 - 1)
+    """`1 - top_p` in units of 2^-62, less than one whole so that the largest logit stays; of 0, which keeps
+    all, as of 1."""
+    return min(int((1.0 - top_p) * 2.0**62), 2**62 - 1) if top_p > 0 else 0
 
 
-def split(fraction: int) -> tuple[int, int]:
+def split(fraction: int | Tensor) -> tuple[int | Tensor, int | Tensor]:
     """The upper and the lower 31 bits."""
     return fraction >> 31, fraction & 2**31 - 1
 
@@ -120,6 +150,15 @@ def philox(
 def power_scale(temperature: float) -> float:
     """The float32 nearest to `log2(e) / temperature`: what makes differences of logits powers of two."""
     return float(torch.tensor(math.log2(math.e) / temperature, dtype=torch.float32))
+
+
+def _least_kept(x: Tensor, top_k: int | Tensor) -> Tensor:
+    """The k-th largest of each row, `(N, 1)`; the least where k is 0 or at least their number."""
+    if isinstance(top_k, int):
+        return x.topk(top_k, dim=1).values[:, -1:]
+    V = x.shape[1]
+    left_out = (V - top_k).where((top_k > 0) & (top_k < V), 0)
+    return x.sort(dim=1).values.index_select(1, left_out.view(1))
 
 
 def _first_largest(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Triton kernels of `group_norm_silu`; docs/ops/group_norm_silu.md.
 
-Moments of tiles of a map, which are joined without atomics, then the result.
+Moments of tiles of a map, which are joined without atomics, then the result. Of the gradient: sums of
+tiles, which PyTorch joins, then the result.
 """
 
 import triton
@@ -89,3 +90,69 @@ def _group_norm_apply_kernel(
     values = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     y = (values - centre) * factor + offset
     tl.store(out + place, y / (1 + tl.exp(-y)), mask=inside)
+
+
+@triton.jit
+def _normal_and_slope(
+    x, weight, bias, mean, rstd, place, inside, channel, part, stride_weight, stride_bias, C: tl.constexpr
+):  # fmt: skip
+    """A tile's values (x - mean) rstd, the derivative of SiLU there, and the rows of weights and of rstd."""
+    row = channel < C
+    factor = tl.load(weight + channel * stride_weight[0], mask=row, other=0.0).to(tl.float32)
+    offset = tl.load(bias + channel * stride_bias[0], mask=row, other=0.0).to(tl.float32)
+    centre = tl.load(mean + part, mask=row, other=0.0)
+    scale = tl.load(rstd + part, mask=row, other=0.0)
+    normal = (tl.load(x + place, mask=inside, other=0.0).to(tl.float32) - centre) * scale
+    y = normal * factor + offset
+    s = 1 / (1 + tl.exp(-y))
+    return normal, s * (1 + y * (1 - s)), factor, scale
+
+
+@triton.jit
+def _group_norm_sums_kernel(
+    x, grad, weight, bias, mean, rstd, sums, P, stride_x, stride_weight, stride_bias,
+    C: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile, each channel's sum of the gradients in its normalised values times weight plus bias, and of
+    their products with the normalised values. grad has the strides of x.
+
+    sums: (B, blocks of pixels, 2, C) float32, contiguous.
+    """
+    image = tl.program_id(2).to(tl.int64)
+    pixel, channel, inside = _tile(P, C, PIXELS, CHANNELS)
+    part = image * GROUPS + channel // (C // GROUPS)
+    place = image * stride_x[0] + pixel * stride_x[2] + channel * stride_x[1]
+    normal, slope, _factor, _scale = _normal_and_slope(
+        x, weight, bias, mean, rstd, place, inside, channel, part, stride_weight, stride_bias, C
+    )
+    given = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * slope
+    # Outside a tile the slope is that at x = 0, which need not be finite.
+    given, products = tl.where(inside, given, 0.0), tl.where(inside, given * normal, 0.0)
+    to = sums + (image * tl.num_programs(0) + tl.program_id(0)) * 2 * C + channel
+    tl.store(to, tl.sum(given, axis=0, keep_dims=True), mask=channel < C)
+    tl.store(to + C, tl.sum(products, axis=0, keep_dims=True), mask=channel < C)
+
+
+@triton.jit
+def _group_norm_slope_kernel(
+    x, grad, weight, bias, mean, rstd, means, out, P, stride_x, stride_weight, stride_bias,
+    C: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The gradient in a tile of x, to out, which has the strides of x and grad.
+
+    means: (B, 2, GROUPS) float32, of a group the mean gradient in its normalised values, and that of its
+    products with them.
+    """
+    image = tl.program_id(2).to(tl.int64)
+    pixel, channel, inside = _tile(P, C, PIXELS, CHANNELS)
+    group = channel // (C // GROUPS)
+    place = image * stride_x[0] + pixel * stride_x[2] + channel * stride_x[1]
+    part = image * GROUPS + group
+    normal, slope, factor, scale = _normal_and_slope(
+        x, weight, bias, mean, rstd, place, inside, channel, part, stride_weight, stride_bias, C
+    )
+    inner = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * slope * factor
+    at = means + image * 2 * GROUPS + group
+    plain = tl.load(at, mask=channel < C, other=0.0)
+    product = tl.load(at + GROUPS, mask=channel < C, other=0.0)
+    tl.store(out + place, (inner - plain - normal * product) * scale, mask=inside)

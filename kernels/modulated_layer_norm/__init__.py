@@ -1,4 +1,4 @@
-"""Triton kernels of `modulated_layer_norm` and `gated_residual`; docs/ops/modulated_layer_norm.md.
+"""Triton kernels of `modulated_layer_norm`, `gated_residual` and both; docs/ops/modulated_layer_norm.md.
 
 A row at a time in registers; the backward passes sum over blocks of rows.
 """
@@ -8,6 +8,24 @@ import triton.language as tl
 
 
 @triton.jit
+def _of_image(vectors, image, far, stride, inside):
+    """Channels `far` of an image's row of vectors (B, C), float32."""
+    at = vectors + image * stride[0] + far * stride[1]
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _centred(values, inside, eps, C: tl.constexpr):
+    """A row less its mean, the mean, and one over the root of the variance and eps."""
+    centre = tl.sum(values, axis=0) / C
+    centred = tl.where(inside, values - centre, 0.0)
+    missed = tl.sum(centred, axis=0) / C  # what the rounding of the mean left
+    centred = tl.where(inside, centred - missed, 0.0)
+    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+    return centred, centre + missed, inverse
+
+
+@triton.jit(do_not_specialize=["L"])  # which differs from scale to scale
 def _modulated_layer_norm_fwd_kernel(
     x, scale, shift, out, mean, rstd, L, eps, stride_x, stride_scale, stride_shift,
     C: tl.constexpr, BLOCK: tl.constexpr,
@@ -22,20 +40,12 @@ def _modulated_layer_norm_fwd_kernel(
     far = channel.to(tl.int64)
     at = x + image * stride_x[0] + token.to(tl.int64) * stride_x[1]
     values = tl.load(at + far * stride_x[2], mask=inside, other=0.0).to(tl.float32)
-    centre = tl.sum(values, axis=0) / C
-    centred = tl.where(inside, values - centre, 0.0)
-    missed = tl.sum(centred, axis=0) / C  # what the rounding of the mean left
-    centred = tl.where(inside, centred - missed, 0.0)
-    inverse = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
-    factor = tl.load(scale + image * stride_scale[0] + far * stride_scale[1], mask=inside, other=0.0).to(
-        tl.float32
-    )
-    offset = tl.load(shift + image * stride_shift[0] + far * stride_shift[1], mask=inside, other=0.0).to(
-        tl.float32
-    )
+    factor = _of_image(scale, image, far, stride_scale, inside)
+    offset = _of_image(shift, image, far, stride_shift, inside)
+    centred, centre, inverse = _centred(values, inside, eps, C)
     row = image * L + token
     tl.store(out + row * C + channel, centred * inverse * (1 + factor) + offset, mask=inside)
-    tl.store(mean + row, centre + missed)
+    tl.store(mean + row, centre)
     tl.store(rstd + row, inverse)
 
 
@@ -52,9 +62,7 @@ def _modulated_layer_norm_bwd_kernel(
     channel = tl.arange(0, BLOCK)
     inside = channel < C
     far = channel.to(tl.int64)
-    factor = 1 + tl.load(scale + image * stride_scale[0] + far * stride_scale[1], mask=inside, other=0.0).to(
-        tl.float32
-    )
+    factor = 1 + _of_image(scale, image, far, stride_scale, inside)
     grad_scale = tl.zeros((BLOCK,), tl.float32)
     grad_shift = tl.zeros((BLOCK,), tl.float32)
     for token in range(block * ROWS, tl.minimum(block * ROWS + ROWS, L)):
@@ -75,7 +83,7 @@ def _modulated_layer_norm_bwd_kernel(
     tl.store(to + C, grad_shift, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L"])  # which differs from scale to scale
 def _gated_residual_fwd_kernel(
     x, y, gate, out, L, stride_x, stride_y, stride_gate, C: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -84,14 +92,36 @@ def _gated_residual_fwd_kernel(
     channel = tl.arange(0, BLOCK)
     inside = channel < C
     far = channel.to(tl.int64)
-    factor = tl.load(gate + image * stride_gate[0] + far * stride_gate[1], mask=inside, other=0.0).to(
-        tl.float32
-    )
+    factor = _of_image(gate, image, far, stride_gate, inside)
     at = x + image * stride_x[0] + token * stride_x[1] + far * stride_x[2]
     values = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     at = y + image * stride_y[0] + token * stride_y[1] + far * stride_y[2]
     branch = tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + (image * L + token) * C + channel, values + factor * branch, mask=inside)
+
+
+@triton.jit(do_not_specialize=["L"])
+def _gated_residual_norm_kernel(
+    x, y, gate, scale, shift, total, out, L, eps,
+    stride_x, stride_y, stride_gate, stride_scale, stride_shift, C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Row (image, token) of total = x + gate * y and of its norm, out; both (B, L, C), contiguous."""
+    token, image = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    inside = channel < C
+    far = channel.to(tl.int64)
+    at = x + image * stride_x[0] + token * stride_x[1] + far * stride_x[2]
+    values = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = y + image * stride_y[0] + token * stride_y[1] + far * stride_y[2]
+    branch = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    values = values + _of_image(gate, image, far, stride_gate, inside) * branch
+    rounded = values.to(total.dtype.element_ty)
+    row = (image * L + token) * C
+    tl.store(total + row + channel, rounded, mask=inside)
+    factor = _of_image(scale, image, far, stride_scale, inside)
+    offset = _of_image(shift, image, far, stride_shift, inside)
+    centred, _, inverse = _centred(rounded.to(tl.float32), inside, eps, C)
+    tl.store(out + row + channel, centred * inverse * (1 + factor) + offset, mask=inside)
 
 
 @triton.jit
@@ -107,9 +137,7 @@ def _gated_residual_bwd_kernel(
     channel = tl.arange(0, BLOCK)
     inside = channel < C
     far = channel.to(tl.int64)
-    factor = tl.load(gate + image * stride_gate[0] + far * stride_gate[1], mask=inside, other=0.0).to(
-        tl.float32
-    )
+    factor = _of_image(gate, image, far, stride_gate, inside)
     grad_gate = tl.zeros((BLOCK,), tl.float32)
     for token in range(block * ROWS, tl.minimum(block * ROWS + ROWS, L)):
         row = tl.cast(token, tl.int64)

@@ -1,8 +1,7 @@
 """Triton kernels of `residual_quantize`, `residual_decode` and `residual_step`: two for each scale.
 
 The search pools the residual and finds codes, the update spreads them over the map, adds them to one map and
-takes them off the other; where nothing is searched, a kernel of its own pools. docs/ops/residual_quantize.md
-describes them, hitsr_fast/ops/residual_quantize_triton.py launches them.
+takes them off the other. docs/ops/residual_quantize.md describes them.
 """
 
 import triton
@@ -20,12 +19,15 @@ def _bin(place, size, length):
 
 
 @triton.jit
-def pooled_rows(x, row, channel, rows, bins, stride_x, C: tl.constexpr, PLACES: tl.constexpr):
+def pooled_rows(
+    x, row, channel, rows, bins, stride_x, C: tl.constexpr, LANES: tl.constexpr, PLACES: tl.constexpr
+):  # fmt: skip
     """Area averages (channels, rows) float32 of x (B, C, H, W); row n is place n % (h w) of image n // (h w).
 
-    bins: height and width of the scale, of the map and of the largest bin. The places of a bin are added up
-    one by one in order of rows, whatever the tile and the kernel, so that equal maps give equal bits; PLACES
-    of them are loaded at a time.
+    bins: height and width of the scale, of the map and of the largest bin. The places of a bin, in order of
+    rows, are dealt out to LANES: each adds up its own, then lanes are added by pairs. LANES depends on the
+    largest bin alone, so that equal maps give equal bits whatever the tile and the kernel; PLACES of each
+    lane are loaded at a time.
     """
     h, w, H, W, tall, broad = bins
     image, place = row // (h * w), row % (h * w)
@@ -33,13 +35,20 @@ def pooled_rows(x, row, channel, rows, bins, stride_x, C: tl.constexpr, PLACES: 
     left, right = _bin(place % w, w, W)
     plane = x + image.to(tl.int64)[None, :] * stride_x[0] + channel.to(tl.int64)[:, None] * stride_x[1]
     inside = (channel < C)[:, None] & (row < rows)[None, :]
-    total = tl.zeros((channel.shape[0], row.shape[0]), tl.float32)
-    for first in tl.range(0, tall * broad, PLACES, disable_licm=True):
+    total = tl.zeros((channel.shape[0], row.shape[0], LANES), tl.float32)
+    for first in tl.range(0, tall * broad, LANES * PLACES, disable_licm=True):
         for i in tl.static_range(PLACES):
-            y, column = top + (first + i) // broad, left + (first + i) % broad
+            at = first + i * LANES + tl.arange(0, LANES)
+            y, column = top[:, None] + (at // broad)[None, :], left[:, None] + (at % broad)[None, :]
             offset = y.to(tl.int64) * stride_x[2] + column.to(tl.int64) * stride_x[3]
-            there = inside & ((y < bottom) & (column < right))[None, :]
-            total += tl.load(plane + offset[None, :], mask=there, other=0.0).to(tl.float32)
+            there = inside[:, :, None] & ((y < bottom[:, None]) & (column < right[:, None]))[None, :, :]
+            values = tl.load(plane[:, :, None] + offset[None, :, :], mask=there, other=0.0)
+            total += values.to(tl.float32)
+    for _ in tl.static_range(5):
+        if total.shape[2] > 1:
+            pairs = total.reshape(channel.shape[0], row.shape[0], 2, total.shape[2] // 2)
+            total = tl.sum(pairs, axis=2)
+    total = total.reshape(channel.shape[0], row.shape[0])
     return total / ((bottom - top) * (right - left)).to(tl.float32)[None, :]
 
 
@@ -55,13 +64,14 @@ def store_rows(out, means, row, channel, rows, places, stride_out, C: tl.constex
 @triton.jit(do_not_specialize=["rows", "h", "w", "H", "W", "tall", "broad"])
 def _residual_quantize_pool_kernel(
     x, out, rows, h, w, H, W, tall, broad, stride_x, stride_out,
-    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PLACES: tl.constexpr,
+    C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
+    LANES: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """out (B, h w, C) = area(x (B, C, H, W), (h, w)); `rows` is B h w."""
-    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     channel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     bins = h, w, H, W, tall, broad
-    means = pooled_rows(x, row, channel, rows, bins, stride_x, C, PLACES)
+    means = pooled_rows(x, row, channel, rows, bins, stride_x, C, LANES, PLACES)
     store_rows(out, means, row, channel, rows, h * w, stride_out, C)
 
 
@@ -74,7 +84,8 @@ def _residual_quantize_search_kernel(
     INPUTS: tl.constexpr, SHARED: tl.constexpr, COSINE: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
     CLASSES: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, PLACES: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_M: tl.constexpr,
+    LANES: tl.constexpr, PLACES: tl.constexpr,
 ):  # fmt: skip
     """indices (B, T) of a scale, from `begin` on: the nearest codes of area(residual (B, C, H, W), (h, w)).
 
@@ -82,11 +93,13 @@ def _residual_quantize_search_kernel(
     exact and bounds are the packed codebook of `nearest_code`, whose stages these are: a screen that leaves
     a minimum for each class of codes, and a re-check of the classes that may hold the nearest.
     A program (x, y) takes every x-th block of rows, and of the codes `share` tiles. SHARED: several programs
-    share out the tiles of a block, each x takes one block, and the last to arrive re-checks; `arrived` (x,)
-    is 0 before and after. Between the stages lie minima (x, tiles, BLOCK_N, CLASSES), pooled and rounded
-    (x, y, BLOCK_N, CP) and margins (x, y, 3, BLOCK_N).
+    share out the tiles of a block and the inputs of its rows, each x takes one block, and the last to arrive
+    re-checks; `arrived` (x,) is 0 before and after. Rows are pooled BLOCK_M x BLOCK_P at a time. Between the
+    stages lie minima (x, tiles, BLOCK_N, CLASSES), pooled and rounded (x, y, BLOCK_N, CP) and margins
+    (x, y, 3, BLOCK_N).
     """
     bins = h, w, H, W, tall, broad
+    parts: tl.constexpr = (C + BLOCK_P - 1) // BLOCK_P
     slot, shares = tl.program_id(0).to(tl.int64), tl.num_programs(1)
     first = tl.program_id(1) * share
     last = tl.minimum(first + share, tiles)
@@ -98,10 +111,13 @@ def _residual_quantize_search_kernel(
     for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_N), tl.num_programs(0), disable_licm=True):
         row = block * BLOCK_N + member
         count = tl.minimum(rows - block * BLOCK_N, BLOCK_N)
-        for skipped in tl.range(0, channels, BLOCK_P, disable_licm=True):
-            part = skipped + tl.arange(0, BLOCK_P)
-            means = pooled_rows(residual, row, part, rows, bins, stride_residual, C, PLACES)
-            tl.store(pooled + member[:, None] * CP + part[None, :], tl.trans(means))
+        for turn in tl.range(0, tl.cdiv(count, BLOCK_M) * parts, disable_licm=True):
+            some = turn // parts * BLOCK_M + tl.arange(0, BLOCK_M)
+            part = turn % parts * BLOCK_P + tl.arange(0, BLOCK_P)
+            means = pooled_rows(
+                residual, block * BLOCK_N + some, part, rows, bins, stride_residual, C, LANES, PLACES
+            )
+            tl.store(pooled + some[:, None] * CP + part[None, :], tl.trans(means))
         tl.debug_barrier()
         for start in tl.range(0, count, BLOCK_R, disable_licm=True):
             some = start + tl.arange(0, BLOCK_R)
@@ -143,13 +159,15 @@ def _residual_quantize_search_kernel(
                 image, token = found // (h * w), found % (h * w)
                 at = indices + image.to(tl.int64) * stride_indices[0] + begin + token
                 tl.store(at, winner.to(tl.int64), mask=some < count)
-            if INPUTS:
-                for skipped in tl.range(0, channels, BLOCK_P, disable_licm=True):
-                    part = skipped + tl.arange(0, BLOCK_P)
-                    means = pooled_rows(
-                        reconstruction, row, part, rows, bins, stride_reconstruction, C, PLACES
-                    )
-                    store_rows(inputs, means, row, part, rows, h * w, stride_inputs, C)
+        if INPUTS:
+            turns = tl.cdiv(count, BLOCK_M) * parts
+            for turn in tl.range(tl.program_id(1), turns, shares, disable_licm=True):
+                some = block * BLOCK_N + turn // parts * BLOCK_M + tl.arange(0, BLOCK_M)
+                part = turn % parts * BLOCK_P + tl.arange(0, BLOCK_P)
+                means = pooled_rows(
+                    reconstruction, some, part, rows, bins, stride_reconstruction, C, LANES, PLACES
+                )
+                store_rows(inputs, means, some, part, rows, h * w, stride_inputs, C)
         tl.debug_barrier()  # before the next block's rows take the place of these
 
 
@@ -178,8 +196,11 @@ def _weight(fraction, NEIGHBOUR: tl.constexpr):
 
 @triton.jit
 def _bicubic(codes, codebook, y, x, inside, channel, sizes, stride_t, stride_codebook, C: tl.constexpr):
-    """Codes (h, w) of an image at places (n,) of its map (H, W): float32 (n, channels). sizes: h, w, H, W."""
-    h, w, H, W = sizes
+    """Codes (h, w) of an image at places (n,) of its map (H, W): float32 (n, channels). sizes: h, w, H, W, K.
+
+    Nobody has looked at the codes before: beyond the codebook they count as its first or last one.
+    """
+    h, w, H, W, K = sizes
     top, down = _neighbours(y, h, H)
     left, aside = _neighbours(x, w, W)
     known = inside[:, None] & (channel < C)[None, :]
@@ -192,6 +213,7 @@ def _bicubic(codes, codebook, y, x, inside, channel, sizes, stride_t, stride_cod
         for j in tl.static_range(4):
             column = tl.minimum(tl.maximum(left + j, 0), w - 1)
             code = tl.load(codes + (row + column).to(tl.int64) * stride_t, mask=inside, other=0)
+            code = tl.minimum(tl.maximum(code, 0), K - 1)
             value = tl.load(codebook + code[:, None] * stride_codebook[0] + of_channel, mask=known, other=0.0)
             line = tl.fma(value.to(tl.float32), shares[j][:, None], line)
         total = tl.fma(line, _weight(down, i)[:, None], total)
@@ -199,23 +221,42 @@ def _bicubic(codes, codebook, y, x, inside, channel, sizes, stride_t, stride_cod
 
 
 @triton.jit
+def _product(values, factors, total):
+    """total (places, outputs) + values (places, inputs) factors (outputs, inputs)^T in float32."""
+    return tl.dot(values, tl.trans(factors.to(tl.float32)), total, input_precision="ieee")
+
+
+@triton.jit
 def _convolution(
     strip, weight, y, x, channel, stride_weight,
-    C: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr, BLOCK_I: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, WIDE: tl.constexpr, BLOCK_I: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """3x3 convolution in float32, (places, channels), of a strip (., WIDE, CP) that begins with the halo."""
+    """3x3 convolution in float32, (places, channels), of a strip (., WIDE, CP) that begins with the halo.
+
+    TOGETHER: the taps of a row are loaded at once, in thrice the shared memory, so that what waits for one
+    waits for all.
+    """
     inputs = tl.arange(0, BLOCK_I)
     total = tl.zeros((y.shape[0], channel.shape[0]), tl.float32)
-    for tap in range(9):
-        row, column = tap // 3, tap % 3
-        places = strip + ((y + row) * WIDE + x + column)[:, None] * CP + inputs[None, :]
-        taps = weight + row * stride_weight[2] + column * stride_weight[3]
-        taps += channel.to(tl.int64)[:, None] * stride_weight[0]
+    for row in range(3):
+        places = strip + ((y + row) * WIDE + x)[:, None] * CP + inputs[None, :]
+        taps = weight + row * stride_weight[2] + channel.to(tl.int64)[:, None] * stride_weight[0]
         for first in range(0, CP, BLOCK_I):
             known = (channel < C)[:, None] & (first + inputs < C)[None, :]
-            of_input = (first + inputs).to(tl.int64)[None, :] * stride_weight[1]
-            factors = tl.load(taps + of_input, mask=known, other=0.0).to(tl.float32)
-            total = tl.dot(tl.load(places + first), tl.trans(factors), total, input_precision="ieee")
+            of_input = taps + (first + inputs).to(tl.int64)[None, :] * stride_weight[1]
+            if TOGETHER:
+                values0, factors0 = tl.load(places + first), tl.load(of_input, mask=known, other=0.0)
+                of_input += stride_weight[3]
+                values1, factors1 = tl.load(places + CP + first), tl.load(of_input, mask=known, other=0.0)
+                of_input += stride_weight[3]
+                values2, factors2 = tl.load(places + 2 * CP + first), tl.load(of_input, mask=known, other=0.0)
+                total = _product(values0, factors0, total)
+                total = _product(values1, factors1, total)
+                total = _product(values2, factors2, total)
+            else:
+                for column in range(3):
+                    factors = tl.load(of_input + column * stride_weight[3], mask=known, other=0.0)
+                    total = _product(tl.load(places + column * CP + first), factors, total)
     return total
 
 
@@ -225,14 +266,97 @@ def _offsets(image, channel, y, x, stride):
     return image * stride[0] + channel * stride[1] + y * stride[2] + x * stride[3]
 
 
-@triton.jit(do_not_specialize=["blocks", "begin", "h", "w", "H", "W"])
+@triton.jit
+def _step(
+    codes, codebook, weight, bias, strip, corner_y, corner_x, channel, sizes, keep, ratio,
+    stride_t, stride_codebook, stride_weight, stride_bias, PHI: tl.constexpr, C: tl.constexpr,
+    CP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_I: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """f = phi(bicubic(codes)) of a block of ROWS x COLUMNS places: float32 (places, channels)."""
+    place, inputs = tl.arange(0, ROWS * COLUMNS), tl.arange(0, BLOCK_I)
+    wide: tl.constexpr = COLUMNS + 2
+    H, W = sizes[2], sizes[3]
+    if PHI:
+        tl.debug_barrier()  # what was in the strip has been read
+        for first in range(0, (ROWS + 2) * wide, BLOCK_S):
+            at = first + tl.arange(0, BLOCK_S)
+            row, column = corner_y + at // wide - 1, corner_x + at % wide - 1
+            stored = at < (ROWS + 2) * wide
+            known = stored & (row >= 0) & (row < H) & (column >= 0) & (column < W)
+            for i in range(0, CP, BLOCK_I):
+                line = _bicubic(
+                    codes, codebook, row, column, known, i + inputs, sizes, stride_t, stride_codebook, C
+                )
+                tl.store(strip + at[:, None] * CP + i + inputs[None, :], line, mask=stored[:, None])
+        tl.debug_barrier()
+        row, column = place // COLUMNS, place % COLUMNS
+        through = _convolution(
+            strip, weight, row, column, channel, stride_weight, C, CP, wide, BLOCK_I, TOGETHER
+        )
+        of_bias = tl.load(bias + channel * stride_bias[0], mask=channel < C, other=0.0).to(tl.float32)
+        through += of_bias[None, :]
+        middle = tl.load(strip + ((row + 1) * wide + column + 1)[:, None] * CP + channel[None, :])
+        step = keep * middle + ratio * through
+    else:
+        y, x = corner_y + place // COLUMNS, corner_x + place % COLUMNS
+        known = (y < H) & (x < W)
+        step = _bicubic(codes, codebook, y, x, known, channel, sizes, stride_t, stride_codebook, C)
+    return step
+
+
+@triton.jit(do_not_specialize=["blocks", "count", "H", "W", "K"])
+def _residual_decode_kernel(
+    indices, codebook, weight, bias, reconstruction, strips, scales, blocks, count, H, W, K, keep, ratio,
+    stride_indices, stride_codebook, stride_weight, stride_bias, stride_out,
+    PHI: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """The sum of all scales' f: what updates of one after the other leave, bit for bit.
+
+    weight (P, C, C, 3, 3); bias (P, C); scales (count, 4) int32: first token, h, w, phi. The rest as there.
+    """
+    place, outputs = tl.arange(0, ROWS * COLUMNS), tl.arange(0, BLOCK_O)
+    parts: tl.constexpr = (C + BLOCK_O - 1) // BLOCK_O
+    across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
+    strip = strips + tl.program_id(0).to(tl.int64) * ((ROWS + 2) * (COLUMNS + 2) * CP)
+    of_phi = stride_weight[1], stride_weight[2], stride_weight[3], stride_weight[4]
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), disable_licm=True):
+        channel, tile = block % parts * BLOCK_O + outputs, block // parts
+        corner_x, corner_y = tile % across * COLUMNS, tile // across % down * ROWS
+        image = (tile // (across * down)).to(tl.int64)
+        total = tl.zeros((ROWS * COLUMNS, BLOCK_O), tl.float32)
+        for scale in tl.range(0, count, disable_licm=True):
+            begin, phi = (
+                tl.load(scales + 4 * scale).to(tl.int64),
+                tl.load(scales + 4 * scale + 3).to(tl.int64),
+            )
+            sizes = tl.load(scales + 4 * scale + 1), tl.load(scales + 4 * scale + 2), H, W, K
+            codes = indices + image * stride_indices[0] + begin * stride_indices[1]
+            total += _step(
+                codes, codebook, weight + phi * stride_weight[0], bias + phi * stride_bias[0], strip,
+                corner_y, corner_x, channel, sizes, keep, ratio, stride_indices[1], stride_codebook, of_phi,
+                (stride_bias[1],), PHI, C, CP, ROWS, COLUMNS, BLOCK_S, BLOCK_I, TOGETHER,
+            )  # fmt: skip
+        y, x = corner_y + place // COLUMNS, corner_x + place % COLUMNS
+        written = (channel < C)[:, None] & ((y < H) & (x < W))[None, :]
+        channels, rows, columns = (
+            channel.to(tl.int64)[:, None],
+            y.to(tl.int64)[None, :],
+            x.to(tl.int64)[None, :],
+        )
+        out = _offsets(image, channels, rows, columns, stride_out)
+        tl.store(reconstruction + out, tl.trans(total), mask=written)  # places are neighbours in memory
+
+
+@triton.jit(do_not_specialize=["blocks", "begin", "h", "w", "H", "W", "K"])
 def _residual_quantize_update_kernel(
     indices, codebook, weight, bias, residual, next_residual, reconstruction, next_reconstruction, strips,
-    blocks, begin, h, w, H, W, keep, ratio,
+    blocks, begin, h, w, H, W, K, keep, ratio,
     stride_indices, stride_codebook, stride_weight, stride_bias, stride_residual, stride_out,
     PHI: tl.constexpr, FIRST: tl.constexpr, RESIDUAL: tl.constexpr, C: tl.constexpr, CP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_I: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_O: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
     """next_reconstruction = reconstruction + f, next_residual = residual - f, for f = phi(bicubic(codes)).
 
@@ -244,44 +368,23 @@ def _residual_quantize_update_kernel(
     convolution of codes. strips (programs, (ROWS + 2) (COLUMNS + 2), CP): what a program convolves. A block
     is ROWS x COLUMNS places of an image and BLOCK_O channels.
     """
-    sizes = h, w, H, W
-    place, outputs, inputs = tl.arange(0, ROWS * COLUMNS), tl.arange(0, BLOCK_O), tl.arange(0, BLOCK_I)
-    wide: tl.constexpr = COLUMNS + 2
+    sizes = h, w, H, W, K
+    place, outputs = tl.arange(0, ROWS * COLUMNS), tl.arange(0, BLOCK_O)
     parts: tl.constexpr = (C + BLOCK_O - 1) // BLOCK_O
     across, down = tl.cdiv(W, COLUMNS), tl.cdiv(H, ROWS)
-    strip = strips + tl.program_id(0).to(tl.int64) * ((ROWS + 2) * wide * CP)
+    strip = strips + tl.program_id(0).to(tl.int64) * ((ROWS + 2) * (COLUMNS + 2) * CP)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), disable_licm=True):
-        channel = block % parts * BLOCK_O + outputs
-        tile = block // parts
+        channel, tile = block % parts * BLOCK_O + outputs, block // parts
         corner_x, corner_y = tile % across * COLUMNS, tile // across % down * ROWS
         image = (tile // (across * down)).to(tl.int64)
         codes = indices + image * stride_indices[0] + begin.to(tl.int64) * stride_indices[1]
         y, x = corner_y + place // COLUMNS, corner_x + place % COLUMNS
         inside = (y < H) & (x < W)
-        if PHI:
-            tl.debug_barrier()  # the strip of the block before has been read
-            for first in range(0, (ROWS + 2) * wide, BLOCK_S):
-                at = first + tl.arange(0, BLOCK_S)
-                row, column = corner_y + at // wide - 1, corner_x + at % wide - 1
-                stored = at < (ROWS + 2) * wide
-                known = stored & (row >= 0) & (row < H) & (column >= 0) & (column < W)
-                for i in range(0, CP, BLOCK_I):
-                    line = _bicubic(
-                        codes, codebook, row, column, known, i + inputs, sizes,
-                        stride_indices[1], stride_codebook, C,
-                    )  # fmt: skip
-                    tl.store(strip + at[:, None] * CP + i + inputs[None, :], line, mask=stored[:, None])
-            tl.debug_barrier()
-            row, column = place // COLUMNS, place % COLUMNS
-            through = _convolution(strip, weight, row, column, channel, stride_weight, C, CP, wide, BLOCK_I)
-            of_bias = tl.load(bias + channel * stride_bias[0], mask=channel < C, other=0.0)
-            through += of_bias.to(tl.float32)[None, :]
-            middle = tl.load(strip + ((row + 1) * wide + column + 1)[:, None] * CP + channel[None, :])
-            step = keep * middle + ratio * through
-        else:
-            step = _bicubic(
-                codes, codebook, y, x, inside, channel, sizes, stride_indices[1], stride_codebook, C
-            )
+        step = _step(
+            codes, codebook, weight, bias, strip, corner_y, corner_x, channel, sizes, keep, ratio,
+            stride_indices[1], stride_codebook, stride_weight, stride_bias,
+            PHI, C, CP, ROWS, COLUMNS, BLOCK_S, BLOCK_I, TOGETHER,
+        )  # fmt: skip
         step = tl.trans(step)  # places are neighbours in memory
         written = (channel < C)[:, None] & inside[None, :]
         rows, columns = y.to(tl.int64)[None, :], x.to(tl.int64)[None, :]

@@ -65,17 +65,27 @@ def _random_fraction(state, row):
 
 
 @triton.jit
+def _factor(settings):
+    return tl.load(settings).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["top_k", "dropped_high", "dropped_low"])
 def _sample_codes_kernel(
-    logits, uncond_logits, state, codes, stride_logits, stride_uncond,
-    V, cond, uncond, scale, left_out, dropped,
-    GUIDED: tl.constexpr, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    logits, uncond_logits, state, settings, codes, stride_logits, stride_uncond, V,
+    cond, uncond, scale, top_k, dropped_high, dropped_low,
+    GUIDED: tl.constexpr, GREEDY: tl.constexpr, SETTINGS: tl.constexpr,
     BLOCK: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Code of one row of (N, V) logits, to codes (N,).
 
-    cond, uncond: factors of the two logits. scale: log2(e) / temperature. left_out: V - k of top-k. dropped:
-    1 - p of top-p, in units of 2^-62. BLOCK: 2^BITS, at least V.
+    cond, uncond: factors of the two logits. scale: log2(e) / temperature. top_k: 0 or V keep all. dropped:
+    1 - p of top-p, in units of 2^-62, its upper and lower 31 bits. SETTINGS: all of these lie in memory, at
+    `settings`, instead. BLOCK: 2^BITS, at least V.
     """
+    if SETTINGS:
+        cond, uncond, scale = _factor(settings), _factor(settings + 1), _factor(settings + 2)
+        top_k, dropped = tl.load(settings + 3), tl.load(settings + 4)
+        dropped_high, dropped_low = dropped >> 31, dropped & _MAGNITUDE
     row = tl.program_id(0)
     place = tl.arange(0, BLOCK)
     inside = place < V
@@ -94,12 +104,12 @@ def _sample_codes_kernel(
     else:
         order = (keys ^ (-_MAGNITUDE - 1)).to(tl.uint32, bitcast=True)
         weights = tl.where(inside, _weights(keys, largest, scale), 0)
-        if TOP_K:
-            least = _threshold(order, inside.to(tl.int32), left_out, 32)
+        if (top_k > 0) & (top_k < V):
+            least = _threshold(order, inside.to(tl.int32), V - top_k, 32)
             weights = tl.where(order >= least, weights, 0)
-        if TOP_P:
+        if (dropped_high | dropped_low) > 0:
             total = tl.sum(weights.to(tl.int64), axis=0)
-            limit = _share(total, dropped >> 31, dropped & _MAGNITUDE)
+            limit = _share(total, dropped_high, dropped_low)
             least = _threshold(order, weights.to(tl.int64), limit, 32)
             weights = tl.where(order >= least, weights, 0)
         high, low = _random_fraction(state, row)

@@ -142,7 +142,8 @@ def _scale_block_attention_fwd_kernel(
     tl.store(lse + head * T + row, (peak + tl.log2(total)) * _LN2, mask=row < T)
 
 
-@triton.jit
+# What differs from scale to scale is no reason to compile again.
+@triton.jit(do_not_specialize=["L", "length", "row_tiles"])
 def _cached_attention_kernel(
     q, k, v, out, log_totals, L, NH, length, share, row_tiles, scale, stride_q, stride_k, stride_v,
     D: tl.constexpr, DP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
@@ -171,7 +172,7 @@ def _cached_attention_kernel(
         tl.store(log_totals + head * L + row, peak + tl.log2(total), mask=row < L)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "splits"])
 def _cached_attention_combine_kernel(
     parts, log_totals, out, L, NH, splits, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr
 ):

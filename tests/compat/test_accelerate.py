@@ -284,7 +284,7 @@ def test_nothing_waits_for_a_gpu() -> None:
 
 
 def test_parameters_may_change() -> None:
-    """Also where a converted copy of them is kept."""
+    """Also where they are converted, and where no version counts it."""
     for dtype in (None, torch.bfloat16):
         model, other = make(), make()
         with torch.no_grad():
@@ -306,14 +306,18 @@ def test_parameters_may_change() -> None:
         assert not torch.equal(before, after)
         expected = accelerate(model, dtype=torch.bfloat16).autoregressive_infer_cfg(2, 3, top_k=1)
         assert torch.equal(after, expected)
-    model, other = accelerate(make()), make()
-    for parameter in model.parameters():
-        parameter.data.mul_(1.1)  # counts no version
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.mul_(1.1)
-    found, expected = (m.autoregressive_infer_cfg(2, 3, top_k=1) for m in (model, accelerate(other)))
-    assert torch.equal(found, expected)
+    for dtype in (None, torch.bfloat16):
+        model, other = accelerate(make(), dtype=dtype), make()
+        model.autoregressive_infer_cfg(2, 3, top_k=1)
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1.1)
+        found, expected = (
+            m.autoregressive_infer_cfg(2, 3, top_k=1) for m in (model, accelerate(other, dtype=dtype))
+        )
+        assert torch.equal(found, expected)
 
 
 def attributes(model: VAR) -> dict[str, dict[str, Any]]:

@@ -1,12 +1,13 @@
-"""The CUDA backend's kernel, compiled for the CPU and run there in a process of its own."""
+"""The CUDA backend's kernels, compiled for the CPU and run there in a process of their own."""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hitsr_fast.ops import nearest_code_triton as packing
+from hitsr_fast.ops import packed_codebook as packing
 from hitsr_fast.ops.residual_quantize_cuda import pack_phi
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,15 +28,65 @@ NEEDS_COMPILER = pytest.mark.skipif(
     shutil.which(COMPILER[0]) is None, reason=f"no C++ compiler ({COMPILER[0]})"
 )
 SHARED = {"sm_80": 166912, "sm_90": 232448}  # bytes that a block may have
+# Ways to build: for speed, and with the sanitizers of memory and arithmetic or of threads.
+QUICK = ("-O2", "-march=native")
+MEMORY = ("-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+THREADS = ("-O1", "-g", "-march=native", "-fsanitize=thread", "-DTEAM=Threads")
+RACED, REPORTED = "data race", 66
+BARRIER = re.compile(r"block\.(sync|sync_warp|sync_cluster|copy_wait)\(\);")
 
 
-def build(folder: Path, *options: str, root: Path = ROOT) -> Path:
+def build(folder: Path, *options: str, root: Path = ROOT, source: Path = SOURCE) -> Path:
     """The executable of a checkout's source, in a folder."""
-    program = folder / "residual_quantize_host"
-    command = [*COMPILER, *FLAGS, *options, str(root / SOURCE), "-o", str(program)]
+    program = folder / source.stem
+    command = [*COMPILER, *FLAGS, *options, str(root / source), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return program
+
+
+def start(program: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a program on the file `problem` in a folder, to leave `result`, whatever comes of it."""
+    # Sanitizers end a process with a code of their own once they have something to say.
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_stack_use_after_return=0:exitcode=66",
+        "UBSAN_OPTIONS": "halt_on_error=1:exitcode=66:print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
+    }
+    command = [str(program), str(folder / "problem"), str(folder / "result")]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def barriers(op: str) -> Iterator[tuple[Path, int]]:
+    """Each call of an op's kernels that orders threads: the file, and which one in it."""
+    for path in sorted((ROOT / "csrc" / "cuda" / op).glob("*.h")):
+        for number, _ in enumerate(BARRIER.finditer(path.read_text())):
+            yield path.relative_to(ROOT), number
+
+
+def break_copy(folder: Path, path: Path, number: int) -> None:
+    """The sources in a folder, with one of those calls left out."""
+    for sources in ("csrc", "tests/csrc"):
+        shutil.copytree(ROOT / sources, folder / sources)
+    text = (folder / path).read_text()
+    call = list(BARRIER.finditer(text))[number]
+    (folder / path).write_text(text[: call.start()] + text[call.end() :])
+
+
+class Arrays:
+    """Those that a program has left, in their order."""
+
+    def __init__(self, path: Path) -> None:
+        self._data, self._place = path.read_bytes(), 0
+
+    def take(self, dtype: type, *shape: int) -> Tensor:
+        array = np.frombuffer(self._data, dtype, int(np.prod(shape)), self._place)
+        self._place += array.nbytes
+        return torch.from_numpy(array.reshape(shape).copy())
+
+    def end(self) -> None:
+        assert self._place == len(self._data)
 
 
 @dataclass(frozen=True)
@@ -81,7 +132,7 @@ class Result:
 
 def write(problem: Problem, path: Path) -> None:
     (K, C), (H, W) = problem.codebook.shape, problem.size
-    parts = tuple(problem.parts) or packing.prepare(problem.codebook, "l2")[1]
+    parts = tuple(problem.parts) or packing.pack_eager(problem.codebook, "l2")[1]
     phi, replay = problem.phi_weight, problem.replay
     header = [
         *(C, problem.batch, H, W, K, parts[1].shape[1] // 128, phi.shape[0]),
@@ -111,14 +162,8 @@ def read(problem: Problem, path: Path) -> Result:
     C, (H, W), B, S = problem.codebook.shape[1], problem.size, problem.batch, len(problem.scales)
     T = sum(h * w for h, w in problem.scales)
     first = problem.scales[0][0] * problem.scales[0][1]
-    data, place = path.read_bytes(), 0
-
-    def take(dtype: type, *shape: int) -> Tensor:
-        nonlocal place
-        array = np.frombuffer(data, dtype, int(np.prod(shape)), place)
-        place += array.nbytes
-        return torch.from_numpy(array.reshape(shape).copy())
-
+    arrays = Arrays(path)
+    take = arrays.take
     plan = [int(value) for value in take(np.int32, 3)]
     result = Result(
         *plan,
@@ -129,22 +174,14 @@ def read(problem: Problem, path: Path) -> Result:
         take(np.float32, B, T, C),
         take(np.uint8, B, T).bool(),
     )
-    assert place == len(data)
+    arrays.end()
     return result
 
 
 def execute(program: Path, problem: Problem, folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs the program, whatever comes of it."""
     write(problem, folder / "problem")
-    # Sanitizers end a process with a code of their own once they have something to say.
-    environment = {
-        **os.environ,
-        "ASAN_OPTIONS": "detect_stack_use_after_return=0:exitcode=66",
-        "UBSAN_OPTIONS": "halt_on_error=1:exitcode=66:print_stacktrace=1",
-        "TSAN_OPTIONS": "halt_on_error=1:exitcode=66",
-    }
-    command = [str(program), str(folder / "problem"), str(folder / "result")]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return start(program, folder)
 
 
 def run(program: Path, problem: Problem, folder: Path) -> Result:

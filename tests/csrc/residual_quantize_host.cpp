@@ -1,11 +1,9 @@
 // Runs the kernel of the CUDA backend of `residual_quantize` on the CPU: problem from one file, results to another.
 // host_kernel.py writes and reads them. -DTEAM=Threads takes a thread of the system for each of the GPU's.
 #include <algorithm>
-#include <fstream>
-#include <stdexcept>
-#include <string>
 
 #include "block_host.h"
+#include "host_files.h"
 #include "../../csrc/cuda/residual_quantize/quantize.h"
 
 #ifndef TEAM
@@ -22,29 +20,6 @@ struct Problem {
       max_ranks, strip, limit;
   float ratio;
 };
-
-class Reader {
- public:
-  explicit Reader(const char* path) : file_(path, std::ios::binary) {}
-
-  // Aligned as a GPU's allocations are.
-  template <class T>
-  const T* take(size_t count) {
-    kept_.emplace_back((count * sizeof(T) + sizeof(block::Word4) - 1) / sizeof(block::Word4));
-    file_.read(reinterpret_cast<char*>(kept_.back().data()), static_cast<std::streamsize>(count * sizeof(T)));
-    if (!file_) throw std::runtime_error("the problem file is too short");
-    return reinterpret_cast<const T*>(kept_.back().data());
-  }
-
- private:
-  std::ifstream file_;
-  std::deque<std::vector<block::Word4>> kept_;
-};
-
-template <class T>
-void write(std::ofstream& file, const std::vector<T>& values) {
-  file.write(reinterpret_cast<const char*>(values.data()), static_cast<std::streamsize>(values.size() * sizeof(T)));
-}
 
 template <int C>
 void run(const residual::Arguments& args, const residual::Plan& plan, int threads, int most_tokens) {
@@ -82,7 +57,7 @@ void solve(const char* from, const char* to) {
   args.codebook = reader.take<float>(size_t(p.size) * C);
   args.mean = reader.take<float>(C);
   args.codes = reader.take<block::Word4>(codes * std::max<size_t>(C, 16) / 8);
-  args.half_norms = reader.take<float>(codes);
+  args.half_norms = reader.take<block::Float4>(codes / 4);
   args.exact = reader.take<block::Float4>(codes * C / 4);
   args.bounds = reader.take<float>(5);
   args.weight = reader.take<block::Float4>(p.phis * 9 * C * C / 4);
@@ -133,11 +108,4 @@ void solve(const char* from, const char* to) {
 
 }  // namespace
 
-int main(int count, char** paths) {
-  if (count != 3) {
-    std::fprintf(stderr, "usage: %s PROBLEM RESULT\n", paths[0]);
-    return 2;
-  }
-  solve(paths[1], paths[2]);
-  return 0;
-}
+int main(int count, char** paths) { return solve_files(count, paths, solve); }

@@ -13,10 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hitsr_fast import dispatch, extension
 from hitsr_fast.backends import Backend
 from hitsr_fast.dispatch import BackendUnavailableError, use_backend
-from hitsr_fast.ops import nearest_code_triton as packing
+from hitsr_fast.ops import packed_codebook as packing
 from hitsr_fast.ops import residual_decode, residual_quantize
 from hitsr_fast.ops import residual_quantize_cuda as cuda
 from tests.csrc.host_kernel import NEEDS_COMPILER, Problem, build, run
+from tests.ops.backends import require
 from tests.tolerances import TOLERANCES
 
 SCALES, PHI = [(1, 2), (4, 4), (8, 6)], [0, 1, 1]
@@ -115,10 +116,23 @@ def test_quantize_and_decode(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("on_host")
+def test_indices_beyond_the_codebook_read_nothing_beyond_it() -> None:
+    """On a GPU nobody looks at them before: they count as the first and the last code."""
+    codes, flat = bank(), [side for scale in SCALES for side in scale]
+    indices = torch.randint(-(2**40), 2**40, (2, sum(h * w for h, w in SCALES)))
+    options = (flat, PHI, [8, 6], 0.5, False, False)
+    found, expected = (
+        cuda.residual_decode_cuda(given, *codes, *options)[0]
+        for given in (indices, indices.clamp(0, len(codes[0]) - 1))
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("on_host")
 def test_packed_codebooks_and_replays_are_taken() -> None:
     z, codes = torch.randn(2, 16, 8, 6), bank()
     flat = [side for scale in SCALES for side in scale]
-    _, parts = packing.prepare(codes[0], "l2")
+    _, parts = packing.pack_eager(codes[0], "l2")
     replay = torch.randint(0, 200, (2, 18))
 
     def quantize(parts: Sequence[Tensor], layout: str, backend: str) -> Tensor:
@@ -192,6 +206,7 @@ def test_the_device_is_asked(
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.ops.hitsr_fast, "_residual_quantize_cuda_plan", planned, raising=False)
+    monkeypatch.setattr(torch.ops.hitsr_fast, "_cuda_unloadable", lambda device: "", raising=False)
     with FakeTensorMode():
         z, codebook = torch.empty(1, 16, 2, 2, device="cuda"), torch.empty(5, 16, device="cuda")
         assert reason(z, codebook) == expected
@@ -211,6 +226,7 @@ def test_its_absence_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 def test_a_gpu_gives_what_the_host_gives(program: Path, tmp_path: Path) -> None:
     """The same code, but for the order of sums on tensor cores, which decides nothing."""
+    require("cuda")
     z, codes = torch.randn(3, 16, 8, 6), bank()
     with use_backend("cuda"):
         out = residual_quantize(

@@ -27,6 +27,8 @@ OWN = {
     "group_norm_silu": VECTORS,
     "modulated_layer_norm": VECTORS,
     "nearest_code": DESCENDING,
+    "preference_cross_entropy": VECTORS,
+    "residual_decode_backward": VECTORS,
     "residual_quantize": VECTORS,
     "sample_codes": VECTORS,
     "scale_block_attention": ["amx_bf16", *VECTORS],
@@ -50,9 +52,26 @@ def attention_prologue(isa: str) -> tuple[Tensor, ...]:
     return q, keys, values
 
 
+def group_norm_silu(isa: str) -> tuple[Tensor, ...]:
+    """With its gradients."""
+    x, weight = normal(2, 24, 5, 7), normal(24)
+    out, *moments = OPS._group_norm_silu(x, weight, weight, 4, 1e-6, isa)
+    grads = OPS._group_norm_silu_backward(out, x, weight, weight, *moments, isa)
+    return out, *moments, *grads
+
+
 def nearest_code(isa: str) -> tuple[Tensor, ...]:
     parts = OPS._nearest_code_pack(normal(1, 300, 24), False, isa)
     return (OPS._nearest_code_search(normal(1, 1, 5, 9, 24), parts, 300, False, isa),)
+
+
+def preference_cross_entropy(isa: str) -> tuple[Tensor, ...]:
+    """With the gradients of the losses' sum."""
+    target = torch.arange(50)
+    weight, bias = normal(70, 40) / 6, normal(70)
+    return tuple(
+        OPS._preference_cross_entropy(normal(50, 40), weight, bias, target, target % 7, 0.1, True, isa)
+    )
 
 
 def residual_quantize(isa: str) -> tuple[Tensor, ...]:
@@ -65,9 +84,16 @@ def residual_quantize(isa: str) -> tuple[Tensor, ...]:
     )
 
 
+def residual_decode_backward(isa: str) -> tuple[Tensor, ...]:
+    codes, phi = normal(30, 24), normal(2, 24, 24, 3, 3) / 20
+    maps, scales, index = normal(2, 2, 24, 4, 5), [2, 3, 4, 5], [0, 1]
+    indices = torch.arange(2 * 26).view(2, 26) % 30
+    return tuple(OPS._residual_decode_backward(maps[0], maps, indices, codes, phi, scales, index, 0.5, isa))
+
+
 def sample_codes(isa: str) -> tuple[Tensor, ...]:
     state = torch.tensor([3, 4])
-    return (OPS._sample_codes(normal(7, 500), normal(7, 500) / 2, state, 1.5, 50, -1, 1.4, isa),)
+    return (OPS._sample_codes(normal(7, 500), normal(7, 500) / 2, state, 2.5, 1.5, 1.4, 50, 0, isa),)
 
 
 def scale_block_attention(isa: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -77,13 +103,13 @@ def scale_block_attention(isa: str, dtype: torch.dtype = torch.float32) -> tuple
 
 CALLS: dict[str, Callable[[str], tuple[Tensor, ...]]] = {
     "attention_prologue": attention_prologue,
-    "group_norm_silu": lambda isa: (
-        OPS._group_norm_silu(normal(2, 24, 5, 7), normal(24), normal(24), 4, 1e-6, isa),
-    ),
+    "group_norm_silu": group_norm_silu,
     "modulated_layer_norm": lambda isa: OPS._modulated_layer_norm(
         normal(2, 5, 40), normal(2, 40), normal(2, 40), 1e-6, torch.float32, isa
     ),
     "nearest_code": nearest_code,
+    "preference_cross_entropy": preference_cross_entropy,
+    "residual_decode_backward": residual_decode_backward,
     "residual_quantize": residual_quantize,
     "sample_codes": sample_codes,
     "scale_block_attention": scale_block_attention,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -20,11 +18,17 @@ from benchmarks.shapes import MODELS
 from hitsr_fast.reference.nearest_code import nearest_code
 from hitsr_fast.reference.residual_quantize import phi_table
 from tests.csrc.host_kernel import (
+    MEMORY,
     NEEDS_COMPILER,
-    ROOT,
+    QUICK,
+    RACED,
+    REPORTED,
     SHARED,
+    THREADS,
     Problem,
     Result,
+    barriers,
+    break_copy,
     build,
     execute,
     read,
@@ -32,12 +36,7 @@ from tests.csrc.host_kernel import (
 )
 from tests.tolerances import TOLERANCES
 
-QUICK = ("-O2", "-march=native")
-MEMORY = ("-O1", "-g", "-march=native", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-THREADS = ("-O1", "-g", "-march=native", "-fsanitize=thread", "-DTEAM=Threads")
 HIT = tuple((side, side) for side in MODELS["hit-d16"].scales)
-BARRIER = re.compile(r"block\.(sync|sync_warp|sync_cluster|copy_wait)\(\);")
-RACED, REPORTED = "data race", 66
 
 pytestmark = NEEDS_COMPILER
 
@@ -258,24 +257,8 @@ def test_threads_do_not_race(tmp_path: Path) -> None:
         assert not found.full_scans.any()
 
 
-def barriers() -> Iterator[tuple[Path, int]]:
-    """Each call of the kernel's source that orders threads: the file, and which one in it."""
-    for path in sorted((ROOT / "csrc" / "cuda" / "residual_quantize").glob("*.h")):
-        for number, _ in enumerate(BARRIER.finditer(path.read_text())):
-            yield path.relative_to(ROOT), number
-
-
-def break_copy(folder: Path, path: Path, number: int) -> None:
-    """The sources in a folder, with one of those calls left out."""
-    for sources in ("csrc", "tests/csrc"):
-        shutil.copytree(ROOT / sources, folder / sources)
-    text = (folder / path).read_text()
-    call = list(BARRIER.finditer(text))[number]
-    (folder / path).write_text(text[: call.start()] + text[call.end() :])
-
-
 def test_a_removed_barrier_is_found(tmp_path: Path) -> None:
-    path, number = next(found for found in barriers() if found[0].name == "spread.h")
+    path, number = next(found for found in barriers("residual_quantize") if found[0].name == "spread.h")
     break_copy(tmp_path, path, number)
     done = execute(build(tmp_path, *THREADS, root=tmp_path), sanitized()[0], tmp_path)
     assert done.returncode == REPORTED
@@ -284,7 +267,7 @@ def test_a_removed_barrier_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("path", "number"), list(barriers()), ids=lambda value: getattr(value, "stem", value)
+    ("path", "number"), list(barriers("residual_quantize")), ids=lambda value: getattr(value, "stem", value)
 )
 def test_every_removed_barrier_is_found(tmp_path: Path, path: Path, number: int) -> None:
     """By a race or what comes of it; or, where nobody waits for copies, by rows that no screen decides.

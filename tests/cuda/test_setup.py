@@ -87,7 +87,9 @@ def test_a_compiler_that_fails_costs_the_cuda_extension_alone(
     compiler = tmp_path / "nvcc"
     compiler.write_text("#!/bin/sh\necho unsupported host compiler\nexit 1\n")
     compiler.chmod(0o755)
-    build = script.build_command(Base, SimpleNamespace(nvcc=compiler))(tmp_path / "objects")
+    build = script.build_command(
+        Base, SimpleNamespace(nvcc=compiler, targets=("sm_80", "sm_120", "compute_90"))
+    )(tmp_path / "objects")
     modules = [SimpleNamespace(name=name) for name in ("hitsr_fast._C", "hitsr_fast._C_cuda")]
     for module in modules:
         build.build_extension(module)
@@ -103,16 +105,23 @@ def test_kernels_are_compiled_once(script: ModuleType, tmp_path: Path) -> None:
     compiler, log = tmp_path / "nvcc", tmp_path / "log"
     compiler.write_text(f'#!/bin/sh\necho "$@" >> {log}\nwhile [ "$1" != -o ]; do shift; done\ntouch "$2"\n')
     compiler.chmod(0o755)
-    build = script.build_command(Base, SimpleNamespace(nvcc=compiler))(tmp_path / "objects")
+    build = script.build_command(
+        Base, SimpleNamespace(nvcc=compiler, targets=("sm_80", "sm_120", "compute_90"))
+    )(tmp_path / "objects")
     module = SimpleNamespace(name="hitsr_fast._C_cuda")
     for _ in range(2):
         build.build_extension(module)
-    (command,) = log.read_text().splitlines()
-    for option in (
-        "arch=compute_80,code=sm_80",
-        "arch=compute_100a,code=sm_100a",
-        "arch=compute_90,code=compute_90",
+    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert len(sources) > 1
+    for command, source, made in zip(
+        log.read_text().splitlines(), sources, module.extra_objects, strict=True
     ):
-        assert f"-gencode={option}" in command
-    assert Path(module.extra_objects[0]).is_file()
+        for option in (
+            "arch=compute_80,code=sm_80",
+            "arch=compute_120,code=sm_120",
+            "arch=compute_90,code=compute_90",
+        ):
+            assert f"-gencode={option}" in command
+        assert command.endswith(f"-o {made} {source}")
+        assert Path(made).is_file()
     assert build.built == ["hitsr_fast._C_cuda"] * 2

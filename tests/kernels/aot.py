@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,14 +23,31 @@ from triton.runtime.jit import JITFunction
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_103": GPUTarget("cuda", 103, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+    "gfx950": GPUTarget("hip", "gfx950", 64),
 }
+# One of each kind: what the ordinary run compiles for; the slow one compiles for all.
+KINDS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+AMD = tuple(name for name, target in TARGETS.items() if target.backend == "hip")
 
 # Bytes that one program may have.
-SHARED = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+SHARED = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_103": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+    "gfx950": 160 * 1024,
+}
 
 # In upper case: NVIDIA's warp, warp-group and fifth-generation products, and AMD's.
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTCHMMA|V_MFMA)")
@@ -146,16 +164,16 @@ class Kernel:
 
 
 class _NamedChip:
-    """A driver that knows a chip's name and has no chip."""
+    """A driver that knows a chip's name and has no chip; Triton remembers what it compiled by the device."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self._target = target
+    def __init__(self, target: GPUTarget, device: object = None) -> None:
+        self._target, self._device = target, device or target
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
-    def get_current_device(self) -> GPUTarget:
-        return self._target
+    def get_current_device(self) -> object:
+        return self._device
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -189,6 +207,24 @@ def compile_launches(target: GPUTarget, launch: Callable[[], object], folder: Pa
         patch.setattr(JITFunction, "run", compile_only)
         launch()
     return kernels
+
+
+def count_compilations(target: GPUTarget, launch: Callable[[], object]) -> Counter[str]:
+    """How often each kernel that `launch()` starts would be compiled for a chip; nothing is compiled or run.
+
+    That is, how many kinds of its arguments Triton tells apart: by dtypes, constants, and whether integers
+    are 1, and they and pointers multiples of 16.
+    """
+    kinds: set[tuple[str, str]] = set()
+
+    def note(*, key: str, fn: Any, **_: object) -> bool:
+        kinds.add((fn.name, key))
+        return True  # so Triton goes no further
+
+    with triton.knobs.runtime.scope(), _driver(_NamedChip(target, device=object())):
+        triton.knobs.runtime.jit_cache_hook = note
+        launch()
+    return Counter(name for name, _ in kinds)
 
 
 @contextmanager

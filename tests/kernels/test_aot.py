@@ -11,21 +11,28 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton
+from torch import Tensor
 
 from benchmarks.shapes import MODELS
 from hitsr_fast.ops import attention_prologue_triton as prologue
 from hitsr_fast.ops import group_norm_silu_triton as group_norm
 from hitsr_fast.ops import modulated_layer_norm_triton as layer_norm
 from hitsr_fast.ops import nearest_code_triton as nearest
+from hitsr_fast.ops import packed_codebook as packing
+from hitsr_fast.ops import preference_cross_entropy_triton as preference
+from hitsr_fast.ops import residual_decode_backward_triton as backward
 from hitsr_fast.ops import residual_quantize_triton as residual
 from hitsr_fast.ops import sample_codes_triton as sampling
 from hitsr_fast.ops import scale_block_attention_triton as attention
-from hitsr_fast.reference.residual_quantize import QuantizeCall
-from tests.kernels.aot import TARGETS, TENSOR_CORE, Kernel, check_resources, compile_launches
+from hitsr_fast.reference.residual_quantize import QuantizeCall, phi_table
+from tests.kernels import aot
+from tests.kernels.aot import AMD, KINDS, TARGETS, TENSOR_CORE, Kernel, check_resources, compile_launches
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
@@ -59,7 +66,8 @@ class Case:
     scalar_spills: bool = False
 
 
-ALL = tuple(TARGETS)
+# Whether instructions are counted with this Triton: what those before 3.8 make does not spill, but is longer.
+COUNTED = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 # For sizes of one: Triton makes constants of integers that are 1, which the interpreter does not.
 ONE: dict[str, Any] = {"targets": ("sm_90",), "quick": ("sm_90",)}
 
@@ -72,7 +80,7 @@ def only_wide(name: str, instruction: str) -> Property:
     """Eight 16-bit values at a time, on NVIDIA's chips."""
 
     def check(kernels: Kernels, target: str) -> None:
-        if target in ("sm_80", "sm_90"):
+        if target not in AMD:
             found = opcodes(kernels[name], instruction)
             assert found and all(".128" in text for text in found)
 
@@ -98,8 +106,8 @@ def launch_prologue(
 def prologue_cases() -> Iterator[Case]:
     case = partial(Case, kernels=(PROLOGUE,))
     stores = only_wide(PROLOGUE, "STG")
-    yield case("shipped", partial(launch_prologue, (2, 1024, 16, 64)), properties=(stores,), quick=ALL)
-    yield case("no rotary", partial(launch_prologue, (2, 1024, 16, 64), rotary=False), quick=ALL)
+    yield case("shipped", partial(launch_prologue, (2, 1024, 16, 64)), properties=(stores,), quick=KINDS)
+    yield case("no rotary", partial(launch_prologue, (2, 1024, 16, 64), rotary=False), quick=KINDS)
     yield case("ones", partial(launch_prologue, (1, 1, 1, 2), start=1), **ONE)
     for (heads, D), cached in product([(1, 6), (30, 64), (20, 72), (8, 128), (2, 1024)], (F32, BF16)):
         yield case(f"{heads}x{D} {cached}", partial(launch_prologue, (2, 100, heads, D), F32, cached))
@@ -107,22 +115,26 @@ def prologue_cases() -> Iterator[Case]:
 
 # --- group_norm_silu
 
-MOMENTS, JOIN, APPLY = (f"_group_norm_{name}_kernel" for name in ("moments", "join", "apply"))
+MOMENTS, JOIN, APPLY, SUMS, SLOPE = (
+    f"_group_norm_{name}_kernel" for name in ("moments", "join", "apply", "sums", "slope")
+)
 
 
 def launch_group_norm(shape: tuple[int, ...], groups: int, dtype: torch.dtype, layout: str) -> None:
     x = torch.zeros(shape, dtype=dtype).contiguous(memory_format=FORMATS[layout])
     row = torch.zeros(shape[1], dtype=dtype)
     group_norm.group_norm_silu_triton(x, row, row, groups, 1e-6)
+    mean = torch.zeros(shape[0], groups)
+    group_norm.group_norm_silu_backward_triton(x, x, row, row, mean, mean)
 
 
 def group_norm_cases() -> Iterator[Case]:
-    case = partial(Case, kernels=(MOMENTS, JOIN, APPLY))
-    wide = only_wide(MOMENTS, "LDG"), only_wide(APPLY, "STG")
+    case = partial(Case, kernels=(MOMENTS, JOIN, APPLY, SUMS, SLOPE))
+    wide = only_wide(MOMENTS, "LDG"), only_wide(APPLY, "STG"), only_wide(SLOPE, "STG")
     yield case("ones", partial(launch_group_norm, (1, 1, 1, 1), 1, F32, "nchw"), **ONE)
     for layout in FORMATS:
         shipped = partial(launch_group_norm, (1, 160, 64, 64), 32, BF16, layout)
-        yield case(f"shipped {layout}", shipped, properties=wide, quick=ALL)
+        yield case(f"shipped {layout}", shipped, properties=wide, quick=KINDS)
         widths = [(3, 1), (40, 5), (96, 32), (640, 32), (4096, 1)]
         for (C, groups), dtype in product(widths, (F32, F16)):
             launch = partial(launch_group_norm, (2, C, 9, 11), groups, dtype, layout)
@@ -139,12 +151,14 @@ def launch_layer_norm(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     layer_norm.modulated_layer_norm_backward_triton(x, x, row, mean, mean)
     layer_norm.gated_residual_triton(x, x, row)
     layer_norm.gated_residual_backward_triton(x, x, row)
+    layer_norm.gated_residual_norm_triton(x, x, row, row, row, 1e-6, x.dtype)
 
 
 def layer_norm_cases() -> Iterator[Case]:
     names = product(("modulated_layer_norm", "gated_residual"), ("fwd", "bwd"))
-    case = partial(Case, kernels=tuple(f"_{op}_{way}_kernel" for op, way in names))
-    yield case("shipped", partial(launch_layer_norm, (4, 1024, 1024), BF16), quick=ALL)
+    names_of = (*(f"_{op}_{way}_kernel" for op, way in names), "_gated_residual_norm_kernel")
+    case = partial(Case, kernels=names_of)
+    yield case("shipped", partial(launch_layer_norm, (4, 1024, 1024), BF16), quick=KINDS)
     yield case("ones", partial(launch_layer_norm, (1, 1, 1), F32), **ONE)
     for C, dtype in product((5, 256, 1536, 1920, 4096, 8192), (F32, F16)):
         yield case(f"{C} {dtype}", partial(launch_layer_norm, (4, 100, C), dtype))
@@ -159,11 +173,12 @@ SCREEN_BUDGET = {"sm_90": 3.0, "sm_100": 3.0}
 
 def launch_nearest(shape: tuple[int, ...], codes: int, metric: str = "l2", dtype: torch.dtype = F32) -> None:
     x, codebook = torch.zeros(shape, dtype=dtype), torch.zeros(codes, shape[1])
-    layout, parts = nearest.prepare(codebook, metric)
+    layout, parts = packing.pack_eager(codebook, metric)
     nearest.nearest_code_triton(x, codebook, list(parts), layout, metric)
 
 
 def check_nearest(kernels: Kernels, target: str) -> None:
+    assert kernels[RECHECK].threads == TARGETS[target].warp_size  # no sum or minimum crosses warps
     assert opcodes(kernels[SCREEN], TENSOR_CORE.pattern)
     assert not opcodes(kernels[RECHECK], TENSOR_CORE.pattern)
     # The definition multiplies and adds in two steps.
@@ -180,7 +195,7 @@ def check_screen_budget(kernels: Kernels, target: str) -> None:
 def nearest_cases() -> Iterator[Case]:
     case = partial(Case, kernels=(ROUND, SCREEN, RECHECK), properties=(check_nearest,))
     for metric in METRICS:
-        shipped = case(f"shipped {metric}", partial(launch_nearest, (65536, 32), 4096, metric), quick=ALL)
+        shipped = case(f"shipped {metric}", partial(launch_nearest, (65536, 32), 4096, metric), quick=KINDS)
         yield replace(shipped, properties=(check_nearest, check_screen_budget))
         yield case(f"ones {metric}", partial(launch_nearest, (1, 1), 1, metric), **ONE)
         for C in WIDTHS:
@@ -188,6 +203,57 @@ def nearest_cases() -> Iterator[Case]:
     # Triton compiles anew for other dtypes, and for sizes and strides that are 1 or multiples of 16.
     for shape, dtype in product([(65536, 32), (1, 32), (1000, 32), (3, 32, 13, 7)], (F16, BF16)):
         yield case(f"{shape} {dtype}", partial(launch_nearest, shape, 1000, "l2", dtype))
+
+
+# --- pack_codebook
+
+PACK = ("_pack_codebook_ranges_kernel", "_pack_codebook_kernel")
+
+
+def pack_cases() -> Iterator[Case]:
+    def case(name: str, shape: tuple[int, ...], metric: str, dtype: torch.dtype = F32, **rest: Any) -> Case:
+        return Case(name, partial(packing.pack_triton, torch.zeros(shape, dtype=dtype), metric), PACK, **rest)
+
+    for metric in METRICS:
+        yield case(f"shipped {metric}", (4096, 32), metric, quick=KINDS)
+        yield case(f"ones {metric}", (1, 1), metric, **ONE)
+        for C in WIDTHS:
+            yield case(f"{C} {metric}", (2, 1000, C), metric)
+        for dtype in (F16, BF16):
+            yield case(f"{dtype} {metric}", (1000, 33), metric, dtype)
+
+
+# --- preference_cross_entropy
+
+PREFERENCE = tuple(f"_preference_cross_entropy_{name}_kernel" for name in ("fwd", "logits_bwd", "product"))
+
+
+def launch_preference(
+    shape: tuple[int, int, int], dtype: torch.dtype, of_weight: torch.dtype | None = None, bias: bool = True
+) -> None:
+    N, C, K = shape
+    hidden, weight = torch.zeros(N, C, dtype=dtype), torch.zeros(K, C, dtype=of_weight or dtype)
+    added, tokens, values = weight[:, 0] if bias else None, torch.zeros(N, dtype=torch.int64), torch.zeros(N)
+    given = (hidden, weight, added, tokens, tokens)
+    preference.preference_cross_entropy_triton(*given, 0.1, False)
+    preference.preference_cross_entropy_backward_triton(values, values, *given, values, 0.1)
+
+
+def on_tensor_cores(kernels: Kernels, target: str) -> None:
+    for kernel in kernels.values():
+        assert opcodes(kernel, TENSOR_CORE.pattern), kernel.name
+
+
+def preference_cases() -> Iterator[Case]:
+    case = partial(Case, kernels=PREFERENCE)
+    for dtype in (BF16, F32):
+        launch = partial(launch_preference, (3452, 1024, 4096), dtype)
+        properties = (on_tensor_cores,) if dtype == BF16 else ()
+        yield case(f"shipped {dtype}", launch, properties=properties, quick=KINDS)
+    yield case("ones", partial(launch_preference, (1, 1, 1), F32), **ONE)
+    for dtype, C, bias in product((F16, BF16, F32), (100, 256), (True, False)):
+        yield case(f"{C} {dtype} {bias}", partial(launch_preference, (100, C, 130), dtype, None, bias))
+    yield case("mixed", partial(launch_preference, (3452, 1024, 4096), BF16, F32))
 
 
 # --- residual_quantize: one kernel a launch
@@ -209,8 +275,11 @@ class Search:
         codebook, z = torch.zeros(4096, C), torch.zeros(B, C, 32, 32, dtype=self.dtype)
         indices = torch.zeros(B, side * side, dtype=torch.int64)
         bank = (codebook, torch.zeros(4, C, C, 3, 3), torch.zeros(4, C))
+        layout, parts = packing.pack_eager(codebook, self.metric)
         search = residual._Searcher(
-            QuantizeCall(z, *bank, [], "", [side, side], [0], 0.5, None, self.metric, self.inputs, False)
+            QuantizeCall(
+                z, *bank, list(parts), layout, [side, side], [0], 0.5, None, self.metric, self.inputs, False
+            )
         )
         inputs = torch.zeros(B, side * side, C) if self.inputs else None
         search(z, residual.Scale(side, side, 0, 0), indices, z.float(), inputs)
@@ -230,9 +299,15 @@ class Search:
 
     def check_budget(self, kernels: Kernels, target: str) -> None:
         (kernel,) = kernels.values()
-        blocks = residual.search_constants(self.channels, self.metric, self.batch * self.side**2, 4)
+        chip = TARGETS[target]
+        capability = int(chip.arch) if chip.backend == "cuda" else 0
+        blocks = residual.search_constants(
+            self.channels, self.metric, self.batch * self.side**2, 4, capability
+        )
         scores = blocks["BLOCK_N"] * blocks["BLOCK_K"] * blocks["PARTS"]
-        assert len(kernel.product_loop()) * kernel.threads / scores <= SCREEN_BUDGET.get(target, 4.0)
+        assert len(kernel.product_loop()) * kernel.threads / scores <= (
+            5.5 if target == "sm_120" else SCREEN_BUDGET.get(target, 4.0)
+        )
 
 
 def exchanges(kernels: Kernels, target: str) -> None:
@@ -251,22 +326,26 @@ class Update:
     packed: bool = True
     channels: int = 32
     dtype: torch.dtype = F32
+    batch: int = 8
 
     def __call__(self) -> None:
-        C, out = self.channels, torch.zeros(2, self.channels, 32, 32)
+        C, out = self.channels, torch.zeros(self.batch, self.channels, 32, 32)
         bank = torch.zeros(4, C, C, 3, 3, dtype=self.dtype)
         codebook, bias = torch.zeros(4096, C, dtype=self.dtype), torch.zeros(4, C, dtype=self.dtype)
         if self.packed:
             bank = bank.permute(0, 3, 4, 1, 2).contiguous().permute(0, 3, 4, 1, 2)
         update = residual._Updater(codebook, bank, bias, self.ratio, out)
-        indices = torch.zeros(2, 3452, dtype=torch.int64)
+        indices = torch.zeros(self.batch, 3452, dtype=torch.int64)
+        self.run(update, indices, out)
+
+    def run(self, update: residual._Updater, indices: Tensor, out: Tensor) -> None:
         before, left = None if self.first else out, out if self.residual else None
         update(residual.Scale(8, 8, 52, 1), indices, before, out, left, left)
 
     def check(self, kernels: Kernels, target: str) -> None:
         (kernel,) = kernels.values()
         products = opcodes(kernel, TENSOR_CORE.pattern)
-        if target == "gfx942":  # whose matrix cores have a product of true float32
+        if target in AMD:  # whose matrix cores have a product of true float32
             assert bool(products) == (self.ratio != 0)
             assert all(re.match(r"V_MFMA_F32_\d+X\d+X\d+_(\dB_)?F32", line) for line in products)
         else:
@@ -276,6 +355,13 @@ class Update:
                 assert share > 0.55, share
 
 
+class Decode(Update):
+    """One launch of a whole decoding."""
+
+    def run(self, update: residual._Updater, indices: Tensor, out: Tensor) -> None:
+        update.sum([residual.Scale(4, 4, 0, 0), residual.Scale(32, 32, 16, 1)], indices, out)
+
+
 def launch_pool(side: int, C: int = 32) -> None:
     residual._pool(torch.zeros(2, C, 32, 32), residual.Scale(side, side, 0, 0), torch.zeros(2, side**2, C))
 
@@ -283,7 +369,7 @@ def launch_pool(side: int, C: int = 32) -> None:
 def residual_cases() -> Iterator[Case]:
     def case(kernel: str, launch: Callable[[], object], *properties: Property, **rest: Any) -> Case:
         name = f"{kernel} {launch}" if isinstance(launch, (Search, Update)) else f"{kernel} {launch.args}"
-        names = (f"_residual_quantize_{kernel}_kernel",)
+        names = ("_residual_decode_kernel" if kernel == "decode" else f"_residual_quantize_{kernel}_kernel",)
         return Case(name, launch, names, properties, scalar_spills=True, **rest)
 
     def search(*arguments: Any, **rest: Any) -> Case:
@@ -301,8 +387,27 @@ def residual_cases() -> Iterator[Case]:
     yield search(64, 28, True, **quick)
     yield update(Update(), **quick)
     yield update(Update(0.0), **quick)
+    yield update(Update(batch=1), **quick)
+    for launch in (Decode(), Decode(batch=1)):
+        yield case("decode", launch, launch.check, **quick)
+    for launch in (
+        Decode(0.0),
+        Decode(dtype=BF16),
+        Decode(channels=8),
+        Decode(channels=100),
+        Decode(channels=256),
+    ):
+        yield case("decode", launch, launch.check)
     yield case("pool", partial(launch_pool, 28), **quick)
-    for batch, side, inputs in [(1, 4, True), (1, 28, True), (64, 14, True), (64, 28, False)]:
+    for batch, side, inputs in [
+        (1, 1, True),
+        (1, 4, True),
+        (1, 10, True),
+        (1, 28, True),
+        (384, 4, True),
+        (64, 14, True),
+        (64, 28, False),
+    ]:
         yield search(batch, side, inputs)
     for shape in [
         (1, 4, True),
@@ -329,8 +434,68 @@ def residual_cases() -> Iterator[Case]:
         for ratio, packed in product((0.5, 0.0), (True, False)):
             if C != 32 or not packed:
                 yield update(Update(ratio, packed=packed, channels=C))
-        for side in (4, 28):
+        yield update(Update(packed=False, channels=C, batch=1))
+        for side in (1, 4, 28):
             yield case("pool", partial(launch_pool, side, C))
+
+
+# --- residual_decode_backward
+
+ALWAYS, WITH_PHI = ("reach", "across", "codes", "runs"), ("phi", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Backward:
+    """All of its kernels."""
+
+    channels: int = 32
+    dtype: torch.dtype = F32
+    each: bool = True
+    ratio: float = 0.5
+    batch: int = 2
+    scales: tuple[int, ...] = MODELS["hit-d16"].scales
+    K: int = 4096
+
+    def __call__(self) -> None:
+        B, C, side = self.batch, self.channels, self.scales[-1]
+        maps = torch.zeros(len(self.scales) + 1, B, C, side, side)
+        indices = torch.zeros(B, sum(scale * scale for scale in self.scales), dtype=torch.int64)
+        bank = torch.zeros(self.K, C, dtype=self.dtype), torch.zeros(4, C, C, 3, 3, dtype=self.dtype)
+        flat = [side for scale in self.scales for side in (scale, scale)]
+        given = maps[0], maps[1:] if self.each else maps[:0], indices
+        backward.residual_decode_backward_triton(*given, *bank, flat, phi_table(len(self.scales)), self.ratio)
+
+    def check(self, kernels: Kernels, target: str) -> None:
+        """Products are of true float32: sums of thousands of terms, which tensor cores would round down."""
+        for name, kernel in kernels.items():
+            products = opcodes(kernel, TENSOR_CORE.pattern)
+            multiplies = self.ratio != 0 and name in map(backward_kernel, ("codes", "phi"))
+            if target in AMD:
+                assert bool(products) == multiplies, name
+                assert all(re.match(r"V_MFMA_F32_\d+X\d+X\d+_(\dB_)?F32", line) for line in products)
+            else:
+                assert not products, name
+                if multiplies and self.channels >= 32:
+                    longest = max(kernel.loops(), key=len)
+                    assert sum("FFMA" in line for line in longest) / len(longest) > 0.55, name
+
+
+def backward_kernel(name: str) -> str:
+    return f"_residual_decode_backward_{name}_kernel"
+
+
+def backward_cases() -> Iterator[Case]:
+    def case(name: str, launch: Backward, **rest: Any) -> Case:
+        names = ALWAYS + (WITH_PHI if launch.ratio != 0 else ())
+        return Case(name, launch, tuple(map(backward_kernel, names)), (launch.check,), **rest)
+
+    yield case("shipped", Backward(), quick=("sm_90", "gfx942"))
+    yield case("ones", Backward(1, batch=1, scales=(1,), K=1), **ONE)
+    yield case("no phi", Backward(ratio=0.0))
+    for dtype, each in product((F16, BF16, F32), (True, False)):
+        yield case(f"{dtype} {each}", Backward(dtype=dtype, each=each))
+    for C in WIDTHS:
+        yield case(f"{C}", Backward(C, batch=1))
 
 
 # --- sample_codes
@@ -347,11 +512,14 @@ def launch_sampling(
     guidance: float = 1.5,
     top_k: int = 900,
     top_p: float = 0.96,
+    temperature: float = 0.9,
+    in_memory: bool = False,
 ) -> None:
     logits = torch.zeros(shape, dtype=dtype)
+    settings = torch.zeros(5, dtype=torch.int64) if in_memory else None
     state = None if greedy else torch.zeros(2, dtype=torch.int64)
     uncond = logits if guidance > 0 else None
-    sampling.sample_codes_triton(logits, uncond, state, guidance, top_k, top_p, 0.9)
+    sampling.sample_codes_triton(logits, uncond, state, guidance, top_k, top_p, temperature, settings)
 
 
 def check_not_fused(kernels: Kernels, target: str) -> None:
@@ -361,18 +529,18 @@ def check_not_fused(kernels: Kernels, target: str) -> None:
 
 def sampling_cases() -> Iterator[Case]:
     case = partial(Case, kernels=("_sample_codes_kernel",), properties=(check_not_fused,))
-    yield case("shipped", launch_sampling, quick=ALL)
+    yield case("shipped", launch_sampling, quick=KINDS)
+    yield case("numbers in memory", partial(launch_sampling, in_memory=True), quick=KINDS)
     for greedy in (False, True):
         launch = partial(launch_sampling, (1, 1), greedy=greedy, top_k=1)
         yield case(f"ones {'greedy' if greedy else 'drawn'}", launch, **ONE)
     for codes, dtype in product((7, 64, 1000, 8192, 16384), (F32, BF16)):
-        yield case(f"{codes} {dtype}", partial(launch_sampling, (1024, codes), dtype, top_k=codes // 2))
+        yield case(f"{codes} {dtype}", partial(launch_sampling, (1024, codes), dtype))
     others: list[dict[str, Any]] = [
         {"greedy": True},
         {"guidance": 0.0},
-        {"top_k": 0},
-        {"top_p": 0.0},
-        {"top_k": 0, "top_p": 0.0},
+        {"greedy": True, "in_memory": True},
+        {"guidance": 0.0, "in_memory": True},
     ]
     for options in others:
         yield case(f"{options}", partial(launch_sampling, **options))
@@ -389,10 +557,14 @@ BLOCKS = MODELS["hit-d16"].blocks  # of HIT-VAR at 512 pixels
 # Instructions of a thread in a turn of the loop over whole tiles, over its scores: bfloat16, D = 64.
 ATTENTION_BUDGET = {
     "sm_80": {FORWARD: 12.2, DKDV: 16.4, DQ: 10.9},
+    "sm_86": {FORWARD: 12.2, DKDV: 16.4, DQ: 11.2},
     "sm_89": {FORWARD: 12.2, DKDV: 16.4, DQ: 11.2},
     "sm_90": {FORWARD: 8.95, DKDV: 10.5, DQ: 8.9},
     "sm_100": {FORWARD: 7.5, DKDV: 9.5, DQ: 10.2},
+    "sm_103": {FORWARD: 7.5, DKDV: 9.5, DQ: 10.2},
+    "sm_120": {FORWARD: 11.6, DKDV: 16.4, DQ: 10.9},
     "gfx942": {FORWARD: 12.9, DKDV: 36.8, DQ: 14.0},
+    "gfx950": {FORWARD: 8.1, DKDV: 16.2, DQ: 7.6},
 }
 LOOP_CONTROL = 16  # comparisons that a loop needs for itself: more would be those of a mask, one a score
 
@@ -424,7 +596,7 @@ class Attention:
             whole, _ = kernels[name].product_loops()
             comparisons = [line for line in whole if re.search(r"\b(ISETP|V_CMP_\w+_I32)", line)]
             assert len(comparisons) <= LOOP_CONTROL, name
-            if target != "gfx942" and self.dtype != F32:  # there rounding and splitting select, too
+            if target not in AMD and self.dtype != F32:  # there rounding and splitting select, too
                 assert not any("FSEL" in line for line in whole), name
                 assert opcodes(kernels[name], r"\bFSEL\b"), name
 
@@ -435,19 +607,20 @@ def check_attention_budget(kernels: Kernels, target: str) -> None:
         blocks = attention.constants(kind, BF16, 64, chip)
         whole, _ = kernels[name].product_loops()
         per_score = len(whole) * kernels[name].threads / (blocks["BLOCK_M"] * blocks["BLOCK_N"])
-        assert per_score <= ATTENTION_BUDGET[target][name], (name, per_score)
+        assert not COUNTED or per_score <= ATTENTION_BUDGET[target][name], (name, per_score)
 
 
 def attention_cases() -> Iterator[Case]:
     trained, cache = (*TRAINING, DELTA), (DECODE, COMBINE)
     launch = Attention(64, BF16)
     properties = (launch.check_loops, check_attention_budget)
-    yield Case("trained", launch, trained + cache, properties, quick=("sm_90", "gfx942"))
+    yield Case("trained", launch, trained + cache, properties, quick=("sm_90", "sm_120"))
     yield Case("ones", Attention(1, BF16, (1,), 1, 1), (*trained, DECODE), **ONE)
     for D, dtype, queries in product((16, 32, 48, 64, 96, 128), (BF16, F16, F32), (1, 20, 100, 1024)):
         training = queries == 1
         launch = Attention(D, dtype, queries=queries, training=training)
-        names = (trained if training else ()) + cache
+        # So many queries fill a GPU: no keys are shared out.
+        names = (trained if training else ()) + (cache if queries < 1024 else (DECODE,))
         yield Case(f"{D} {dtype} {queries}", launch, names, (launch.check_loops,))
 
 
@@ -458,6 +631,9 @@ OPS: dict[str, Callable[[], Iterator[Case]]] = {
     "group_norm_silu": group_norm_cases,
     "modulated_layer_norm": layer_norm_cases,
     "nearest_code": nearest_cases,
+    "pack_codebook": pack_cases,
+    "preference_cross_entropy": preference_cases,
+    "residual_decode_backward": backward_cases,
     "residual_quantize": residual_cases,
     "sample_codes": sampling_cases,
     "scale_block_attention": attention_cases,
@@ -508,6 +684,18 @@ def test_a_spill_of_attention_is_seen(tmp_path: Path, monkeypatch: pytest.Monkey
         TARGETS["sm_90"], lambda: attention.scale_block_attention_triton(q, q, q, BLOCKS, 0.125), tmp_path
     )
     assert kernels[FORWARD].resources().spilled > 0
+
+
+def test_other_numbers_are_no_other_kernel(tmp_path: Path) -> None:
+    def launch() -> None:
+        for top_k, top_p, temperature in product((0, 1, 16, 900, 4096), (0.0, 0.96, 1.0), (0.5, 1.0)):
+            launch_sampling(top_k=top_k, top_p=top_p, temperature=temperature)
+
+    compiled = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(aot, "Kernel", lambda found, *_: compiled.append(found) or SimpleNamespace(name=""))
+        compile_launches(TARGETS["sm_90"], launch, tmp_path)
+    assert len(compiled) == 30 and len(set(map(id, compiled))) == 1
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100", "gfx942"])

@@ -79,17 +79,29 @@ def vqvae_shapes(
     return shapes
 
 
-def var_shapes(*, depth: int = 16, width: int = 1024, heads: int = 16, codebook_size: int = 4096) -> Shapes:
-    """`var_d16`, for other depths and widths too: 1000 classes, ten scales of 680 tokens, 32-wide codes."""
+VAR_SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+VARSR_SCALES = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+def var_shapes(
+    *,
+    depth: int = 16,
+    width: int = 1024,
+    heads: int = 16,
+    codebook_size: int = 4096,
+    scales: tuple[int, ...] = VAR_SCALES,
+) -> Shapes:
+    """`var_d16`, for other depths, widths and scales too: 1000 classes, 32-wide codes."""
+    rows = sum(side * side for side in scales)
     shapes: Shapes = {
         "pos_start": (1, 1, width),
-        "pos_1LC": (1, 680, width),
-        "lvl_1L": (1, 680),
-        "attn_bias_for_masking": (1, 1, 680, 680),
+        "pos_1LC": (1, rows, width),
+        "lvl_1L": (1, rows),
+        "attn_bias_for_masking": (1, 1, rows, rows),
         "word_embed.weight": (width, 32),
         "word_embed.bias": (width,),
         "class_emb.weight": (1001, width),
-        "lvl_embed.weight": (10, width),
+        "lvl_embed.weight": (len(scales), width),
         "head_nm.ada_lin.1.weight": (2 * width, width),
         "head_nm.ada_lin.1.bias": (2 * width,),
         "head.weight": (codebook_size, width),
@@ -114,12 +126,38 @@ def var_shapes(*, depth: int = 16, width: int = 1024, heads: int = 16, codebook_
     return shapes
 
 
+def varsr_shapes(*, depth: int = 24, width: int = 1536, heads: int = 24, codebook_size: int = 4096) -> Shapes:
+    """`VARSR.pth`, for other depths and widths too; of stem and refiner a part."""
+    shapes = var_shapes(
+        depth=depth, width=width, heads=heads, codebook_size=codebook_size, scales=VARSR_SCALES
+    )
+    del shapes["pos_1LC"]
+    return shapes | {
+        "class_emb.weight": (2, width),
+        "pos_start": (1, 1025, width),
+        "lvl_1L": (1, 3264),
+        "attn_bias_for_masking": (1, 1, 3264, 3264),
+        "con_embedding.conv_in.weight": (32, 3, 3, 3),
+        "con_embedding.conv_in.bias": (32,),
+        "decoder_norm.weight": (width,),
+        "decoder_norm.bias": (width,),
+        "diffloss.net.input_proj.weight": (1024, 32),
+    }
+
+
 VAR_BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias")
 
 
 def random_state(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+
+
+def var_state(scales: tuple[int, ...] = VAR_SCALES, **sizes: int) -> dict[str, Tensor]:
+    """A VAR of random weights, whose buffer `lvl_1L` is that of its scales."""
+    lengths = torch.tensor([side * side for side in scales])
+    level = torch.arange(len(scales)).repeat_interleave(lengths)[None]
+    return random_state(var_shapes(scales=scales, **sizes)) | {"lvl_1L": level}
 
 
 def meta_state(shapes: Shapes) -> dict[str, Tensor]:

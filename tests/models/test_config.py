@@ -9,6 +9,7 @@ import pytest
 from hitsr_fast.models.base import load_config
 from hitsr_fast.models.hit_var.config import (
     HIT_D16,
+    HIT_D16_11,
     HIT_TINY,
     PRESETS,
     HitConfig,
@@ -25,7 +26,7 @@ def test_json_round_trip(config: HitConfig) -> None:
 
 
 def test_presets_go_by_their_names() -> None:
-    assert PRESETS == {"hit-d16": HIT_D16, "hit-tiny": HIT_TINY}
+    assert PRESETS == {"hit-d16": HIT_D16, "hit-d16-11": HIT_D16_11, "hit-tiny": HIT_TINY}
 
 
 @pytest.mark.parametrize(

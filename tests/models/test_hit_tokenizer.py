@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hitsr_fast.models import HitTokenizer
-from hitsr_fast.models.hit_var.config import TokenizerConfig
-from hitsr_fast.models.hit_var.tokenizer import quantizer_of
+from hitsr_fast.models.hit_var.config import HIT_TINY, TokenizerConfig
+from hitsr_fast.models.hit_var.tokenizer import enlarged, quantizer_of
 from hitsr_fast.nn import ResidualQuantizer
 from hitsr_fast.ops import TokenizedPyramid, residual_decode, residual_quantize
 from tests.models.micro import MICRO, micro_model
@@ -207,3 +207,12 @@ def test_area_pyramid() -> None:
         image.unflatten(-1, (8, 4)).unflatten(-3, (8, 4)).mean((-1, -3)),
         **CLOSE,
     )
+
+
+def test_lr_tiles_are_enlarged_bilinearly() -> None:
+    lr = torch.linspace(-1, 1, 32).expand(1, 3, 32, 32)
+    for target, side in ((0, 32), (1, 64), (2, 128), (-1, 128)):
+        up = enlarged(lr, HIT_TINY.tokenizer, target)
+        assert up.shape == (1, 3, side, side)
+        inner = up[..., 4:-4].diff(dim=-1)
+        torch.testing.assert_close(inner, torch.full_like(inner, 2 / 31 * 32 / side))

@@ -1,4 +1,4 @@
-"""The transformer: who sees whom, and what is random in training. Sampling: test_hit_sampler.py."""
+"""The transformer: who sees whom, and what training needs of it. Sampling: test_hit_sampler.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.models.hit_var.config import HitConfig
-from hitsr_fast.models.hit_var.transformer import AdaLNBlock, HitTransformer
+from hitsr_fast.models.hit_var.transformer import HitTransformer
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
 
@@ -85,49 +85,54 @@ def test_samples_of_a_batch_do_not_meet() -> None:
 
 
 @torch.no_grad()
-def test_class_dropout_in_training_only() -> None:
-    model = micro_model(variant(class_dropout=1.0), torch.float64)
-    transformer = model.transformer
+def test_logits_are_the_head_of_the_hidden_rows() -> None:
+    for dtype in (torch.float64, torch.float32):
+        transformer = micro_model(dtype=dtype).transformer
+        features, classes, rows = inputs()
+        hidden = transformer.hidden(features, classes, rows)
+        assert hidden.dtype == dtype and hidden.shape == (2, TOKENS, 16)
+        assert torch.equal(transformer(features, classes, rows), transformer.head(hidden).float())
+
+
+@torch.no_grad()
+def test_nothing_is_random_in_training() -> None:
+    transformer = micro_model(variant(class_dropout=1.0, drop_path=0.9), torch.float64).transformer
+    before = transformer(*inputs())
+    state = torch.random.get_rng_state()
+    assert torch.equal(transformer.train()(*inputs()), before)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("branch", [0, 1])
+@torch.no_grad()
+def test_a_factor_of_keep_is_that_of_one_gate_of_one_image(branch: int) -> None:
+    transformer = micro_model(dtype=torch.float64).transformer
     features, classes, rows = inputs()
-    named = transformer(features, classes, rows)
-    free = transformer(features, torch.full_like(classes, CLASS_FREE), rows)
-    assert not torch.equal(named, free)
-    transformer.train()
-    assert torch.equal(transformer(features, classes, rows), free)
-    transformer.eval()
-    assert torch.equal(transformer(features, classes, rows), named)
+    keep = torch.ones(2, 2, 2, dtype=torch.float64)
+    plain = transformer.hidden(features, classes, rows)
+    assert torch.equal(transformer.hidden(features, classes, rows, keep=keep), plain)
+
+    keep[1, branch, 0] = 2.0
+    found = transformer.hidden(features, classes, rows, keep=keep)
+    assert torch.equal(found[1], plain[1])
+    width = MICRO.transformer.width
+    for parameter in transformer.blocks[1].ada_lin[1].parameters():
+        parameter[branch * width : (branch + 1) * width] *= 2.0
+    expected = transformer.hidden(features, classes, rows)
+    torch.testing.assert_close(found[0], expected[0], **TOLERANCES["float64_reordered"]._asdict())
 
 
 @torch.no_grad()
-def test_class_dropout_has_its_share() -> None:
-    transformer = micro_model(variant(class_dropout=0.25)).transformer.train()
-    seen: list[Tensor] = []
-    transformer.class_emb.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    features, _, rows = inputs(batch=100)
-    for _ in range(20):
-        transformer(features.float(), torch.zeros(100, dtype=torch.int64), rows.float())
-    classes = torch.cat(seen)
-    assert set(classes.tolist()) == {0, CLASS_FREE}
-    share = (classes == CLASS_FREE).float().mean()
-    torch.testing.assert_close(share, torch.tensor(0.25), **TOLERANCES["share_of_2000"]._asdict())
-
-
-@torch.no_grad()
-def test_stochastic_depth_in_training_only() -> None:
-    block = AdaLNBlock(16, 2, 4.0, True, drop_path=0.5)
-    branch = torch.ones(2000, 1, 1)
-    assert torch.equal(block.eval()._dropped(branch), branch)
-    dropped = block.train()._dropped(branch)
-    assert set(dropped.flatten().tolist()) == {0.0, 2.0}
-    torch.testing.assert_close(
-        (dropped > 0).float().mean(), torch.tensor(0.5), **TOLERANCES["share_of_2000"]._asdict()
-    )
-
-
-def test_stochastic_depth_rises_linearly() -> None:
-    deep = HitTransformer(variant(depth=5, drop_path=0.2))
-    found = [block.drop_path for block in deep.blocks]
-    assert found == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+def test_blocks_without_their_branches_are_none() -> None:
+    transformer = micro_model(dtype=torch.float64).transformer
+    features, classes, rows = inputs()
+    dropped = transformer.hidden(features, classes, rows, keep=torch.zeros(2, 2, 2))
+    transformer.blocks = transformer.blocks[:0]
+    condition = transformer.class_emb(classes)
+    parts = [transformer.first_block(features, condition)[:, transformer.prefix_length :]]
+    for step, part in enumerate(rows.split(LENGTHS[1:], dim=1), start=1):
+        parts.append(transformer.scale_block(part, features, step))
+    assert torch.equal(dropped, transformer.head_nm(torch.cat(parts, 1), condition))
 
 
 def test_initial_weights() -> None:

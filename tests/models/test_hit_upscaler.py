@@ -80,8 +80,8 @@ def test_an_overflow_of_half_precision_is_seen() -> None:
         ({"lr": lr_tiles().long()}, TypeError, "lr: expected dtype float16 or .*, found int64"),
         ({"lr": lr_tiles()[:0]}, ValueError, "lr: expected B of at least 1"),
         ({"lr": lr_tiles()[..., 1:]}, ValueError, r"lr: expected shape \(B, C=3, h=8, w=8\)"),
-        ({"input": "scan"}, ValueError, "input: expected one of photo, clean, found 'scan'"),
-        ({"input": 0.5}, ValueError, "input: expected one of photo, clean, found 0.5"),
+        ({"input": "scan"}, ValueError, "input: expected one of photo, clean, unknown, found 'scan'"),
+        ({"input": 0.5}, ValueError, "input: expected one of photo, clean, unknown, found 0.5"),
         ({"factors": [3]}, ValueError, r"factors: expected some of \(1, 2, 4\), found \(3,\)"),
     ],
 )

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from hitsr_fast.models import CheckpointError, HitVar, ModelNotFoundError
 from hitsr_fast.models.hit_var.config import HitConfig
 from hitsr_fast.nn.sampling import SamplingOptions
+from hitsr_fast.reference import hit_sampler
 from tests.models.micro import MICRO, micro_model
+from tests.tolerances import TOLERANCES
 
 OPTIONS = [
     MICRO,
@@ -56,6 +58,53 @@ def test_class_matters() -> None:
     model = micro_model()
     degraded, clean = (model.super_resolve(lr_tiles(), input=input)[4] for input in ("photo", "clean"))
     assert not torch.equal(degraded, clean)
+
+
+def of_scales(scales: tuple[int, ...], targets: tuple[float, ...]) -> HitConfig:
+    tokenizer = replace(MICRO.tokenizer, scales=scales, targets=targets)
+    return replace(MICRO, tokenizer=tokenizer, colour_fix_levels=(2,) * len(targets))
+
+
+@pytest.mark.parametrize(
+    ("scales", "targets", "factors"),
+    [
+        ((1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16), (0.25, 0.5, 1.0), (1, 2, 4)),  # eleven
+        ((1, 2, 3, 4, 6, 8), (1.0,), (4,)),
+        ((8,), (1.0,), (4,)),
+        ((4, 6, 8), (0.5, 0.75, 1.0), (2, 3, 4)),
+    ],
+)
+@torch.no_grad()
+def test_any_scales_and_targets(
+    scales: tuple[int, ...], targets: tuple[float, ...], factors: tuple[int, ...]
+) -> None:
+    """Images to tokens to logits, and LR tiles to images, by the sampler and by its definition."""
+    config = of_scales(scales, targets)
+    model, side = micro_model(config), config.tokenizer.image_size
+    lr = torch.rand(2, 3, side // 4, side // 4, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    tokens = model.tokenizer.tokenize(torch.zeros(2, 3, side, side)).indices
+    assert tokens.shape == (2, sum(scale * scale for scale in scales))
+    logits = model(lr, torch.tensor([0, 1]), tokens)
+    assert logits.shape == (*tokens.shape, 48) and logits.isfinite().all()
+    found, expected = model.super_resolve(lr), hit_sampler.super_resolve(model, lr)
+    assert tuple(found) == factors == model.config.scale_factors
+    for factor, image in found.items():
+        assert image.shape == (2, 3, factor * side // 4, factor * side // 4)
+        torch.testing.assert_close(image, expected[factor], **TOLERANCES["float32_reordered"]._asdict())
+
+
+@pytest.mark.parametrize("num_classes", [3, 5])
+@torch.no_grad()
+def test_an_unknown_input_has_the_class_free_row(num_classes: int) -> None:
+    transformer = replace(MICRO.transformer, num_classes=num_classes)
+    model = micro_model(replace(MICRO, transformer=transformer))
+    features = model.lr_features(lr_tiles())
+    row = torch.full((len(features),), num_classes - 1)
+    _, latents = model.sample(features, row)
+    for guided in (SamplingOptions(), SamplingOptions(guidance=2.0)):  # from itself nothing leads away
+        found = model.super_resolve(lr_tiles(), guided, input="unknown")[4]
+        expected = model.decode(latents, 2, lr_tiles()).clamp(-1, 1)
+        torch.testing.assert_close(found, expected, **TOLERANCES["float32_reordered"]._asdict())
 
 
 @pytest.mark.parametrize("config", [MICRO, BICUBIC], ids=["area", "bicubic"])

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from hitsr_fast.nn.autoencoder import Decoder, Downsample, Encoder, NormSiLU, SpatialAttention, resize
+from hitsr_fast.nn.discriminator import PatchDiscriminator
 from tests.tolerances import TOLERANCES
 
 CLOSE = TOLERANCES["float32_reordered"]._asdict()
@@ -76,18 +78,67 @@ def test_spatial_attention_is_single_head_attention_over_positions() -> None:
     torch.testing.assert_close(attention(x), x + attention.proj_out(out), **CLOSE)
 
 
-def test_norm_then_silu_with_gradients() -> None:
-    norm = NormSiLU(64).double()
+def norm_and_inputs(channels_last: bool, mean: float = 0.0) -> tuple[NormSiLU, Tensor, Tensor]:
+    """With the gradient of the result."""
+    norm = NormSiLU(64)
     torch.nn.init.normal_(norm.weight)
-    x = torch.randn(2, 64, 3, 4, dtype=torch.float64, requires_grad=True)
-    expected = F.silu(F.group_norm(x, 32, norm.weight, norm.bias, 1e-6))
-    found = norm(x)
-    assert torch.equal(found, expected)
-    inputs = (x, norm.weight, norm.bias)
-    grads = torch.autograd.grad(found.sin().sum(), inputs)
-    for actual, want in zip(grads, torch.autograd.grad(expected.sin().sum(), inputs), strict=True):
-        assert torch.equal(actual, want)
+    torch.nn.init.normal_(norm.bias)
+    x, grad = torch.randn(2, 2, 64, 12, 11)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return norm, (mean + x).contiguous(memory_format=layout).requires_grad_(), grad
+
+
+def expected_of(norm: NormSiLU, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """Result and gradients by PyTorch's formula in float64."""
+    wide = [t.detach().double().contiguous().requires_grad_() for t in (x, norm.weight, norm.bias)]
+    out = F.silu(F.group_norm(wide[0], 32, wide[1], wide[2], 1e-6))
+    return [out.detach(), *torch.autograd.grad(out, wide, grad.double())]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("mean", "tolerance"), [(0.0, "float32_training"), (100.0, "mean_of_100")])
+def test_norm_then_silu_with_gradients(channels_last: bool, mean: float, tolerance: str) -> None:
+    """Over the largest value of each. About 100 PyTorch's own norm in float32 is far off in channels-last."""
+    norm, x, grad = norm_and_inputs(channels_last, mean)
+    out = norm(x)
+    grads = torch.autograd.grad(out, (x, norm.weight, norm.bias), grad)
+    for found, want in zip((out, *grads), expected_of(norm, x, grad), strict=True):
+        size = want.abs().max()
+        torch.testing.assert_close(found.double() / size, want / size, **TOLERANCES[tolerance]._asdict())
+    assert out.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert list(norm.state_dict()) == ["weight", "bias"], "the keys are VAR's"
+
+
+def test_norm_then_silu_under_autocast() -> None:
+    """The map's dtype stays, and parameters in float32 have gradients in float32."""
+    norm, x, grad = norm_and_inputs(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = norm(x.bfloat16())
+    grads = torch.autograd.grad(out, (x, norm.weight, norm.bias), grad.bfloat16())
+    assert out.dtype == torch.bfloat16
+    for found, want in zip((out, *grads), expected_of(norm, x, grad), strict=True):
+        size = want.abs().max()
+        torch.testing.assert_close(found.double() / size, want / size, **TOLERANCES["bfloat16"]._asdict())
+
+
+@torch.no_grad()
+def test_no_other_norm_loses_digits_in_channels_last() -> None:
+    discriminator = PatchDiscriminator(32)
+    (norm, *_) = (module for module in discriminator.modules() if isinstance(module, torch.nn.GroupNorm))
+    x = 100 + torch.randn(1, 64, 6, 5)
+    found = norm(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(
+        found.double(), norm.double()(x.double()), **TOLERANCES["mean_of_100"]._asdict()
+    )
+
+
+@torch.no_grad()
+def test_attention_keeps_its_digits_in_channels_last() -> None:
+    attention = SpatialAttention(32)
+    x = 100 + torch.randn(1, 32, 6, 5)
+    found = attention(x.contiguous(memory_format=torch.channels_last)) - x
+    expected = attention.double()(x.double()) - x
+    torch.testing.assert_close(found.double(), expected, **TOLERANCES["mean_of_100"]._asdict())
 
 
 @pytest.mark.parametrize("mode", ["bicubic", "bilinear", "area"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hitsr_fast.nn.cached_body import CachedBody, KVCache, linear_gelu
+from hitsr_fast.ops import gated_residual
 from tests.tolerances import TOLERANCES
 
 LAYERS, B, L, HEADS, C = 3, 2, 4, 2, 8
@@ -32,7 +33,8 @@ def call(changed: dict[str, Any]) -> Tensor:
     stack = body()
     arguments = {"x": torch.randn(B, L, C), "modulation": torch.randn(LAYERS, 6, B, C), "start": 0}
     arguments |= {"cache": stack.new_cache(B, L)} | changed
-    return stack(**arguments)
+    x, branch, gate = stack(**arguments)
+    return gated_residual(x, branch, gate)
 
 
 def cache_of(layers: int) -> KVCache:

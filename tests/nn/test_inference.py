@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hitsr_fast.dispatch import operations
 from hitsr_fast.nn.autoencoder import Decoder, Encoder, NormSiLU, SpatialAttention, Upsample
-from hitsr_fast.nn.inference import FoldedUpsample, FusedNormSiLU, for_inference
+from hitsr_fast.nn.inference import FoldedUpsample, for_inference
 from tests.tolerances import TOLERANCES
 
 
@@ -31,32 +32,44 @@ def test_folded_weights_are_sums_in_float32() -> None:
     assert torch.equal(folded, exact.float().bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels_last", [False, True])
-@torch.no_grad()
-def test_norm_and_silu_in_one(channels_last: bool) -> None:
-    plain = NormSiLU(96)
-    torch.nn.init.normal_(plain.weight)
-    torch.nn.init.normal_(plain.bias)
-    fused = FusedNormSiLU(plain)
-    x = torch.randn(2, 96, 5, 7)
-    expected = F.silu(F.group_norm(x, 32, plain.weight, plain.bias, 1e-6))
+def test_norms_without_gradients_skip_pytorchs_dispatch(
+    dtype: torch.dtype, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a prepared network, which asks for none, and in one that trains, under no_grad."""
+    asked = []
+    op = operations()["group_norm_silu"]
+    overload = op._overload
+    monkeypatch.setattr(op, "_overload", lambda *args: (asked.append(1), overload(*args))[1])
+    norm = NormSiLU(96)
+    prepared = for_inference(norm, dtype)
+    x = torch.randn(2, 96, 5, 7).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
-    found = fused(x)
-    assert found.is_contiguous(memory_format=torch.channels_last) == channels_last
-    torch.testing.assert_close(found, expected, **TOLERANCES["float32_reordered"]._asdict())
+    with torch.no_grad():
+        found = [prepared(x), norm.to(dtype)(x)]
+    found.append(prepared(x))
+    assert not asked
+    for out in found:
+        assert out.dtype == dtype and torch.equal(out, found[0])
+        assert out.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert norm(x).requires_grad and asked
 
 
 def test_what_is_swapped() -> None:
     decoder = Decoder(32, (1, 2), 1, 5, 2, False)
     prepared = for_inference(decoder, torch.bfloat16)
-    norms = [name for name, module in decoder.named_modules() if isinstance(module, NormSiLU)]
-    assert "norm_out" in norms and "mid.block_1.norm2" in norms
-    fused = {name: module for name, module in prepared.named_modules() if isinstance(module, FusedNormSiLU)}
-    assert list(fused) == norms
-    assert all(module.weight.dtype == torch.bfloat16 for module in fused.values())
     kinds = {type(module) for module in prepared.modules()}
-    assert not kinds & {NormSiLU, Upsample} and {FoldedUpsample, SpatialAttention} <= kinds
-    assert isinstance(prepared.mid.attn_1.norm, torch.nn.GroupNorm), "no SiLU follows it"
+    assert Upsample not in kinds and {FoldedUpsample, NormSiLU, SpatialAttention} <= kinds
+    assert all(parameter.dtype == torch.bfloat16 for parameter in prepared.parameters())
+
+
+def test_a_prepared_network_compiles_whole() -> None:
+    decoder = for_inference(Decoder(32, (1, 2), 1, 5, 2, False), torch.float32)
+    latent = torch.randn(1, 5, 3, 4).contiguous(memory_format=torch.channels_last)
+    torch._dynamo.reset()
+    compiled = torch.compile(decoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(latent), decoder(latent), **TOLERANCES["float32_reordered"]._asdict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

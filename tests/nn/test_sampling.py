@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,37 @@ def test_draws_are_those_of_the_op() -> None:
         )
         branches = torch.stack([logits, free][: 2 if guidance else 1])
         assert torch.equal(plan.draw(branches, states, step), expected)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"top_k": 5, "top_p": 0.8}, {"top_k": 7, "temperature": 0.5}, {"guidance": 0.3, "top_k": 0}]
+)
+def test_a_plan_of_the_same_kind_draws_by_the_settings_of_another(numbers: dict[str, Any]) -> None:
+    drawn = SamplingOptions(guidance=2.0, guided_scales=[1, 3], top_k=9)
+    plan, kind = replace(drawn, **numbers).plan(4, 4), drawn.plan(4, 4).kind
+    assert kind == plan.kind
+    logits = torch.randn(2, 50, 12, generator=torch.Generator().manual_seed(0))
+    states = plan.states(logits.device, torch.Generator().manual_seed(1))
+    settings = plan.settings(logits.device)
+    for step in range(4):
+        branches = logits[: 1 + step % 2]
+        assert torch.equal(kind.draw(branches, states, step, settings), plan.draw(branches, states, step))
+
+
+def test_what_takes_other_steps_is_of_another_kind() -> None:
+    kinds = {
+        SamplingOptions(**options).plan(4, steps).kind
+        for steps in (3, 4)
+        for options in (
+            {},
+            {"guidance": 1.0},
+            {"guidance": 2.0},
+            {"guidance": 2.0, "guided_scales": [2]},
+            {"top_k": 0},
+            {"top_k": 5, "top_p": 0.1, "temperature": 3.0},
+        )
+    }
+    assert len(kinds) == 2 * 4
 
 
 def test_greedy_draws_nothing() -> None:

@@ -18,6 +18,7 @@ from hitsr_fast.dispatch import operations, use_backend
 from hitsr_fast.ops import (
     instruction_sets,
     nearest_code_triton,
+    residual_decode_backward_triton,
     residual_quantize_triton,
     scale_block_attention_triton,
     use_instruction_set,
@@ -88,6 +89,7 @@ SHIPPED = {
     (nearest_code_triton, "recheck_constants"): nearest_code_triton.recheck_constants,
     (residual_quantize_triton, "search_constants"): residual_quantize_triton.search_constants,
     (residual_quantize_triton, "update_constants"): residual_quantize_triton.update_constants,
+    (residual_decode_backward_triton, "constants"): residual_decode_backward_triton.constants,
 }
 
 
@@ -105,13 +107,15 @@ def _help_the_interpreter(patch: pytest.MonkeyPatch) -> None:
 
         return constants
 
+    large = {"BLOCK_P": 1024, "BLOCK_T": 128, "BLOCK": 4096}
     blocks = {
+        "constants": lambda found: {name: large[name] for name in large.keys() & found},
         "recheck_constants": lambda found: {"ROWS": 16},
         "search_constants": lambda found: {
             **{"BLOCK_P": 16, "BLOCK_C": 16},
             **{"BLOCK_R": found["BLOCK_N"], "ROWS": found["BLOCK_N"]},
         },
-        "update_constants": lambda found: {"ROWS": 8, "BLOCK_S": 128},
+        "update_constants": lambda found: {"ROWS": 8, "COLUMNS": 8, "BLOCK_S": 128},
     }
     for (module, name), shipped in SHIPPED.items():
         patch.setattr(module, name, enlarged(shipped, blocks[name]))

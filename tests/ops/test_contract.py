@@ -65,11 +65,25 @@ def gated_residual(large: bool, dtype: torch.dtype) -> Arguments:
     return x, torch.randn_like(x), gate
 
 
+def gated_residual_norm(large: bool, dtype: torch.dtype) -> Arguments:
+    x, scale, shift = rows(large, dtype)
+    return x, torch.randn_like(x), shift.clone(), scale, shift, 1e-6, dtype
+
+
 def group_norm_silu(layout: torch.memory_format) -> Make:
     def make(large: bool, dtype: torch.dtype) -> Arguments:
         shape, groups = ((2, 96, 40, 40), 32) if large else ((2, 6, 3, 5), 3)
         x = torch.randn(shape, dtype=dtype).contiguous(memory_format=layout)
         return x, torch.randn(shape[1], dtype=dtype), torch.randn(shape[1], dtype=dtype), groups, 1e-6
+
+    return make
+
+
+def group_norm_silu_backward(layout: torch.memory_format) -> Make:
+    def make(large: bool, dtype: torch.dtype) -> Arguments:
+        given = group_norm_silu(layout)(large, dtype)
+        with use_backend("reference"):
+            return torch.randn_like(given[0]), *given[:3], *OPS.group_norm_silu(*given)[1:]
 
     return make
 
@@ -120,6 +134,21 @@ def pyramid(large: bool) -> tuple[list[int], list[int]]:
     return [2, 2, 9, 9, 16, 16] if large else [1, 1, 2, 3, 4, 5], [0, 1, 1]
 
 
+def preference_cross_entropy(large: bool, dtype: torch.dtype) -> Arguments:
+    """The large one with the gradients that the forward makes, of more than a block of rows."""
+    N, C, K = (700, 70, 300) if large else (6, 5, 7)
+    target, rejected = torch.randint(K, (2, N))
+    head = torch.randn(N, C, dtype=dtype), torch.randn(K, C, dtype=dtype), torch.randn(K, dtype=dtype)
+    return *head, target, rejected, 0.1, large
+
+
+def preference_cross_entropy_backward(large: bool, dtype: torch.dtype) -> Arguments:
+    *given, smoothing, _ = preference_cross_entropy(large, dtype)
+    with use_backend("reference"):
+        lse = OPS.preference_cross_entropy(*given, smoothing, False)[2]
+    return torch.randn_like(lse), torch.randn_like(lse), *given, lse, smoothing
+
+
 def residual_quantize(metric: ops.Metric, everything: bool, *, packed: bool = False, replay: int = 0) -> Make:
     def make(large: bool, dtype: torch.dtype) -> Arguments:
         shape, K = ((5, 32, 16, 16), 512) if large else ((2, 3, 4, 5), 9)
@@ -144,17 +173,10 @@ def residual_decode(everything: bool) -> Make:
 
 def residual_decode_backward(each: bool) -> Make:
     def make(large: bool, dtype: torch.dtype) -> Arguments:
-        codebook, phi, _ = bank(9, 3, dtype)
-        maps = torch.randn(3, 2, 3, 4, 5, dtype=wide(dtype))
-        return (
-            maps[0],
-            maps if each else maps[:0],
-            torch.randint(9, (2, 27)),
-            codebook,
-            phi,
-            *pyramid(False),
-            0.5,
-        )
+        codebook, phi, _ = bank(512, 32, dtype) if large else bank(9, 3, dtype)
+        maps = torch.randn((3, 5, 32, 16, 16) if large else (3, 2, 3, 4, 5), dtype=wide(dtype))
+        indices = torch.randint(9, (5, 4 + 81 + 256) if large else (2, 27))
+        return maps[0], maps if each else maps[:0], indices, codebook, phi, *pyramid(large), 0.5
 
     return make
 
@@ -172,11 +194,11 @@ def residual_step(following: list[int]) -> Make:
 
 def sample_codes(large: bool, dtype: torch.dtype) -> Arguments:
     logits, uncond = torch.randn((2, 300, 70) if large else (2, 2, 3, 8)).to(dtype)
-    return logits, uncond, torch.tensor([1, 2]), 1.5, 3, 0.9, 0.8
+    return logits, uncond, torch.tensor([1, 2]), 1.5, 3, 0.9, 0.8, None
 
 
 def greedy(large: bool, dtype: torch.dtype) -> Arguments:
-    return sample_codes(large, dtype)[0], None, None, 0.0, 1, 0.0, 1.0
+    return sample_codes(large, dtype)[0], None, None, 0.0, 1, 0.0, 1.0, None
 
 
 def scale_block_attention(large: bool, dtype: torch.dtype) -> Arguments:
@@ -211,7 +233,11 @@ EXAMPLES = {
     "group_norm_silu": Example(
         (group_norm_silu(torch.contiguous_format), group_norm_silu(torch.channels_last), no_pixels),
         lambda x, weight, bias, groups, eps: ops.group_norm_silu(x, weight, bias, groups, eps=eps),
-        refused=(0, 1, 2),
+        "group_norm_silu_backward",
+        gradients=(0, 1, 2),
+    ),
+    "group_norm_silu_backward": Example(
+        (group_norm_silu_backward(torch.contiguous_format), group_norm_silu_backward(torch.channels_last)),
     ),
     "modulated_layer_norm": Example(
         (modulated_layer_norm,),
@@ -226,6 +252,13 @@ EXAMPLES = {
         (gated_residual,), ops.gated_residual, "gated_residual_backward", gradients=(0, 1, 2)
     ),
     "gated_residual_backward": Example((gated_residual,)),
+    "gated_residual_norm": Example(
+        (gated_residual_norm,),
+        lambda x, y, gate, scale, shift, eps, dtype: ops.gated_residual_norm(
+            x, y, gate, scale, shift, eps=eps, out_dtype=dtype
+        ),
+        refused=(0, 1, 2, 3, 4),
+    ),
     "nearest_code": Example(
         (
             *(nearest_code(metric, packed=packed) for metric in ("l2", "cosine") for packed in (False, True)),
@@ -235,6 +268,15 @@ EXAMPLES = {
         ),
         lambda x, codebook, parts, layout, metric: ops.nearest_code(x, codebook, metric=metric),
     ),
+    "preference_cross_entropy": Example(
+        (preference_cross_entropy,),
+        lambda hidden, weight, bias, target, rejected, smoothing, units: ops.preference_cross_entropy(
+            hidden, weight, bias, target, rejected, label_smoothing=smoothing
+        ),
+        "preference_cross_entropy_backward",
+        gradients=(0, 1, 2),
+    ),
+    "preference_cross_entropy_backward": Example((preference_cross_entropy_backward,)),
     "residual_quantize": Example(
         (
             residual_quantize("l2", True),
@@ -280,7 +322,7 @@ EXAMPLES = {
     ),
     "sample_codes": Example(
         (sample_codes, greedy),
-        lambda logits, uncond, state, guidance, top_k, top_p, temperature: ops.sample_codes(
+        lambda logits, uncond, state, guidance, top_k, top_p, temperature, settings: ops.sample_codes(
             logits,
             uncond_logits=uncond,
             guidance=guidance,

@@ -307,12 +307,12 @@ def _nothing_is_remembered() -> Iterator[None]:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
     """Pretends that CPU tensors are on a GPU of a compute capability."""
 
-    def pretend(capability: int) -> None:
+    def pretend(major: int, minor: int) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (capability, 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, minor))
         monkeypatch.setattr(Flash, "_misplaced", lambda self, tensor: None)
 
     return pretend
@@ -374,10 +374,10 @@ def test_a_cache(number: int, stand_in: StandIn, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_through_the_ops(
-    number: int, stand_in: StandIn, gpu: Callable[[int], None], dtype: torch.dtype
+    number: int, stand_in: StandIn, gpu: Callable[[int, int], None], dtype: torch.dtype
 ) -> None:
     """Rows at odd addresses are copied to where they can be read."""
-    gpu(9)
+    gpu(9, 0)
     q, k, v = (t[..., 1:].requires_grad_() for t in qkv(2, 17, 2, 9, dtype=dtype))
     weight = torch.randn(2, 17, 2, 8, dtype=dtype)
     results = []
@@ -395,26 +395,26 @@ def test_through_the_ops(
 @pytest.mark.parametrize(
     ("capability", "installed", "head_dim", "chosen"),
     [
-        (9, (2, 3, 4), 8, 4),
-        (9, (2, 3), 8, 3),
-        (9, (2, 4), 8, 4),
-        (9, (2, 3, 4), 136, 3),
-        (10, (2, 3, 4), 8, 4),
-        (10, (2, 3), 8, 2),
-        (10, (2, 4), 136, 2),
-        (8, (2, 3, 4), 8, 2),
-        (12, (2, 3, 4), 8, 2),
+        ((9, 0), (2, 3, 4), 8, 4),
+        ((9, 0), (2, 3), 8, 3),
+        ((9, 0), (2, 4), 8, 4),
+        ((9, 0), (2, 3, 4), 136, 3),
+        ((10, 0), (2, 3, 4), 8, 4),
+        ((10, 0), (2, 3), 8, 2),
+        ((10, 0), (2, 4), 136, 2),
+        ((8, 6), (2, 3, 4), 8, 2),
+        ((12, 0), (2, 3, 4), 8, 2),
     ],
 )
 def test_the_newest_that_can_run(
-    capability: int,
+    capability: tuple[int, int],
     installed: tuple[int, ...],
     head_dim: int,
     chosen: int,
-    gpu: Callable[[int], None],
+    gpu: Callable[[int, int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    gpu(capability)
+    gpu(*capability)
     stand_ins = install(monkeypatch, *installed)
     q = torch.zeros(1, 2, 1, head_dim, dtype=torch.float16)
     with use_backend("flash_attn"):
@@ -428,8 +428,71 @@ def reason(head_dim: int = 8) -> str | None:
     return found
 
 
-def test_why_no_version_can_run(gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu(9)
+# What each version has code for: 2 for Ampere and all later chips, 3 for Hopper's own instructions, which no
+# later chip has, 4 in all its releases for Hopper and the Blackwells of data centres and Jetsons.
+CAPABLE = {
+    (7, 0): set(),
+    (7, 5): set(),
+    (8, 0): {2},
+    (8, 6): {2},
+    (8, 9): {2},
+    (9, 0): {2, 3, 4},
+    (10, 0): {2, 4},
+    (10, 3): {2, 4},
+    (11, 0): {2, 4},
+    (12, 0): {2},
+    (12, 1): {2},
+}
+
+
+@pytest.mark.parametrize(("capability", "able"), CAPABLE.items(), ids=str)
+def test_each_version_runs_where_it_has_code_and_nowhere_else(
+    number: int,
+    stand_in: StandIn,
+    gpu: Callable[[int, int], None],
+    capability: tuple[int, int],
+    able: set[int],
+) -> None:
+    """It is installed in any case; no other is."""
+    gpu(*capability)
+    q = torch.zeros(1, 2, 1, 8, dtype=torch.float16)
+    calls = {
+        op._attention: (q, q, q, [2], 1.0),
+        op._attention_backward: (q, q, q, q, q, torch.zeros(1, 1, 2), [2], 1.0),
+        op._cached_attention: (q, q, q, 2, 1.0),
+    }
+    for called, args in calls.items():
+        found = called.backends["flash_attn"].reason(*args)
+        assert (found is None) == (number in able), found
+        if found is not None:
+            assert f"FlashAttention {number}: needs compute capability" in found
+            with (
+                use_backend("flash_attn"),
+                pytest.raises(BackendUnavailableError, match="needs compute capab"),
+            ):
+                called.run(*args)
+        else:
+            with use_backend("flash_attn"):
+                called.run(*args)
+    assert bool(stand_in.calls) == (number in able)
+
+
+def test_the_capability_is_that_of_the_tensors_device(
+    gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine of two kinds of GPU, of which the first is the current one."""
+    gpu(9, 0)
+    chips = {None: (9, 0), torch.device("cuda:0"): (9, 0), torch.device("cuda:1"): (8, 6)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: chips[device])
+    install(monkeypatch, 3)
+    with torch._subclasses.FakeTensorMode():
+        for device, able in (("cuda:0", True), ("cuda:1", False)):
+            q = torch.zeros(1, 2, 1, 8, dtype=torch.float16, device=device)
+            assert (op._attention.backends["flash_attn"].reason(q, q, q, [2], 1.0) is None) == able
+
+
+def test_why_no_version_can_run(gpu: Callable[[int, int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu(9, 0)
     install(monkeypatch)
     missing = "import of {} halted; None in sys.modules"
     assert reason() == op._attention.backends["flash_attn"].available()
@@ -446,7 +509,7 @@ def test_why_no_version_can_run(gpu: Callable[[int], None], monkeypatch: pytest.
         "FlashAttention 3: needs D of at most 256, found 264; "
         "FlashAttention 2: needs D of at most 256, found 264"
     )
-    gpu(7)
+    gpu(7, 5)
     assert reason() == (
         "FlashAttention 4: needs compute capability 9 to 11, found 7; "
         "FlashAttention 3: needs compute capability 9, found 7; "

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hitsr_fast.ops import gated_residual, modulated_layer_norm
+from hitsr_fast.ops import gated_residual, gated_residual_norm, modulated_layer_norm
 from hitsr_fast.reference import modulated_layer_norm as reference
 from tests.ops.backends import refusal, sizes
 from tests.tolerances import TOLERANCES
@@ -109,6 +109,24 @@ def test_dtype_of_the_result(backend: str, dtype: torch.dtype, out_dtype: torch.
         )
 
 
+@pytest.mark.parametrize("out_dtype", NAMES)
+@pytest.mark.parametrize("branch", NAMES)
+@pytest.mark.parametrize("dtype", NAMES)
+def test_both_in_a_row_are_the_two_bit_for_bit(
+    backend: str, dtype: torch.dtype, branch: torch.dtype, out_dtype: torch.dtype
+) -> None:
+    for B, L, C in sizes(
+        backend, {"any": ((2, 5, 40), (1, 33, 16), (1, 2, 1000)), "interpreted": ((2, 3, 40),)}
+    ):
+        x, y, gate = (t.detach() for t in residual_inputs(B, L, C, dtype))
+        scale, shift = torch.randn(B, 2 * C).chunk(2, dim=1)
+        y = y.to(branch).mT.contiguous().mT
+        total, normed = gated_residual_norm(x, y, gate, scale, shift, eps=0.1, out_dtype=out_dtype)
+        expected = gated_residual(x, y, gate)
+        assert torch.equal(total, expected) and total.is_contiguous()
+        assert torch.equal(normed, modulated_layer_norm(expected, scale, shift, eps=0.1, out_dtype=out_dtype))
+
+
 @pytest.mark.backends("reference")
 def test_float64_results(backend: str) -> None:
     x, scale, shift = (t.detach() for t in norm_inputs(2, 5, 40))
@@ -199,6 +217,21 @@ def test_bad_arguments() -> None:
         gated_residual(x, x[:, 1:], row)
     with pytest.raises(ValueError, match=r"gate: expected shape \(B=2, C=4\)"):
         gated_residual(x, x, row[:, :1])
+    both = {"x": x, "y": x, "gate": row, "scale": row, "shift": row}
+    for name, wrong, message in (
+        ("x", row, r"x: expected shape \(B, L, C\)"),
+        ("x", x[..., :0], "x: expected C of at least 1"),
+        ("y", x[:, 1:], r"y: expected shape \(B=2, L=3, C=4\)"),
+        ("gate", x, r"gate: expected shape \(B=2, C=4\)"),
+        ("scale", row[:1], r"scale: expected shape \(B=2, C=4\)"),
+        ("shift", row[0], r"shift: expected shape \(B=2, C=4\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gated_residual_norm(**(both | {name: wrong}))
+    with pytest.raises(ValueError, match="eps: expected a finite number above 0, found 0"):
+        gated_residual_norm(**both, eps=0.0)
+    with pytest.raises(TypeError, match="out_dtype: expected float16"):
+        gated_residual_norm(**both, out_dtype=torch.int32)
 
 
 def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
@@ -18,7 +19,9 @@ from torch import Tensor
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import nearest_code, nearest_code_triton, prepare_codebook, use_instruction_set
 from hitsr_fast.ops.nearest_code_triton import as_maps
+from hitsr_fast.ops.packed_codebook import LAYOUT, pack_triton
 from hitsr_fast.reference.nearest_code import nearest_code as reference
+from hitsr_fast.reference.nearest_code import root
 from tests.ops.backends import SHIPPED, placed, refusal, sizes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -199,6 +202,12 @@ def test_differences_beyond_the_range_of_float32(backend: str) -> None:
     check_exactly(x, codebook)
 
 
+def test_roots_are_those_of_ieee_754() -> None:
+    """One unit in the last place of a length decides between codes of one direction."""
+    values = torch.rand(2000, dtype=torch.float64)
+    assert root(values).tolist() == [math.sqrt(value) for value in values.tolist()]
+
+
 def test_cosine_of_codes_that_hardly_differ(backend: str) -> None:
     codebook = torch.tensor([[1.0, 0.0], [1.0, 1e-30]])
     x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, -1.0]])
@@ -285,9 +294,19 @@ def test_cuts_do_not_matter(
 def test_as_shipped(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for place, shipped in SHIPPED.items():
         monkeypatch.setattr(*place, shipped)
-    for kind in ("clustered", "near ties"):
-        for metric in ("l2", "cosine"):
-            check(*placed(*problem(kind, 18, 140, 20)), metric)
+    for warps in (4096, 0):  # a row a warp, or several
+        monkeypatch.setattr(nearest_code_triton, "_WARPS", warps)
+        for kind in ("clustered", "near ties"):
+            for metric in ("l2", "cosine"):
+                check(*placed(*problem(kind, 18, 140, 20)), metric)
+
+
+@pytest.mark.parametrize("metric", ["l2", "cosine"])
+def test_a_warp_rechecks_several_of_many_rows(metric: str) -> None:
+    few, many = (nearest_code_triton.recheck_constants(32, metric, rows) for rows in (1024, 65536))
+    assert few["ROWS"] == 1
+    assert many["ROWS"] == {"l2": 4, "cosine": 2}[metric]  # in float64 a row takes twice the registers
+    assert nearest_code_triton.OPTIONS["num_warps"] == 1
 
 
 @pytest.mark.backends("triton")
@@ -366,7 +385,7 @@ def test_prepared_codebooks(backend: str, metric: str, shape: tuple[int, ...]) -
 def test_each_backend_takes_its_own_packed_form(backend: str, metric: str) -> None:
     x, codebook = torch.randn(9, 6), torch.randn(40, 6)
     prepared = prepare_codebook(codebook, metric=metric)  # type: ignore[arg-type]
-    assert prepared.layout == nearest_code_triton.LAYOUT
+    assert prepared.layout == LAYOUT
     expected = reference(x, codebook, metric)
     for other in ("triton", "reference") if x.is_cuda else ("triton", "cpu", "reference"):
         with use_backend(other):
@@ -479,12 +498,12 @@ class Launch:
 
 def share_of_the_bound(x: Tensor, codebook: Tensor, metric: str) -> float:
     """The largest error of the screen's minima over the bound that the kernel computed for it."""
-    _, parts = nearest_code_triton.prepare(codebook, metric)
+    _, parts = pack_triton(codebook, metric)
     mean, _, _, _, bounds = parts
     recheck, kernels = Launch(), importlib.import_module("hitsr_fast.kernels.nearest_code")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_nearest_code_recheck_kernel", recheck)
-        nearest_code_triton.nearest_code_triton(x, codebook, list(parts), nearest_code_triton.LAYOUT, metric)
+        nearest_code_triton.nearest_code_triton(x, codebook, list(parts), LAYOUT, metric)
     minima, margins = recheck.arguments[3:5]
     rows, codes = x.shape[0], codebook.shape[0]
     minima = minima.view(-1, rows, 4).movedim(1, 0).flatten(1)[:, : -(-codes // 32)]
@@ -497,13 +516,16 @@ def share_of_the_bound(x: Tensor, codebook: Tensor, metric: str) -> float:
     given = codebook.double()
     if metric == "cosine":
         given = torch.nn.functional.normalize(given, dim=1)
-    given = given - (given.mean(0).float().double() if metric == "cosine" else centre)
+    given = given - centre
     given = given * (before * after)
     half_norms = 0 if metric == "cosine" else given.square().sum(1) / 2
     scores = half_norms - centred @ given.T
     padded = torch.nn.functional.pad(scores, (0, -codes % 32), value=torch.inf)
     exact = padded.view(rows, -1, 32).amin(2)
-    return ((minima - exact).abs() / (slack[:, None].double() / 2)).max().item()
+    error = minima - exact
+    if metric == "cosine":  # codes are centred, on what is not kept: that moves all scores of a row alike
+        error -= (error.amax(1, keepdim=True) + error.amin(1, keepdim=True)) / 2
+    return (error.abs() / (slack[:, None].double() / 2)).max().item()
 
 
 on_the_interpreter = pytest.mark.backends("triton")

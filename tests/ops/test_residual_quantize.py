@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 
 from benchmarks.shapes import MODELS
 from hitsr_fast.dispatch import use_backend
@@ -25,7 +22,6 @@ from hitsr_fast.ops import (
     Metric,
     ResidualQuantized,
     nearest_code,
-    nearest_code_triton,
     phi_table,
     prepare_codebook,
     residual_decode,
@@ -34,7 +30,7 @@ from hitsr_fast.ops import (
 )
 from hitsr_fast.ops import residual_quantize_triton as triton
 from hitsr_fast.reference.nearest_code import nearest_code as definition
-from tests.ops.backends import SHIPPED, fewer_when_interpreted, placed, refusal
+from tests.ops.backends import fewer_when_interpreted, placed
 from tests.ops.residual_quantizer import (
     Bank,
     assert_agrees,
@@ -598,7 +594,7 @@ def test_strides_of_codes_and_of_a_step(backend: str) -> None:
     assert torch.equal(reconstruction, decoded.reconstruction)
 
 
-# --- gradients, unforced: the backward has one backend
+# --- gradients of the definition: nothing else takes float64
 
 
 def decoded(indices: Tensor, codes: Bank, problem: dict[str, Any]) -> Tensor:
@@ -687,176 +683,3 @@ def test_compiles_with_a_prepared_codebook() -> None:
         return residual_quantize(z, *codes, scales=[1, 2], phi_index=[0, 1], prepared=prepared).indices
 
     assert torch.equal(torch.compile(forward, fullgraph=True, backend="aot_eager")(z), forward(z))
-
-
-# --- Triton's launches
-
-
-@pytest.mark.backends("triton")
-def test_as_shipped(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for place, shipped in SHIPPED.items():
-        monkeypatch.setattr(*place, shipped)
-    for ratio in (0.0, 0.5):
-        problem = {"size": (4, 9), "scales": [(2, 2), (4, 9)], "phi_index": [1, 0], "phi_ratio": ratio}
-        check(torch.randn(1, 20, 4, 9), bank(140, 20, dtype=torch.float32), problem)
-
-
-@pytest.mark.backends("triton")
-@pytest.mark.parametrize(
-    ("few", "search", "update", "workspace"), [(4096, 1, 1, 2**23), (0, 7, 3, 2**23), (4096, 512, 1024, 1)]
-)
-def test_cuts_do_not_matter(
-    backend: str, few: int, search: int, update: int, workspace: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Blocks of rows and places in turns or all at once, tiles of codes shared out or not."""
-    z, codes = torch.randn(2, 3, 9, 5), bank(400, dtype=torch.float32)
-    arguments = encode_arguments(RECTANGLE)
-    expected = residual_quantize(z, *codes, **arguments, return_inputs=True)
-    monkeypatch.setattr(triton, "_FEW_ROWS", few)
-    monkeypatch.setattr(triton, "_SEARCH_PROGRAMS", search)
-    monkeypatch.setattr(triton, "_UPDATE_PROGRAMS", update)
-    monkeypatch.setattr(triton, "_WORKSPACE", workspace)
-    found = residual_quantize(z, *codes, **arguments, return_inputs=True)
-    for one, other in zip(found[:3], expected[:3], strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.backends("triton")
-@pytest.mark.parametrize("metric", METRICS)
-def test_the_search_is_exact_on_what_it_pools(backend: str, metric: Metric) -> None:
-    """The pooling kernel gives the very rows that the search has pooled."""
-    z, codes = torch.randn(2, 6, 7, 9) + 100, bank(300, 6, dtype=torch.float32)
-    codes = codes._replace(codebook=codes.codebook + 100)
-    for h, w in [(1, 1), (2, 4), (6, 5), (7, 8)]:
-        pooled = torch.empty(2, h * w, 6)
-        triton._pool(z, triton.Scale(h, w, 0, 0), pooled)
-        found = residual_quantize(z, *codes, scales=[(h, w)], phi_index=[0], metric=metric)
-        assert torch.equal(found.indices.flatten(), definition(pooled.flatten(0, 1), codes.codebook, metric))
-        torch.testing.assert_close(pooled, rows(z, (h, w)), **TOLERANCES["float32_reordered"]._asdict())
-
-
-@pytest.mark.backends("triton")
-@pytest.mark.parametrize("metric", METRICS)
-def test_prepared_codebooks_are_of_the_launcher(backend: str, metric: Metric) -> None:
-    z, codes = torch.randn(1, 3, 4, 5), bank(40, dtype=torch.float32)
-    prepared = prepare_codebook(codes.codebook, metric=metric)
-    assert prepared.layout == nearest_code_triton.LAYOUT
-    arguments: dict[str, Any] = {"scales": [2, (4, 5)], "phi_index": [0, 1], "metric": metric}
-    one, other = (residual_quantize(z, *codes, **arguments, prepared=p) for p in (prepared, None))
-    assert torch.equal(one.indices, other.indices)
-    assert torch.equal(one.reconstruction, other.reconstruction)
-
-
-def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
-    z, codes = torch.zeros(1, 3, 2, 2), bank(dtype=torch.float32)
-    indices = torch.zeros(1, 1, dtype=torch.int64)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    reason = refusal("residual_step", "triton", z, indices, *codes)
-    assert reason == "needs CUDA or HIP tensors, found reconstruction on cpu"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert refusal("residual_step", "triton", z, indices, *codes) is None
-    wide = torch.zeros(1, 257), codes.phi_weight, codes.phi_bias
-    assert refusal("residual_decode", "triton", indices, *wide) == "needs C of at most 256, found 257"
-
-
-class Launches:
-    """In place of the kernels: remembers which were started, and starts none."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.names: list[str] = []
-        kernels = importlib.import_module("hitsr_fast.kernels.residual_quantize")
-        for name in (name for name in vars(kernels) if name.endswith("_kernel")):
-            monkeypatch.setattr(kernels, name, self._kernel(name))
-
-    def _kernel(self, name: str) -> Any:
-        log = self.names
-
-        class Kernel:
-            def __getitem__(self, grid: tuple[int, ...]) -> Any:
-                assert min(grid) > 0
-                return lambda *arguments, **constants: log.append(name)
-
-        return Kernel()
-
-
-@pytest.fixture
-def _fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors of a GPU that have no values: to look at one, as waiting for the device would, is an error."""
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(triton, "_target", lambda: "cuda")
-    monkeypatch.setattr(triton, "_GRAPH_PLACES", 0)
-    with FakeTensorMode():
-        yield
-
-
-@pytest.mark.parametrize("replayed", [0, 116, 3452])
-@pytest.mark.parametrize("wanted", [False, True])
-def test_two_kernels_a_scale_and_the_host_never_waits(
-    replayed: int, wanted: bool, monkeypatch: pytest.MonkeyPatch, _fake_gpu: None
-) -> None:
-    launches = Launches(monkeypatch)
-    z = torch.empty(2, 32, 32, 32, device="cuda")
-    codebook = torch.empty(4096, 32, device="cuda")
-    phi = torch.empty(4, 32, 32, 3, 3, device="cuda"), torch.empty(4, 32, device="cuda")
-    flat = [side for scale in HIT["scales"] for side in (scale, scale)]
-    replay = torch.empty(2, replayed, dtype=torch.int64, device="cuda") if replayed else None
-    layout, parts = nearest_code_triton.prepare(codebook, "l2")
-    with pytest.raises(Exception, match="local_scalar_dense"):
-        z.sum().item()
-    found = triton.residual_quantize_triton(
-        z, codebook, *phi, list(parts), layout, flat, HIT["phi_index"], 0.5, replay, "l2", wanted, wanted
-    )
-    search, update, pool = "search", "update", "pool"
-    scales = {0: 0, 116: 3, 3452: 10}[replayed]
-    first = [update] + [pool, update] * 9 if wanted else [update] * 10
-    expected = first[: 2 * scales - 1 if wanted else scales] if scales else []
-    expected = expected + [search, update] * (10 - scales)
-    assert launches.names == [f"_residual_quantize_{name}_kernel" for name in expected]
-    assert [x.device.type for x in found] == ["cuda"] * 4
-
-    launches.names.clear()
-    triton.residual_decode_triton(
-        found[1], codebook, *phi, flat, HIT["phi_index"], [32, 32], 0.5, wanted, wanted
-    )
-    assert launches.names == [f"_residual_quantize_{name}_kernel" for name in first]
-
-    launches.names.clear()
-    triton.residual_step_triton(z, found[1][:, :16], codebook, phi[0][0], phi[1][0], [4, 4], [6, 6], 0.5)
-    assert launches.names == [f"_residual_quantize_{name}_kernel" for name in (update, pool)]
-
-
-@pytest.mark.gpu
-def test_graphs_on_a_gpu() -> None:
-    """Captured, replayed with other values, and inside a caller's capture: always what the kernels give."""
-    codebook, *phi = (tensor.cuda() for tensor in bank(4096, 32, 4, dtype=torch.float32))
-    prepared = prepare_codebook(codebook)
-    latents = [torch.randn(2, 32, 32, 32, device="cuda") for _ in range(4)]
-    with use_backend("triton"):
-        expected = [residual_quantize(z, codebook, *phi, **HIT) for z in latents]
-        for z, plain in zip(latents, expected, strict=True):
-            found = residual_quantize(z, codebook, *phi, **HIT, prepared=prepared)
-            assert torch.equal(found.indices, plain.indices)
-            assert torch.equal(found.reconstruction, plain.reconstruction)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = residual_quantize(latents[0], codebook, *phi, **HIT, prepared=prepared)
-        graph.replay()
-        assert torch.equal(captured.indices, expected[0].indices)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 8, 64])
-def test_on_a_gpu(batch: int) -> None:
-    codes = bank(4096, 32, 4, dtype=torch.float32)
-    z = torch.randn(batch, 32, 32, 32)
-    on_gpu = [tensor.cuda() for tensor in codes]
-    with use_backend("triton"):
-        found = residual_quantize(z.cuda(), *on_gpu, **HIT, return_inputs=True, per_scale=True)
-        decoded = residual_decode(found.indices, *on_gpu, **HIT, size=32, return_inputs=True, per_scale=True)
-    for one, other in zip(decoded, found[1:], strict=True):
-        assert torch.equal(one, other)
-    assert_agrees(found, z, codes, **HIT)
-    with use_backend("reference"):
-        expected = residual_quantize(z, *codes, **HIT)
-    on_cpu = type(found)(*(tensor.cpu() for tensor in found))
-    assert_as_good(on_cpu, expected, z)

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hitsr_fast.dispatch import use_backend
 from hitsr_fast.ops import sample_codes
-from hitsr_fast.ops.sample_codes import random_state
+from hitsr_fast.ops.sample_codes import random_state, sampling_settings
 from hitsr_fast.reference import sample_codes as definition
 from tests.ops.backends import INTERPRETED, refusal, sizes
 from tests.ops.chi_square import chi_square, chi_square_bound
@@ -84,6 +85,33 @@ def test_backends_draw_the_same(backend: str, kind: str, guidance: float) -> Non
         logits, uncond = logits_of(kind, *size), logits_of(kind, *size)
         for seed, options in enumerate(OPTIONS):
             check(logits, seed, uncond_logits=uncond, guidance=guidance, **options)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.3, -0.4])
+def test_numbers_in_memory_are_those_of_the_call(backend: str, guidance: float) -> None:
+    """Of several calls, which share all but their guidance; those of the call itself are not looked at."""
+    logits, uncond = 3 * torch.randn(2, 3 if INTERPRETED else 9, 40)
+    other = uncond if guidance else None
+    drawn = []
+    for number, options in enumerate(OPTIONS):
+        top_k, top_p, temperature = (
+            options.get(*pair) for pair in (("top_k", 0), ("top_p", 0.0), ("temperature", 1.0))
+        )
+        settings = sampling_settings([5.0, guidance], top_k, top_p, temperature, torch.device("cpu"))
+        for state in (None, torch.tensor([number, 77])):
+            expected = OP(logits, other, state, guidance, top_k, top_p, temperature, None)
+            assert torch.equal(OP(logits, other, state, 9.0, 2, 0.1, 0.2, settings[1]), expected), options
+            assert torch.equal(OP(logits, other, state, 9.0, 2, 0.1, 0.2, settings.T.clone().T[1]), expected)
+            drawn.append(expected)
+    assert len({tuple(codes.tolist()) for codes in drawn}) > (3 if INTERPRETED else 5)  # fewer rows
+
+
+def test_nobody_looks_at_numbers_in_memory() -> None:
+    """The definition runs on fake tensors, at which nobody can look."""
+    with FakeTensorMode():
+        logits, settings = torch.zeros(3, 8), torch.zeros(5, dtype=torch.int64)
+        codes = definition.sample_codes(logits, logits, settings[:2], 0.0, 0, 0.0, 1.0, settings)
+        assert codes.shape == (3,)
 
 
 @on_compiled_backends
@@ -280,7 +308,7 @@ def test_the_second_word_counts(backend: str) -> None:
     code, wrong = (((first << 31) + low) * codes * 2**30 >> 62 >> 30 for low in (second, first))
     assert code != wrong
     logits = torch.zeros(1, 1).expand(1, codes)
-    assert OP(logits, None, torch.tensor([seed, offset]), 0.0, 0, 0.0, 1.0).item() == code
+    assert OP(logits, None, torch.tensor([seed, offset]), 0.0, 0, 0.0, 1.0, None).item() == code
 
 
 @given(total=st.integers(0, 2**61 - 1), share=st.integers(0, 2**62 - 1))
@@ -292,24 +320,24 @@ def test_weights_are_exponentials() -> None:
     """Off by less than two units, or 2^-20 of themselves where that is more."""
     x = torch.cat([torch.linspace(-25, 0, 100_000), torch.linspace(-1e-3, 0, 1000)])[None]
     for temperature in (0.3, 1.0, 5.0):
-        weights = definition.code_weights(x, temperature)
+        weights = definition.code_weights(x, definition.power_scale(temperature))
         exact = (x.double() / temperature).exp() * 2.0**30
         # The exponent itself is rounded: to 2^-24 of up to 40.
         assert ((weights - exact).abs() <= 2 + exact * 2.0**-18).all()
         near = exact > 2.0**29
         assert ((weights - exact).abs()[near] <= exact[near] * 2.0**-20).all()
-    assert definition.code_weights(torch.zeros(1, 1), 1.0).item() == 2**30
+    assert definition.code_weights(torch.zeros(1, 1), definition.power_scale(1.0)).item() == 2**30
 
 
 def test_words_of_a_state_all_count() -> None:
     """A change of any bit of seed or offset changes the draws."""
     logits = torch.zeros(64, 4096)
-    plain = OP(logits, None, torch.tensor([5, 9]), 0.0, 0, 0.0, 1.0)
+    plain = OP(logits, None, torch.tensor([5, 9]), 0.0, 0, 0.0, 1.0, None)
     for place in (0, 1):
         for bit in (0, 31, 32, 62):
             state = torch.tensor([5, 9])
             state[place] ^= 1 << bit
-            assert (OP(logits, None, state, 0.0, 0, 0.0, 1.0) != plain).float().mean() > 0.9
+            assert (OP(logits, None, state, 0.0, 0, 0.0, 1.0, None) != plain).float().mean() > 0.9
 
 
 # --- the op
@@ -391,7 +419,11 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=f"top_k: expected {expected['top_k']}, found {10**30}"):
         sample_codes(x, top_k=10**30)
     with pytest.raises(ValueError, match=r"state: expected shape \(words=2\), found \(3,\)"):
-        OP(x, None, torch.zeros(3, dtype=torch.int64), 0.0, 0, 0.0, 1.0)
+        OP(x, None, torch.zeros(3, dtype=torch.int64), 0.0, 0, 0.0, 1.0, None)
+    with pytest.raises(ValueError, match=r"settings: expected shape \(words=5\), found \(4,\)"):
+        OP(x, None, None, 0.0, 0, 0.0, 1.0, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(TypeError, match="settings: expected dtype int64, found float32"):
+        OP(x, None, None, 0.0, 0, 0.0, 1.0, torch.zeros(5))
 
 
 def test_compiled_calls_move_the_generator_on() -> None:
@@ -411,7 +443,7 @@ def test_what_triton_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
     def reason(V: int) -> str | None:
-        return refusal("sample_codes", "triton", torch.zeros(1, V), None, None)
+        return refusal("sample_codes", "triton", torch.zeros(1, V), None, None, 0.0, 0, 0.0, 1.0, None)
 
     assert reason(4) == "needs CUDA or HIP tensors, found logits on cpu"
     monkeypatch.setenv("TRITON_INTERPRET", "1")

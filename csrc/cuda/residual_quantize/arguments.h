@@ -15,6 +15,10 @@ constexpr int kTogether = 4;   // rows that a warp re-checks at once
 constexpr int kPixels = 16;    // neighbours of a row of the map that one thread convolves
 constexpr int kMaxStrip = 8;   // rows of the map that are convolved between two barriers
 
+constexpr bool has_channels(int channels) {
+  return channels == 8 || channels == 16 || channels == 32 || channels == 64;
+}
+
 struct Scale {
   int height, width, phi;
 };
@@ -25,7 +29,7 @@ struct Arguments {
   const float* codebook;         // (K, C)
   const float* mean;             // (C): this and the next four as hitsr_fast/ops/nearest_code_triton.py packs them
   const block::Word4* codes;     // (128 tiles, CP) float16
-  const float* half_norms;       // (128 tiles)
+  const block::Float4* half_norms;  // (32 tiles): four each
   const block::Float4* exact;    // (4 tiles, C, 32)
   const float* bounds;           // (5)
   const block::Float4* weight;   // (P, 9, C / 4, C, 4): of a tap, four input channels of each output channel

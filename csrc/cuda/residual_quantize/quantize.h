@@ -6,15 +6,17 @@
 
 namespace hitsr_fast::residual {
 
-// The codes that were given for a scale; each block reads them all, and stores its part.
+// The codes that were given for a scale; each block reads them all, and stores its part. Nobody has looked at them
+// before: beyond the codebook they count as its first or last one.
 template <class Block>
 HITSR_DEVICE void replay(Block& block, const Arguments& args, const Part& part, int ranks) {
   const int count = part.scale.height * part.scale.width, own = count / ranks, first = block.rank() * own;
   const int64_t* codes = args.replay + size_t(part.image) * args.replayed + part.start;
   int64_t* indices = args.indices + size_t(part.image) * args.tokens + part.start;
   for (int token = block.thread(); token < count; token += block.threads()) {
-    part.tokens[token] = static_cast<int>(codes[token]);
-    if (token >= first && token < first + own) indices[token] = codes[token];
+    const int64_t code = codes[token], last = args.size - 1;
+    part.tokens[token] = static_cast<int>(code < 0 ? 0 : code > last ? last : code);
+    if (token >= first && token < first + own) indices[token] = code;
   }
 }
 

@@ -114,7 +114,7 @@ HITSR_DEVICE void fetch_tile(Block& block, const Arguments& args, int tile, uint
     block.copy_async(reinterpret_cast<block::Word4*>(codes) + i, from + i);
   }
   for (int i = block.thread(); i < kTile / 4; i += block.threads()) {
-    block.copy_async(half_norms + 4 * i, args.half_norms + size_t(tile) * kTile + 4 * i);
+    block.copy_async(half_norms + 4 * i, args.half_norms + size_t(tile) * kTile / 4 + i);
   }
 }
 

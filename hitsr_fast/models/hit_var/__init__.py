@@ -1,8 +1,9 @@
 """HIT-VAR (arXiv 2506.04990)."""
 
-from hitsr_fast.models.hit_var.checkpoints import init_from_var, load_vqvae
+from hitsr_fast.models.hit_var.checkpoints import init_from_public, init_from_var, init_from_varsr, load_vqvae
 from hitsr_fast.models.hit_var.config import (
     HIT_D16,
+    HIT_D16_11,
     HIT_TINY,
     PRESETS,
     HitConfig,
@@ -17,6 +18,7 @@ from hitsr_fast.models.hit_var.upscaler import HitUpscaler
 
 __all__ = [
     "HIT_D16",
+    "HIT_D16_11",
     "HIT_TINY",
     "PRESETS",
     "HitConfig",
@@ -27,6 +29,8 @@ __all__ = [
     "HitVar",
     "TokenizerConfig",
     "TransformerConfig",
+    "init_from_public",
     "init_from_var",
+    "init_from_varsr",
     "load_vqvae",
 ]

@@ -118,8 +118,8 @@ class TransformerConfig(Config):
         position_grid: Side of the learned positional grid, resampled to each scale's side.
         position_resample: How the grid is resampled (unstated in HIT-VAR).
         num_classes: Rows of the class embedding; the last one is the class-free row.
-        class_dropout: Probability of the class-free row in training.
-        drop_path: Stochastic depth of the last block, rising linearly from 0.
+        class_dropout: Probability of the class-free row that the model is meant to be trained with.
+        drop_path: Stochastic depth of the last block, rising linearly from 0, likewise.
         ar_grid: `"target"` accumulates the reconstruction that feeds step k on the grid of k's own target;
             `"full"` always on the full grid (plain VAR).
         gate_init: Initial bias of the residual gates. 0 is VAR's; a short run cannot afford to open them
@@ -192,6 +192,11 @@ class HitConfig(ModelConfig):
 
 HIT_D16 = HitConfig()
 
+# With one scale more the targets have steps enough (arXiv 2605.14891, which leaves its side open).
+HIT_D16_11 = HitConfig(
+    name="hit-d16-11", tokenizer=TokenizerConfig(scales=(4, 6, 8, 10, 14, 16, 20, 24, 28, 30, 32))
+)
+
 HIT_TINY = HitConfig(
     name="hit-tiny",
     tokenizer=TokenizerConfig(
@@ -209,4 +214,4 @@ HIT_TINY = HitConfig(
     colour_fix_levels=(4, 4, 2),
 )
 
-PRESETS = {config.name: config for config in (HIT_D16, HIT_TINY)}
+PRESETS = {config.name: config for config in (HIT_D16, HIT_D16_11, HIT_TINY)}

@@ -22,7 +22,7 @@ from hitsr_fast.checks import (
 from hitsr_fast.nn.bank import ReconstructionWalk
 from hitsr_fast.nn.cached_body import CachedBody, modulation_table
 from hitsr_fast.nn.sampling import Classifier, SamplingOptions, SamplingPlan, check_sampling, sample_scales
-from hitsr_fast.ops.cuda_graphs import Graphs, capturing
+from hitsr_fast.ops.cuda_graphs import Graphs
 
 if TYPE_CHECKING:
     from hitsr_fast.models.hit_var.model import HitVar
@@ -35,7 +35,9 @@ class HitSampler:
     `dtype`, the rest, and what passes from block to block, in float32 at least. AdaLN, which depends on the
     class alone, is a table of three rows; level and position embeddings are added up beforehand. All shapes
     are static. On a GPU the steps, the draws and the inputs in between are one CUDA graph for each
-    batch size and plan; the first call of a kind runs as it is.
+    batch size, for the scales that are run and guided, and for greedy codes or drawn ones; the first call of
+    a kind runs as it is. Guidance, top-k, top-p and temperature are read from memory: other values make no
+    other graph.
 
     Args:
         model: Whose weights to take. Later changes of them may or may not be seen: make a new sampler.
@@ -80,7 +82,7 @@ class HitSampler:
         )
         self.prefix_embed, self.word_embed = linear(transformer.prefix_embed), linear(transformer.word_embed)
         self.classifier = Classifier(*linear(transformer.head))
-        self.banks = [bank.to(self.places[0].dtype) for bank in model.tokenizer.quantize.banks()]
+        self.banks = [bank.to(self.places[0].dtype).by_taps() for bank in model.tokenizer.quantize.banks()]
         self._cuda_graphs = cuda_graphs
         self._graphs = Graphs(self._walk)
 
@@ -134,16 +136,24 @@ class HitSampler:
         plan = options.plan(len(self.pyramid.scales), self.pyramid.steps[last - 1])
         if generator is None:
             generator = options.generator(lr_features.device)
-        given = (lr_features, class_id, plan.states(lr_features.device, generator))
-        graphed = self._cuda_graphs and lr_features.is_cuda and has_values(lr_features) and not capturing()
-        with torch.autocast(lr_features.device.type, enabled=False):
-            tokens, *latents = self._graphs(given, plan) if graphed else self._walk(*given, plan)
+        device = lr_features.device
+        given = (lr_features, class_id, plan.states(device, generator))
+        with torch.autocast(device.type, enabled=False):
+            if self._cuda_graphs and has_values(lr_features):
+                tokens, *latents = self._graphs((*given, plan.settings(device)), plan.kind)
+            else:
+                tokens, *latents = self._walk(*given, None, plan)
         return tokens, latents
 
     def _walk(
-        self, lr_features: Tensor, class_id: Tensor, states: Tensor | None, plan: SamplingPlan
+        self,
+        lr_features: Tensor,
+        class_id: Tensor,
+        states: Tensor | None,
+        settings: Tensor | None,
+        plan: SamplingPlan,
     ) -> tuple[Tensor, ...]:
-        """Tokens and latents; waits for nothing on the device."""
+        """Tokens and latents; waits for nothing on the device. For `settings` see `SamplingPlan.draw`."""
         batch, features = len(class_id), lr_features.to(self.prefix_place.dtype)
         classes = class_id
         if plan.guided_steps:
@@ -158,7 +168,7 @@ class HitSampler:
         def choose(step: int, rows: Tensor) -> Tensor:
             # A layer norm makes a whole row NaN of one bad value: a channel tells, 0 times which is 0 or NaN.
             doubt.append(0 * rows[..., 0].sum(1).view(-1, batch).sum(0))
-            return self.classifier.codes(rows, plan, states, step)
+            return self.classifier.codes(rows, plan, states, step, settings)
 
         tokens = sample_scales(
             plan,

@@ -14,7 +14,7 @@ from hitsr_fast.ops import TokenizedPyramid
 
 
 def enlarged(lr: Tensor, config: TokenizerConfig, target: int) -> Tensor:
-    """LR tiles `(B, 3, t, t)` at the side of target number `target`, bilinear (HIT-VAR, 4.1)."""
+    """LR tiles `(B, 3, t, t)` at the side of target number `target`, -1 the last, bilinear (HIT-VAR, 4.1)."""
     side = config.target_sizes[target] * config.stride
     return resize(lr, (side, side), "bilinear")
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from hitsr_fast.models.hit_var.config import HitConfig
 from hitsr_fast.nn.attention import SelfAttention
-from hitsr_fast.ops import gated_residual, modulated_layer_norm
+from hitsr_fast.nn.recompute import gated_linear, modulated_linear
+from hitsr_fast.ops import modulated_layer_norm
 
 
 class FeedForward(nn.Module):
@@ -22,33 +23,45 @@ class FeedForward(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return out
+
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 class AdaLNBlock(nn.Module):
     """VAR's block: attention and feed-forward, each normalised, modulated and gated by the class vector."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, l2_norm: bool, drop_path: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, l2_norm: bool) -> None:
         super().__init__()
         self.attn = SelfAttention(width, heads, l2_norm)
         self.ffn = FeedForward(width, int(width * mlp_ratio))
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-        self.drop_path = drop_path
 
-    def forward(self, x: Tensor, condition: Tensor, block_lengths: Sequence[int]) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        block_lengths: Sequence[int],
+        keep: Tensor | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """Of rows `(B, T, width)` under class vectors `(B, width)`.
+
+        `keep` `(2, B)` multiplies the gates of the two branches. Only rows from `first` on are returned: of
+        the others a block that none follows needs keys and values alone.
+        """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.ada_lin(condition).chunk(6, dim=-1)
-        branch = self.attn(modulated_layer_norm(x, scale1, shift1), block_lengths)
-        x = gated_residual(x, branch, self._dropped(gamma1))
-        return gated_residual(x, self.ffn(modulated_layer_norm(x, scale2, shift2)), self._dropped(gamma2))
-
-    def _dropped(self, gate: Tensor) -> Tensor:
-        """A gate `(B, width)`, in training 0 for a share `drop_path` of the images."""
-        if not self.training or self.drop_path == 0.0:
-            return gate
-        keep = torch.rand(gate.shape[0], 1, device=gate.device) >= self.drop_path
-        return gate * keep / (1.0 - self.drop_path)
+        if keep is not None:
+            gamma1, gamma2 = gamma1 * keep[0, :, None], gamma2 * keep[1, :, None]
+        attended = self.attn(x, (scale1, shift1), block_lengths)[:, first:]
+        proj, fc1, fc2 = self.attn.proj, self.ffn.fc1, self.ffn.fc2
+        x = gated_linear(x[:, first:], gamma1, _same, (attended,), proj.weight, proj.bias)
+        hidden = modulated_linear(x, (scale2, shift2), fc1.weight, fc1.bias)
+        return gated_linear(x, gamma2, _gelu, (hidden,), fc2.weight, fc2.bias)
 
 
 class AdaLNBeforeHead(nn.Module):
@@ -75,7 +88,11 @@ class HitTransformer(nn.Module):
     The sequence is one block of prefix (LR features, a row a cell of the full latent) and start tokens (as
     many as the first scale has), then one block a further scale. A token sees its own block and all earlier
     ones.
+
+    Nothing in it is random: whoever trains it draws the classes and the dropped branches.
     """
+
+    undecayed = ("pos_start", "position_grid")
 
     def __init__(self, config: HitConfig) -> None:
         super().__init__()
@@ -92,16 +109,7 @@ class HitTransformer(nn.Module):
         self.pos_start = nn.Parameter(torch.empty(1, self.scales[0] ** 2, width))
         self.position_grid = nn.Parameter(torch.empty(1, width, body.position_grid, body.position_grid))
         self.lvl_embed = nn.Embedding(len(self.scales) + 1, width)  # row 0 is the prefix's
-        blocks = [
-            AdaLNBlock(
-                width,
-                body.heads,
-                body.mlp_ratio,
-                body.attn_l2_norm,
-                drop_path=body.drop_path * i / max(body.depth - 1, 1),
-            )
-            for i in range(body.depth)
-        ]
+        blocks = [AdaLNBlock(width, body.heads, body.mlp_ratio, body.attn_l2_norm) for _ in range(body.depth)]
         self.blocks = nn.ModuleList(blocks)
         self.head_nm = AdaLNBeforeHead(width)
         self.head = nn.Linear(width, tokenizer.codebook_size)
@@ -161,25 +169,24 @@ class HitTransformer(nn.Module):
         embedded: Tensor = self.prefix_embed(pooled.flatten(2).transpose(1, 2))
         return embedded
 
-    def forward(self, lr_features: Tensor, class_id: Tensor, inputs: Tensor) -> Tensor:
-        """Logits of all tokens under teacher forcing.
+    def hidden(
+        self, lr_features: Tensor, class_id: Tensor, inputs: Tensor, *, keep: Tensor | None = None
+    ) -> Tensor:
+        """What the classifier `head` makes logits of, for all tokens under teacher forcing.
 
-        Computed in the weights' dtype, whatever floating ones the arguments have.
+        A loss that takes `head.weight` and `head.bias` with it never holds the logits.
 
         Args:
             lr_features: `(B, C, h, w)` continuous latent of the up-sampled LR, `h = w` the full latent's
                 side.
-            class_id: `(B,)` int64; the last class is the class-free one. In training a share `class_dropout`
-                of the rows is replaced by it.
+            class_id: `(B,)` int64; the last class is the class-free one.
             inputs: `(B, T - tokens of the first scale, C)`, see `ResidualQuantizer.teacher_inputs`.
+            keep: floating `(depth, 2, B)`, factors of the gates of each block's two branches: stochastic
+                depth that drops a share p has 0 or 1 / (1 - p). None drops nothing.
 
         Returns:
-            `(B, T, K)` float32 logits.
+            `(B, T, width)` in the weights' dtype, whatever floating ones the arguments have.
         """
-        body = self.config.transformer
-        if self.training and body.class_dropout > 0:
-            dropped = torch.rand(class_id.shape, device=class_id.device) < body.class_dropout
-            class_id = torch.where(dropped, body.num_classes - 1, class_id)
         dtype = self.head.weight.dtype
         lr_features, inputs = lr_features.to(dtype), inputs.to(dtype)
         condition = self.class_emb(class_id)
@@ -188,11 +195,14 @@ class HitTransformer(nn.Module):
         for step, rows in enumerate(inputs.split(lengths, dim=1), start=1):
             parts.append(self.scale_block(rows, lr_features, step))
         x = torch.cat(parts, 1)
-        for block in self.blocks:
-            x = block(x, condition, self.block_lengths)
-        return self.logits(x[:, self.prefix_length :], condition)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks):
+            first = self.prefix_length if i == last else 0
+            x = block(x, condition, self.block_lengths, None if keep is None else keep[i], first)
+        out: Tensor = self.head_nm(x, condition)
+        return out
 
-    def logits(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Classifier on rows `(B, L, width)`: `(B, L, K)` float32."""
-        out: Tensor = self.head(self.head_nm(x, condition))
-        return out.float()
+    def forward(self, lr_features: Tensor, class_id: Tensor, inputs: Tensor) -> Tensor:
+        """Logits of all tokens under teacher forcing: float32 `(B, T, K)`; see `hidden`."""
+        logits: Tensor = self.head(self.hidden(lr_features, class_id, inputs))
+        return logits.float()

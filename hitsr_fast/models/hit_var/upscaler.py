@@ -68,7 +68,7 @@ class HitUpscaler:
         targets = {factor: self.scale_factors.index(factor) for factor in wanted}
         _, latents = self.sampler.sample(
             self.lr_features(lr),
-            torch.full((len(lr),), INPUTS.index(input), dtype=torch.int64, device=lr.device),
+            torch.full((len(lr),), self._class_of(input), dtype=torch.int64, device=lr.device),
             sampling,
             targets=max(targets.values()) + 1,
             generator=generator,
@@ -106,6 +106,10 @@ class HitUpscaler:
                 seen = self._channels_last(enlarged(lr, config, target))
             image: Tensor = self.decoders[target](self._channels_last(latent), seen)
         return image.float().clamp(-1, 1)
+
+    def _class_of(self, input: Input) -> int:
+        """Row of the class embedding; the last one is the class-free one."""
+        return self.config.transformer.num_classes - 1 if input == "unknown" else INPUTS.index(input)
 
     def _channels_last(self, x: Tensor) -> Tensor:
         return x.to(self.sampler.body_dtype, memory_format=torch.channels_last)
