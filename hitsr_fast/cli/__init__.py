@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import tyro
@@ -13,7 +13,7 @@ import tyro
 from hitsr_fast.cli.eval import Eval
 from hitsr_fast.cli.info import Info
 from hitsr_fast.cli.photos import Photos
-from hitsr_fast.cli.train import Train
+from hitsr_fast.cli.train import Train, split
 from hitsr_fast.cli.upscale import Upscale
 from hitsr_fast.cli.weights import Weights
 
@@ -45,36 +45,13 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _parse(args: list[str] | None) -> Command:
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            command: Command = tyro.cli(
-                Command,
-                prog="hitsr-fast",
-                description="Image super-resolution by next-scale prediction.",
-                args=args,
-            )
-    except (ValueError, SystemExit) as error:
-        fault = _config_fault(error)
-        if fault is None:
-            sys.stderr.write(said.getvalue())
-            raise
-        print(f"hitsr-fast: {fault}", file=sys.stderr)
-        sys.exit(2)
-    return command
-
-
-def _config_fault(error: BaseException) -> str | None:
-    """What a configuration says of a value that it does not take, and where in the recipe it is; or None.
-
-    tyro draws a box and exits while it handles an error of its own, raised while it handled the
-    configuration's; the attribute `arg` tells where the configuration is, or which option could not be read.
-    """
-    where: object = ""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ValueError):
-        where, cause = getattr(cause, "arg", where), cause.__context__
-    if cause is None or not isinstance(where, str):
-        return None
-    place = where.rpartition("recipe.")[2].replace("-", "_")
-    return f"{place}.{cause}" if place else str(cause)
+    args, overrides = sys.argv[1:] if args is None else args, tuple[str, ...]()
+    if args[:1] == ["train"]:  # whose recipe says which further options there are
+        args, overrides = split(args)
+    command: Command = tyro.cli(
+        Command,
+        prog="hitsr-fast",
+        description="Image super-resolution by next-scale prediction.",
+        args=args,
+    )
+    return replace(command, overrides=overrides) if isinstance(command, Train) else command

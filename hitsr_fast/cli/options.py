@@ -41,9 +41,9 @@ class ModelOptions:
     colour_fix: bool = True
     """Take colours (the low frequencies) from the input."""
 
-    input: Literal["photo", "clean"] | None = None
+    input: Literal["photo", "clean", "unknown"] | None = None
     """What the model is told of the inputs: photo has noise, blur or artefacts, clean, the default, was only
-    made smaller."""
+    made smaller, unknown leaves it open."""
 
     class_id: Literal[0, 1] | None = None
     """Deprecated: 0 is --input photo, 1 is --input clean."""

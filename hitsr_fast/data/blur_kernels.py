@@ -90,4 +90,4 @@ def _grid(size: int) -> tuple[Tensor, Tensor]:
     if size < 1 or size % 2 == 0:
         raise ValueError(f"size: expected a positive odd integer, found {size}")
     axis = torch.arange(size, dtype=torch.float64) - size // 2
-    return axis[:, None].expand(size, size), axis[None, :].expand(size, size)
+    return axis[:, None], axis

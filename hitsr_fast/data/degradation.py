@@ -3,16 +3,19 @@
 Source: Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data", 2021.
 The defaults are those of its x4plus training configuration.
 
-Each image is degraded alone, with a random stream keyed by (seed, its index): a result never depends on the
-rest of the batch. Parameters and noise are drawn on the CPU, so CPU and GPU agree up to rounding.
+Each image has a random stream keyed by (seed, its index): a result never depends on the rest of the batch.
+Parameters and noise are drawn on the CPU, so CPU and GPU agree up to rounding, and nothing is read back.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Final
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,12 +23,13 @@ from torch import Tensor
 from hitsr_fast.checks import check_image, check_integer, check_number
 from hitsr_fast.data.blur_kernels import KERNEL_SHAPES, gaussian_kernel, sinc_kernel
 from hitsr_fast.data.degradation_config import REAL_ESRGAN_X4PLUS, DegradationConfig, OrderConfig
-from hitsr_fast.data.jpeg import jpeg
+from hitsr_fast.data.jpeg import jpeg_of_sizes
+from hitsr_fast.data.ragged import RESIZE_MODES, Size, blur, inside, no_autocast, on, resize
+from hitsr_fast.transfer import to_device
 
 DEGRADED: Final = 0  # class id of an input made by `degrade`
 CLEAN_BILINEAR: Final = 1  # class id of an input made by `clean_pair`
 
-_RESIZE_MODES: Final = ("area", "bilinear", "bicubic")
 _DEGRADATION_STREAM, _CLASS_STREAM = 0, 1  # third part of the key of a random stream
 
 
@@ -58,13 +62,7 @@ def degrade(
     """
     _check_images(hr, scale)
     _check_key(seed, first_index)
-    height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
-    lr = []
-    with torch.no_grad():
-        for index, image in enumerate(torch.split(hr.float(), 1), start=first_index):
-            rng = np.random.default_rng((seed, index, _DEGRADATION_STREAM))
-            lr.append(_degrade_one(image, (height, width), config, rng))
-    return torch.cat(lr)
+    return _degrade(hr, [(seed, index) for index in range(first_index, first_index + len(hr))], config, scale)
 
 
 def clean_pair(hr: Tensor, scale: int = 4) -> Tensor:
@@ -98,48 +96,138 @@ def lr_pair(
     """
     _check_images(hr, scale)
     _check_key(seed, first_index)
+    keys = [(seed, index) for index in range(first_index, first_index + len(hr))]
+    return lr_pairs_of(hr, keys, clean_prob=clean_prob, config=config, scale=scale)
+
+
+def lr_pairs_of(
+    hr: Tensor,
+    keys: Sequence[tuple[int, ...]],
+    *,
+    clean_prob: float = 0.25,
+    config: DegradationConfig = REAL_ESRGAN_X4PLUS,
+    scale: int = 4,
+) -> tuple[Tensor, Tensor]:
+    """`lr_pair` with a key of its own for each image's random streams."""
+    _check_images(hr, scale)
     check_number("clean_prob", clean_prob, 0, 1)
-    images, classes = [], []
-    for index, image in enumerate(torch.split(hr, 1), start=first_index):
-        if np.random.default_rng((seed, index, _CLASS_STREAM)).random() < clean_prob:
-            images.append(clean_pair(image, scale))
-            classes.append(CLEAN_BILINEAR)
-        else:
-            images.append(degrade(image, seed, config=config, scale=scale, first_index=index))
-            classes.append(DEGRADED)
-    return torch.cat(images), torch.tensor(classes, device=hr.device)
+    if len(keys) != len(hr):
+        raise ValueError(f"keys: expected one for each of the {len(hr)} images, found {len(keys)}")
+    clean = [np.random.default_rng((*key, _CLASS_STREAM)).random() < clean_prob for key in keys]
+    height, width = hr.shape[-2] // scale, hr.shape[-1] // scale
+    lr = hr.new_empty(len(hr), hr.shape[1], height, width, dtype=torch.float32)
+    for is_clean in sorted(set(clean)):
+        chosen = [i for i, its in enumerate(clean) if its == is_clean]
+        index = to_device(torch.tensor(chosen), hr.device)
+        part, part_keys = hr.index_select(0, index), [keys[i] for i in chosen]
+        made = clean_pair(part, scale) if is_clean else _degrade(part, part_keys, config, scale)
+        lr.index_copy_(0, index, made)
+    classes = torch.tensor([CLEAN_BILINEAR if is_clean else DEGRADED for is_clean in clean])
+    return lr, to_device(classes, hr.device)
 
 
-def _degrade_one(
-    image: Tensor, lr_size: tuple[int, int], config: DegradationConfig, rng: np.random.Generator
-) -> Tensor:
-    """Degrade one float32 `(1, 3, H, W)` image to `(1, 3, *lr_size)`."""
-    image = _blur_resize_noise(image, (image.shape[-2], image.shape[-1]), config.first, config, rng)
-    image = jpeg(image, _random_quality(config.first, rng))
-    image = _blur_resize_noise(image, lr_size, config.second, config, rng)
+def _degrade(hr: Tensor, keys: Sequence[tuple[int, ...]], config: DegradationConfig, scale: int) -> Tensor:
+    """`degrade` with a key for each image's random stream.
 
-    quality = _random_quality(config.second, rng)
-    jpeg_last = rng.random() < 0.5
-    if not jpeg_last:
-        image = jpeg(image, quality)
-    image = _resize(image, lr_size, rng)
+    On a CPU image after image: the canvas that holds images of all sizes has more than twice their pixels.
+    """
+    size = (hr.shape[-2], hr.shape[-1])
+    streams = (np.random.default_rng((*key, _DEGRADATION_STREAM)) for key in keys)
+    plans = (_plan(size, (size[0] // scale, size[1] // scale), config, rng) for rng in streams)
+    with torch.no_grad(), no_autocast(hr.device):
+        if hr.device.type == "cpu":
+            images = torch.split(hr.float(), 1)
+            return torch.cat([_carry_out(image, [plan]) for image, plan in zip(images, plans, strict=True)])
+        return _carry_out(hr.float(), list(plans))
+
+
+class _Noise(NamedTuple):
+    gaussian: bool  # else Poisson
+    strength: float
+    normal: npt.NDArray[np.float32]  # (1, H, W) for the same noise in all channels, or (3, H, W)
+
+
+class _Order(NamedTuple):
+    kernel: Tensor | None
+    size: Size
+    mode: str
+    noise: _Noise
+
+
+class _Plan(NamedTuple):
+    """All that is random in the degradation of an image."""
+
+    first: _Order
+    first_quality: int
+    second: _Order
+    second_quality: int
+    jpeg_last: bool
+    lr_size: Size
+    lr_mode: str
+    sinc: Tensor | None
+
+
+def _plan(hr_size: Size, lr_size: Size, config: DegradationConfig, rng: np.random.Generator) -> _Plan:
+    # In the order of the operations, which the images of a seed depend on.
+    first = _random_order(hr_size, config.first, config, rng)
+    first_quality = _random_quality(config.first, rng)
+    second = _random_order(lr_size, config.second, config, rng)
+    second_quality = _random_quality(config.second, rng)
+    jpeg_last = bool(rng.random() < 0.5)
+    lr_mode = _random_mode(rng)
+    sinc = None
     if rng.random() < config.final_sinc_prob:
         size = int(rng.choice(config.kernel_sizes))
-        image = _blur(image, sinc_kernel(size, rng.uniform(math.pi / 3, math.pi)))
-    return jpeg(image, quality) if jpeg_last else _to_8_bit(image)
+        sinc = sinc_kernel(size, rng.uniform(math.pi / 3, math.pi))
+    return _Plan(first, first_quality, second, second_quality, jpeg_last, lr_size, lr_mode, sinc)
+
+
+def _carry_out(images: Tensor, plans: Sequence[_Plan]) -> Tensor:
+    """Degrade float32 `(B, 3, H, W)` as planned for each image."""
+    sizes: list[Size] = [(images.shape[-2], images.shape[-1])] * len(plans)
+    images, sizes = _blur_resize_noise(images, sizes, [plan.first for plan in plans])
+    images = jpeg_of_sizes(images, sizes, [plan.first_quality for plan in plans])
+    images, sizes = _blur_resize_noise(images, sizes, [plan.second for plan in plans])
+
+    last = [i for i, plan in enumerate(plans) if plan.jpeg_last]
+    images = _jpeg_some(images, sizes, plans, [i for i, plan in enumerate(plans) if not plan.jpeg_last])
+    lr_sizes = [plan.lr_size for plan in plans]
+    images = resize(images, sizes, lr_sizes, [plan.lr_mode for plan in plans], lr_sizes[0])
+    images = _blur(images, lr_sizes, [plan.sinc for plan in plans])
+    return _to_8_bit(_jpeg_some(images, lr_sizes, plans, last))  # which leaves those of a JPEG as they are
 
 
 def _blur_resize_noise(
-    image: Tensor,
-    base_size: tuple[int, int],
-    order: OrderConfig,
-    config: DegradationConfig,
-    rng: np.random.Generator,
-) -> Tensor:
-    if rng.random() < order.blur_prob:
-        image = _blur(image, _random_kernel(order, config, rng))
-    image = _resize(image, _random_size(base_size, order, rng), rng)
-    return _add_noise(image, order, rng)
+    images: Tensor, sizes: list[Size], orders: Sequence[_Order]
+) -> tuple[Tensor, list[Size]]:
+    images = _blur(images, sizes, [order.kernel for order in orders])
+    new_sizes = [order.size for order in orders]
+    shape = (max(height for height, _ in new_sizes), max(width for _, width in new_sizes))
+    images = resize(images, sizes, new_sizes, [order.mode for order in orders], shape)
+    return _add_noise(images, new_sizes, [order.noise for order in orders]), new_sizes
+
+
+def _blur(images: Tensor, sizes: Sequence[Size], kernels: Sequence[Tensor | None]) -> Tensor:
+    known = {i: kernel for i, kernel in enumerate(kernels) if kernel is not None}
+    of = [sizes[i] for i in known]
+    return on(images, list(known), lambda part: blur(part, of, list(known.values())))
+
+
+def _jpeg_some(images: Tensor, sizes: Sequence[Size], plans: Sequence[_Plan], chosen: list[int]) -> Tensor:
+    of, qualities = [sizes[i] for i in chosen], [plans[i].second_quality for i in chosen]
+    return on(images, chosen, lambda part: jpeg_of_sizes(part, of, qualities))
+
+
+def _random_order(
+    base_size: Size, order: OrderConfig, config: DegradationConfig, rng: np.random.Generator
+) -> _Order:
+    kernel = _random_kernel(order, config, rng) if rng.random() < order.blur_prob else None
+    size = _random_size(base_size, order, rng)
+    return _Order(kernel, size, _random_mode(rng), _random_noise(size, order, rng))
+
+
+def _random_mode(rng: np.random.Generator) -> str:
+    return RESIZE_MODES[int(rng.integers(len(RESIZE_MODES)))]
 
 
 def _random_quality(order: OrderConfig, rng: np.random.Generator) -> int:
@@ -173,64 +261,50 @@ def _random_size(base: tuple[int, int], order: OrderConfig, rng: np.random.Gener
     return max(1, int(base[0] * factor)), max(1, int(base[1] * factor))
 
 
-def _resize(image: Tensor, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
-    mode = _RESIZE_MODES[int(rng.integers(len(_RESIZE_MODES)))]
-    if size == tuple(image.shape[-2:]):
-        return image
-    return F.interpolate(image, size=size, mode=mode)
-
-
-def _blur(image: Tensor, kernel: Tensor) -> Tensor:
-    """Convolve each channel of `(1, C, H, W)` with an odd square kernel, mirrored at the borders.
-
-    By FFT: a 21 x 21 kernel costs no more than a small one, on either device.
-    """
-    height, width = image.shape[-2:]
-    radius = kernel.shape[0] // 2
-    rows, columns = _mirror(height, radius, image.device), _mirror(width, radius, image.device)
-    padded = image[:, :, rows[:, None], columns]
-    size = (_fft_length(height + 2 * radius), _fft_length(width + 2 * radius))
-    spectrum = torch.fft.rfft2(padded, s=size) * torch.fft.rfft2(kernel.to(image), s=size)
-    full: Tensor = torch.fft.irfft2(spectrum, s=size)
-    return full[..., 2 * radius : 2 * radius + height, 2 * radius : 2 * radius + width]
-
-
-def _mirror(length: int, radius: int, device: torch.device) -> Tensor:
-    """Indices -radius .. length + radius - 1 reflected into the image; unlike `F.pad`, for any radius."""
-    period = max(1, 2 * (length - 1))
-    index = torch.arange(-radius, length + radius, device=device) % period
-    return torch.minimum(index, period - index)
-
-
-def _fft_length(length: int) -> int:
-    """Next multiple of 16: avoids the slow large prime sizes."""
-    return -(-length // 16) * 16
-
-
-def _add_noise(image: Tensor, order: OrderConfig, rng: np.random.Generator) -> Tensor:
-    gaussian = rng.random() < order.gaussian_noise_prob
+def _random_noise(size: Size, order: OrderConfig, rng: np.random.Generator) -> _Noise:
+    gaussian = bool(rng.random() < order.gaussian_noise_prob)
     gray = rng.random() < order.gray_noise_prob
     strength = rng.uniform(*(order.gaussian_noise_range if gaussian else order.poisson_scale_range))
-    channels = 1 if gray else 3
-    draws = rng.standard_normal((1, channels, *image.shape[-2:]), dtype=np.float32)
-    normal = torch.from_numpy(draws).to(image.device)
-    noise = normal * (strength / 255) if gaussian else _poisson_noise(image, normal) * strength
-    return (image + noise).clamp_(0, 1)
+    return _Noise(gaussian, strength, rng.standard_normal((1 if gray else 3, *size), dtype=np.float32))
 
 
-def _poisson_noise(image: Tensor, normal: Tensor) -> Tensor:
-    """Photon noise of `image` `(1, 3, H, W)`, or of its luma, from normal draws `(1, 3 or 1, H, W)`.
+def _add_noise(images: Tensor, sizes: Sequence[Size], noises: Sequence[_Noise]) -> Tensor:
+    for kind in sorted({(noise.gaussian, len(noise.normal)) for noise in noises}):
+        chosen = [i for i, noise in enumerate(noises) if (noise.gaussian, len(noise.normal)) == kind]
+        of, some = [sizes[i] for i in chosen], [noises[i] for i in chosen]
+        images = on(images, chosen, partial(_noisy, sizes=of, noises=some))
+    return images
+
+
+def _noisy(images: Tensor, sizes: Sequence[Size], noises: Sequence[_Noise]) -> Tensor:
+    """Images with noise of one kind."""
+    draws = np.zeros((len(noises), len(noises[0].normal), *images.shape[-2:]), np.float32)
+    for i, noise in enumerate(noises):
+        draws[i, :, : noise.normal.shape[1], : noise.normal.shape[2]] = noise.normal
+    normal = to_device(torch.from_numpy(draws), images.device)
+    unit = 255.0 if noises[0].gaussian else 1.0
+    strength = torch.tensor([noise.strength / unit for noise in noises])[:, None, None, None]
+    added = normal if noises[0].gaussian else _poisson_noise(images, normal, sizes)
+    return (images + added * to_device(strength, images.device)).clamp_(0, 1)
+
+
+def _poisson_noise(images: Tensor, normal: Tensor, sizes: Sequence[Size]) -> Tensor:
+    """Photon noise of `(B, 3, H, W)`, or of its luma, from normal draws `(B, 3 or 1, H, W)`.
 
     A Poisson count of mean m is taken as its second-order Cornish-Fisher quantile m + √m z + (z² - 1)/6, cut
     at zero: mean and skewness right, variance m + 1/18. Being smooth in m it gives CPU and GPU the same
     noise, where rejection sampling would let one rounding difference change every later pixel.
     """
     if normal.shape[1] == 1:
-        image = (image * image.new_tensor((0.299, 0.587, 0.114)).view(1, 3, 1, 1)).sum(1, keepdim=True)
-    levels = (image * 255).round_().clamp_(0, 255)
-    present = image.new_zeros(256)
-    present[levels.long().flatten()] = 1
-    photons = 2 ** present.sum().log2().ceil()  # of a white pixel: the levels in use, up to a power of two
+        luma = torch.tensor((0.299, 0.587, 0.114), dtype=images.dtype).view(1, 3, 1, 1)
+        images = (images * to_device(luma, images.device)).sum(1, keepdim=True)
+    levels = (images * 255).round_().clamp_(0, 255)
+    level, within = levels.long(), inside(sizes, (images.shape[-2], images.shape[-1]), images.device)
+    if within is not None:
+        level = torch.where(within, level, 256)
+    present = images.new_zeros(len(images), 257).scatter_(1, level.flatten(1), 1.0)[:, :256]
+    # Photons of a white pixel: the levels in use, up to a power of two.
+    photons = (2 ** present.sum(1).log2().ceil())[:, None, None, None]
     mean = levels / 255 * photons
     count = (mean + mean.sqrt() * normal + (normal**2 - 1) / 6).clamp_(min=0)
     return torch.where(mean > 0, count - mean, 0.0) / photons

@@ -1,29 +1,32 @@
-"""Photos of a folder as a stream of sharp random crops.
-
-Most of a photo is sky, skin or out of focus, and a model that trains on it learns to blur: a crop is kept
-only if shrinking it by four loses detail.
-"""
+"""Photos of a folder: their names, which of them are held out, and a stream of sharp random crops."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import warnings
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hitsr_fast.checks import check_integer, check_number
-from hitsr_fast.imaging.io import ImageFileError, read_picture, to_eight_bit
+from hitsr_fast.checks import check_integer
+from hitsr_fast.data.crops import DECODED_BYTES, NoPhotosError, PhotoCrops, round_trip_psnr
+from hitsr_fast.data.manifest import index_image, scan
+
+__all__ = ["DEFAULT_HOLDOUT", "NoPhotosError", "PhotoFolder", "photo_names", "round_trip_psnr", "split"]
+
+SHOWN: Final = (
+    "budgie-backgrounds__casa-mila",
+    "budgie-backgrounds__oakland-zoo-otters",
+    "budgie-backgrounds__perched-osprey",
+    "budgie-backgrounds__tea-gardens",
+)
+"""Stems of the photos that this package shows, and of their neighbours."""
 
 DEFAULT_HOLDOUT: Final = (
+    *SHOWN,
     "budgie-core__default",
     "enlightenment-data__red-maple",
     "enlightenment-data__snow-trees",
@@ -37,15 +40,18 @@ DEFAULT_HOLDOUT: Final = (
     "palapeli-data__citrus-fruits",
     "plasma-workspace-wallpapers__eveningglow",
 )
-"""Stems of the photos of `hitsr-fast photos` that are never trained on, across packages and sharpness."""
+"""Stems of photos that are never trained on: those above, and of those of `hitsr-fast photos` twelve across
+packages and sharpness."""
+
+_EVERY: Final = 16  # of other photos one is held out
 
 _SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp"))
 
-_Pixels = npt.NDArray[np.uint8]
 
-
-class NoPhotosError(ValueError):
-    """No photo of a folder can be trained on."""
+def is_photo(name: str) -> bool:
+    """Whether a file is taken for an image: by its suffix, and not hidden."""
+    path = PurePosixPath(name)
+    return path.suffix.lower() in _SUFFIXES and not any(part[0] == "." for part in path.parts)
 
 
 def photo_names(folder: str | Path) -> list[str]:
@@ -60,35 +66,49 @@ def photo_names(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder: expected an existing folder, found {str(folder)!r}")
-    relative = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)
-    return sorted(path.as_posix() for path in relative if not any(part[0] == "." for part in path.parts))
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return sorted(name for name in names if is_photo(name))
 
 
-def split(names: Sequence[str], holdout: Sequence[str] = DEFAULT_HOLDOUT) -> tuple[list[str], list[str]]:
+def split(names: Sequence[str], holdout: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
     """Split photos into those to train on and those held out; by photo, as patches of one are too alike.
 
     Args:
         names: file names, as from `photo_names`.
-        holdout: stems of the photos to hold out.
+        holdout: stems of the photos to hold out; by default those of `DEFAULT_HOLDOUT` that are there, and
+            where none is, every sixteenth by name, beginning with the first.
 
     Returns:
         train, held_out: both in the order of `names`.
 
     Raises:
-        ValueError: if no name matches `holdout`, so that nothing would be held out.
+        NoPhotosError: if nothing would be held out, or nothing left to train on.
     """
-    held_out = [name for name in names if Path(name).stem in holdout]
+    stems = frozenset(DEFAULT_HOLDOUT if holdout is None else holdout)
+    held_out = {name for name in names if Path(name).stem in stems}
+    if not held_out and holdout is None:
+        held_out = set(sorted(names)[::_EVERY])
+    if len(names) < 2:
+        raise NoPhotosError(
+            f"photos: expected at least two, one of which is held out of training, found {len(names)}"
+        )
+    example = f"for example --data.holdout {Path(names[0]).stem}"
     if not held_out:
-        raise ValueError(f"holdout: expected stems of at least one of the {len(names)} photos, found none")
-    return [name for name in names if Path(name).stem not in holdout], held_out
+        raise NoPhotosError(
+            f"data.holdout: expected names without suffix of some of the {len(names)} photos, {example}, "
+            f"found none of {', '.join(sorted(stems))}"
+        )
+    if len(held_out) == len(names):
+        raise NoPhotosError(
+            f"data.holdout: expected photos left to train on, {example}, found all {len(names)} held out"
+        )
+    return [name for name in names if name not in held_out], [name for name in names if name in held_out]
 
 
 class PhotoFolder(Dataset[Tensor]):
-    """Endless deterministic random crops of the photos of a folder, flipped and turned.
+    """Endless deterministic sharp random crops of the photos of a folder (see `PhotoCrops`).
 
-    Photos are drawn by area, positions evenly; crop `i` depends on (`seed`, `i`) and the folder only. A crop
-    whose luma survives shrinking by four and back (bicubic) with `sharpness_db` or more is flat or soft, and
-    drawn again, except for `flat_fraction` of those. After `tries` draws the sharpest of them is taken.
+    Crop `i` depends on (`seed`, `i`) and the folder only.
 
     Args:
         folder: where the photos are.
@@ -96,18 +116,14 @@ class PhotoFolder(Dataset[Tensor]):
         names: which photos, relative to the folder; all by default.
         seed: not negative.
         length: crops in one epoch; the whole area once by default.
-        sharpness_db: PSNR bar of the filter; `float("inf")` turns it off.
-        flat_fraction: share of the flat crops that is kept, in [0, 1].
-        tries: most draws for a crop.
-        cache: folder for decoded photos, which are then mapped into memory: for folders larger than memory,
-            or shared by many processes. By default decoded photos are held in memory, 3 bytes a pixel.
+        sharpness_db, flat_fraction, tries, memory, cache: as for `PhotoCrops`.
 
     Raises:
         TypeError, ValueError: if an argument is of another type or out of range.
         NoPhotosError: if no photo is usable.
 
     Notes:
-        A file that cannot be read, or is smaller than a crop, is left out with a warning that names it.
+        A file that cannot be read, or is smaller than a crop, is left out and has its reason in `skipped`.
     """
 
     def __init__(
@@ -121,45 +137,35 @@ class PhotoFolder(Dataset[Tensor]):
         sharpness_db: float = 32.0,
         flat_fraction: float = 0.1,
         tries: int = 8,
+        memory: int = DECODED_BYTES,
         cache: str | Path | None = None,
     ) -> None:
-        check_integer("crop", crop, 8)
         check_integer("seed", seed, 0)
         if length is not None:
             check_integer("length", length, 1)
-        check_number("flat_fraction", flat_fraction, 0, 1)
-        check_integer("tries", tries, 1)
-        self.crop, self.seed, self.tries = crop, seed, tries
-        self.sharpness_db, self.flat_fraction = sharpness_db, flat_fraction
-
         names = photo_names(folder) if names is None else names
-        self.names: list[str] = []
-        self._photos: list[_Pixels] = []
-        left_out: list[str] = []
-        for name in names:
-            path = Path(folder) / name
-            try:
-                pixels = _decode(path) if cache is None else _decode_cached(path, Path(cache))
-            except ImageFileError as error:
-                left_out.append(str(error))
-                continue
-            if min(pixels.shape[:2]) < crop:
-                size = f"{pixels.shape[1]} x {pixels.shape[0]}"
-                left_out.append(f"{path}: {size} is smaller than a crop of {crop}")
-                continue
-            self.names.append(name)
-            self._photos.append(pixels)
-        if not self._photos:
-            first = f" ({left_out[0]})" if left_out else ""
-            raise NoPhotosError(
-                f"folder: expected photos of at least {crop} x {crop}, "
-                f"found none among {len(left_out)} in {str(folder)!r}{first}"
-            )
-        for reason in left_out:
-            warnings.warn(f"photo left out: {reason}", stacklevel=2)
-        areas = np.array([pixels.shape[0] * pixels.shape[1] for pixels in self._photos])
-        self._cumulative_area = np.cumsum(areas)
-        self._length = length or max(1, int(areas.sum()) // crop**2)
+        self._crops = PhotoCrops(
+            folder,
+            scan(Path(folder), names, index_image),
+            crop,
+            sharpness_db=sharpness_db,
+            flat_fraction=flat_fraction,
+            tries=tries,
+            memory=memory,
+            cache=cache,
+        )
+        self.crop, self.seed = crop, seed
+        self._length = length or max(1, self._crops.area // crop**2)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the photos that crops are drawn from."""
+        return [photo.name for photo in self._crops.photos]
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Reason by file, of the photos that are left out, as far as it is known."""
+        return self._crops.skipped
 
     def __len__(self) -> int:
         return self._length
@@ -168,73 +174,15 @@ class PhotoFolder(Dataset[Tensor]):
         """Crop `index` of the epoch: uint8 `(3, crop, crop)`."""
         if not 0 <= index < self._length:
             raise IndexError(f"index: expected 0 to {self._length - 1}, found {index}")
-        return torch.from_numpy(self._draw(index))
+        return self._draw(index)
 
     def batch(self, first_index: int, size: int) -> Tensor:
         """Successive crops of the endless stream, float32 `(size, 3, crop, crop)` in [0, 1].
 
         `first_index` may lie beyond the epoch.
         """
-        crops = np.stack([self._draw(index) for index in range(first_index, first_index + size)])
-        return torch.from_numpy(crops).float().div_(255)
+        crops = torch.stack([self._draw(index) for index in range(first_index, first_index + size)])
+        return crops.float().div_(255)
 
-    def _draw(self, index: int) -> _Pixels:
-        rng = np.random.default_rng((self.seed, index))
-        best_db, best = np.inf, None
-        for _ in range(self.tries):
-            crop = self._random_crop(rng)
-            detail_db = round_trip_psnr(crop)
-            if best is None or detail_db < best_db:
-                best_db, best = detail_db, crop
-            if detail_db < self.sharpness_db or rng.random() < self.flat_fraction:
-                best = crop
-                break
-        assert best is not None  # tries >= 1
-        turned = np.rot90(best, int(rng.integers(4)))
-        if rng.random() < 0.5:
-            turned = turned[:, ::-1]
-        return np.ascontiguousarray(turned.transpose(2, 0, 1))
-
-    def _random_crop(self, rng: np.random.Generator) -> _Pixels:
-        area = rng.integers(self._cumulative_area[-1])
-        pixels = self._photos[int(np.searchsorted(self._cumulative_area, area, side="right"))]
-        top = int(rng.integers(pixels.shape[0] - self.crop + 1))
-        left = int(rng.integers(pixels.shape[1] - self.crop + 1))
-        return pixels[top : top + self.crop, left : left + self.crop]
-
-
-def round_trip_psnr(pixels: _Pixels, scale: int = 4) -> float:
-    """Detail of uint8 `(H, W, 3)`: the luma PSNR in dB of shrinking and enlarging by bicubic.
-
-    Low means sharp; a flat image has infinity.
-    """
-    luma = Image.fromarray(np.ascontiguousarray(pixels)).convert("L")
-    small = luma.resize((luma.width // scale, luma.height // scale), Image.Resampling.BICUBIC)
-    back = small.resize(luma.size, Image.Resampling.BICUBIC)
-    error = np.asarray(luma, np.float32) - np.asarray(back, np.float32)
-    mse = float(np.square(error).mean())
-    return 10 * float(np.log10(255**2 / mse)) if mse else float("inf")
-
-
-def _decode(path: Path) -> _Pixels:
-    """Upright RGB, uint8 `(H, W, 3)`."""
-    pixels = to_eight_bit(read_picture(path)).pixels
-    return np.broadcast_to(pixels, (*pixels.shape[:2], 3)).astype(np.uint8, copy=False)
-
-
-def _decode_cached(path: Path, cache: Path) -> _Pixels:
-    """Map the decoded photo, keyed by path, size and time of change; put it into `cache` first."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ImageFileError(path, error.strerror or str(error)) from error
-    key = f"{path.resolve()}\n{status.st_size}\n{status.st_mtime_ns}"
-    decoded = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npy"
-    if not decoded.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        partial = decoded.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.save(file, _decode(path))
-        partial.replace(decoded)
-    mapped: _Pixels = np.load(decoded, mmap_mode="r")
-    return mapped
+    def _draw(self, index: int) -> Tensor:
+        return torch.from_numpy(self._crops.draw(np.random.default_rng((self.seed, index)), self.crop))

@@ -6,6 +6,7 @@ Source: ITU-T T.81 (the transform, annex K tables) and JFIF 1.02 (YCbCr). The en
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -14,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hitsr_fast.checks import check_image, check_integer
+from hitsr_fast.data.ragged import Size, no_autocast, padded
+from hitsr_fast.transfer import to_device
 
 # T.81 tables K.1 (luminance) and K.2 (chrominance), row by row.
 _LUMA: Final = (
@@ -63,34 +66,44 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
     if 0 in images.shape:
         raise ValueError(f"images: expected B, H and W of at least 1, found shape {tuple(images.shape)}")
     check_integer("quality", quality, 1, 100)
-    height, width = images.shape[-2:]
-    pixels = (images.float() * 255).round_().clamp_(0, 255)
-    pixels = F.pad(pixels, (0, -width % 16, 0, -height % 16), mode="replicate")
+    size = (images.shape[-2], images.shape[-1])
+    with no_autocast(images.device):
+        return jpeg_of_sizes(images.float(), [size] * len(images), [quality] * len(images))
 
-    transform = torch.tensor(_RGB_TO_YCBCR, device=images.device)
+
+def jpeg_of_sizes(images: Tensor, sizes: Sequence[Size], qualities: Sequence[int]) -> Tensor:
+    """`jpeg` of a batch whose images have a size (see `data.ragged`) and a quality each; float32."""
+    height, width = images.shape[-2:]
+    pixels = padded((images * 255).round_().clamp_(0, 255), sizes, 16)
+
+    transform = to_device(torch.tensor(_RGB_TO_YCBCR), images.device)
     ycc = torch.einsum("oc,bchw->bohw", transform, pixels)
     luma = ycc[:, :1].round() - 128  # level shift; chroma is centred on zero already
     mean = F.avg_pool2d(ycc[:, 1:].round(), 2)
-    rounding = mean.new_tensor((0.25, 0.5)).repeat(mean.shape[-1] // 2)  # libjpeg's, down and up in turns
-    chroma = (mean + rounding).floor_()
+    rounding = to_device(torch.tensor((0.25, 0.5)), mean.device)  # libjpeg's, down and up in turns
+    chroma = (mean + rounding.repeat(mean.shape[-1] // 2)).floor_()
 
-    luma = _code_blocks(luma, _quantisation_table(_LUMA, quality, images.device))
-    chroma = _code_blocks(chroma, _quantisation_table(_CHROMA, quality, images.device))
+    luma = _code_blocks(luma, _quantisation_tables(_LUMA, qualities, images.device))
+    chroma = _code_blocks(chroma, _quantisation_tables(_CHROMA, qualities, images.device))
 
+    # An image ends with its last block of 16 pixels: upsampling must not look beyond.
+    chroma = padded(chroma, [(-(-rows // 16) * 8, -(-columns // 16) * 8) for rows, columns in sizes], 1)
     chroma = F.interpolate(chroma, scale_factor=2.0, mode="bilinear", align_corners=False)
-    inverse = torch.tensor(_YCBCR_TO_RGB, device=images.device)
+    inverse = to_device(torch.tensor(_YCBCR_TO_RGB), images.device)
     rgb = torch.einsum("oc,bchw->bohw", inverse, torch.cat((luma + 128, chroma), dim=1))
     return rgb[:, :, :height, :width].round().clamp_(0, 255) / 255
 
 
-def _code_blocks(plane: Tensor, table: Tensor) -> Tensor:
+def _code_blocks(plane: Tensor, tables: Tensor) -> Tensor:
     """Transform, quantise, de-quantise and invert each 8x8 block of `(B, C, H, W)`, sides multiples of 8."""
     batch, channels, height, width = plane.shape
-    blocks = plane.reshape(batch, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
     dct = _dct_matrix(plane.device)
-    coefficients = torch.round(dct @ blocks @ dct.T / table) * table
-    blocks = (dct.T @ coefficients @ dct).round_().clamp_(-128, 127)
-    return blocks.transpose(3, 4).reshape(batch, channels, height, width)
+    strips = (batch, channels, height // 8, 8, width)
+    across = (dct @ plane.reshape(strips)).reshape(-1, 8) @ dct.T
+    coefficients = across.view(batch, channels, height // 8, 8, width // 8, 8) / tables
+    coefficients = coefficients.round_().mul_(tables)
+    blocks = dct.T @ (coefficients.view(-1, 8) @ dct).view(strips)
+    return blocks.round_().clamp_(-128, 127).view(plane.shape)
 
 
 @lru_cache(maxsize=8)
@@ -99,12 +112,20 @@ def _dct_matrix(device: torch.device) -> Tensor:
     position = torch.arange(8, dtype=torch.float64)
     matrix = torch.cos(math.pi / 8 * (position[None, :] + 0.5) * position[:, None]) / 2
     matrix[0] /= math.sqrt(2)
-    return matrix.to(device, torch.float32)
+    return to_device(matrix.float(), device)
 
 
-@lru_cache(maxsize=512)
-def _quantisation_table(base: tuple[tuple[int, ...], ...], quality: int, device: torch.device) -> Tensor:
-    """Annex K table at libjpeg's quality, float32 `(8, 8)` of whole numbers 1 to 255."""
+def _quantisation_tables(
+    base: tuple[tuple[int, ...], ...], qualities: Sequence[int], device: torch.device
+) -> Tensor:
+    """Annex K tables at libjpeg's qualities, float32 `(B, 1, 1, 8, 1, 8)` of whole numbers 1 to 255."""
+    tables = torch.stack([_quantisation_table(base, quality) for quality in qualities])
+    return to_device(tables, device)[:, None, None, :, None, :]
+
+
+@lru_cache(maxsize=256)
+def _quantisation_table(base: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
+    """Of one quality, float32 `(8, 8)` on the CPU."""
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
     table = torch.tensor(base, dtype=torch.int64)
-    return ((table * percent + 50) // 100).clamp(1, 255).to(device, torch.float32)
+    return ((table * percent + 50) // 100).clamp(1, 255).float()

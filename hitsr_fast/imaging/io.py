@@ -140,6 +140,28 @@ def read_picture(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Picture:
         raise ImageFileError(path, "no such file") from None
     except OSError as error:
         raise ImageFileError(path, f"cannot be read: {error.strerror}") from error
+    return decode_picture(data, path, max_pixels=max_pixels)
+
+
+def decode_picture(data: bytes, path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Picture:
+    """`read_picture` of a file's bytes; `path` is how errors name it."""
+    with _opened(data, Path(path), max_pixels) as image:
+        if is_sixteen_bit(image):
+            with Image.open(io.BytesIO(data)) as again:
+                return _sixteen_bit_picture(image, again)
+        image.load()
+        return picture_from_pil(image)
+
+
+def picture_size(data: bytes, path: Path | str, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Width and height as the head of a file says, not yet upright; errors are those of `read_picture`."""
+    with _opened(data, Path(path), max_pixels) as image:
+        return image.width, image.height
+
+
+@contextmanager
+def _opened(data: bytes, path: Path, max_pixels: int) -> Iterator[ImageFile.ImageFile]:
+    """The image of a file's bytes, of allowed size; what goes wrong with it is an ImageFileError."""
     if not data:
         raise ImageFileError(path, "the file is empty")
     try:
@@ -150,11 +172,7 @@ def read_picture(path: Path | str, *, max_pixels: int = MAX_PIXELS) -> Picture:
                 raise ImageFileError(
                     path, f"{image.width} x {image.height} is more than the limit of {max_pixels:,} pixels"
                 )
-            if is_sixteen_bit(image):
-                with Image.open(io.BytesIO(data)) as again:
-                    return _sixteen_bit_picture(image, again)
-            image.load()
-            return picture_from_pil(image)
+            yield image
     except UnidentifiedImageError:
         raise ImageFileError(path, "is not an image, or of a format that cannot be read") from None
     except _DECODE_ERRORS as error:

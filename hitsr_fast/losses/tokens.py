@@ -1,38 +1,46 @@
-"""Cross entropy of a token pyramid, with a weight a scale."""
+"""The losses of a token pyramid, a weight a scale."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
-def token_weights(scales: Sequence[int], balance: float) -> Tensor:
-    """Weight of each token in the loss, `(T,)` of mean one: `L ** -balance` for a scale of L tokens."""
-    weights = torch.cat([torch.full((side * side,), float(side * side) ** -balance) for side in scales])
+def token_weights(lengths: Sequence[int], balance: float) -> Tensor:
+    """Weight of each token in the loss, float32 `(T,)` of mean one: `L ** -balance` for a scale of L tokens.
+
+    Example:
+        >>> token_weights([1, 4], balance=1.0)
+        tensor([2.5000, 0.6250, 0.6250, 0.6250, 0.6250])
+    """
+    weights = torch.cat([torch.full((length,), float(length) ** -balance) for length in lengths])
     return weights / weights.mean()
 
 
-def token_loss(logits: Tensor, labels: Tensor, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Weighted mean of the tokens' cross entropies.
+def token_loss(cross_entropy: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean over each image's tokens.
 
     Args:
-        logits: Floating, `(B, T, K)`.
-        labels: int64 `(B, T)`.
+        cross_entropy: Floating, `(B, T)`.
         weights: Floating, `(T,)`, of mean one.
-        label_smoothing: Share of the target that is spread over all codes.
 
     Returns:
-        Scalar `mean over b, t of weights[t] * cross_entropy(logits[b, t], labels[b, t])`.
+        `(B,)`, `mean over t of weights[t] * cross_entropy[b, t]`.
 
     Example:
-        >>> import torch
-        >>> token_loss(torch.zeros(1, 3, 8), torch.tensor([[0, 5, 7]]), torch.ones(3))  # log 8
-        tensor(2.0794)
+        >>> token_loss(torch.tensor([[1.0, 3.0]]), torch.tensor([1.5, 0.5]))
+        tensor([1.5000])
     """
-    losses = F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), label_smoothing=label_smoothing, reduction="none"
-    )
-    return (losses.view_as(labels) * weights).mean()
+    return (cross_entropy * weights).mean(1)
+
+
+def scale_means(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean over the batch and each scale's tokens: `(S,)` of `(B, T)`.
+
+    Example:
+        >>> scale_means(torch.tensor([[1.0, 2.0, 2.0, 2.0, 6.0]]), [1, 4])
+        tensor([1., 3.])
+    """
+    return torch.stack([part.mean() for part in values.split(list(lengths), dim=1)])

@@ -1,4 +1,4 @@
-"""Training: a recipe, its four stages, and the loop that runs them."""
+"""Training: one loop for every phase of every family. See docs/training.md."""
 
 from __future__ import annotations
 
@@ -6,46 +6,62 @@ from typing import TYPE_CHECKING
 
 from hitsr_fast._lazy import lazy
 from hitsr_fast.train.config import (
-    AutoencoderConfig,
-    DecoderTrainConfig,
-    LoopConfig,
+    AutoencodeConfig,
+    CheckpointConfig,
+    DataConfig,
+    DecodeConfig,
+    LogConfig,
+    NextScaleConfig,
+    OptimConfig,
+    ParallelConfig,
+    Phase,
+    PrecisionConfig,
     Recipe,
-    TokenizerTrainConfig,
-    TransformerTrainConfig,
+    ScheduleConfig,
+    TokenizeConfig,
 )
+from hitsr_fast.train.overrides import override
+from hitsr_fast.train.recipes import load_recipe, recipe_names
 
 if TYPE_CHECKING:
-    from hitsr_fast.train.autoencoder import AutoencoderStage
-    from hitsr_fast.train.decoder import DecoderStage
-    from hitsr_fast.train.loop import ResumeError, train
-    from hitsr_fast.train.recipe import train_model
-    from hitsr_fast.train.stage import Stage
-    from hitsr_fast.train.tokenizer import TokenizerStage
-    from hitsr_fast.train.transformer import TransformerStage
+    from hitsr_fast.train.artifacts import StaleError
+    from hitsr_fast.train.draw import Draw
+    from hitsr_fast.train.run import train
+    from hitsr_fast.train.task import Batch, Group, Losses, Task
+    from hitsr_fast.train.trainer import Stopped, fit
 
 __all__ = [
-    "AutoencoderConfig",
-    "AutoencoderStage",
-    "DecoderStage",
-    "DecoderTrainConfig",
-    "LoopConfig",
+    "AutoencodeConfig",
+    "Batch",
+    "CheckpointConfig",
+    "DataConfig",
+    "DecodeConfig",
+    "Draw",
+    "Group",
+    "LogConfig",
+    "Losses",
+    "NextScaleConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Phase",
+    "PrecisionConfig",
     "Recipe",
-    "ResumeError",
-    "Stage",
-    "TokenizerStage",
-    "TokenizerTrainConfig",
-    "TransformerStage",
-    "TransformerTrainConfig",
+    "ScheduleConfig",
+    "StaleError",
+    "Stopped",
+    "Task",
+    "TokenizeConfig",
+    "fit",
+    "load_recipe",
+    "override",
+    "recipe_names",
     "train",
-    "train_model",
 ]
 __getattr__ = lazy(
     __name__,
-    autoencoder=["AutoencoderStage"],
-    decoder=["DecoderStage"],
-    loop=["ResumeError", "train"],
-    recipe=["train_model"],
-    stage=["Stage"],
-    tokenizer=["TokenizerStage"],
-    transformer=["TransformerStage"],
+    artifacts=["StaleError"],
+    draw=["Draw"],
+    run=["train"],
+    task=["Batch", "Group", "Losses", "Task"],
+    trainer=["Stopped", "fit"],
 )

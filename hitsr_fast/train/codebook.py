@@ -21,6 +21,7 @@ def fill_codebook(
     iterations: int = 8,
     per_scale: int = 24_000,
     seed: int = 0,
+    hierarchical: bool = True,
 ) -> dict[str, float]:
     """Replace the codebook by k-means centres and set every phi convolution to the identity.
 
@@ -30,10 +31,12 @@ def fill_codebook(
 
     Args:
         quantizer: Changed in place.
-        latents: One `(N, C, h, w)` map a target, coarsest first, of the same images.
+        latents: One `(N, C, h, w)` map a target, coarsest first, of the same images; of the last target alone
+            for plain tokens.
         rounds, iterations: Of collecting residuals and running k-means on them; of Lloyd's in each.
         per_scale: Rows taken of each scale, so that fine scales do not crowd out coarse ones.
         seed: Of the draws.
+        hierarchical: False quantizes the last target alone, as VAR does.
 
     Returns:
         Share of codes in use and mean squared error of the last iteration.
@@ -45,7 +48,7 @@ def fill_codebook(
     codebook = None
     used, error = 0.0, 0.0
     for _ in range(rounds):
-        found = _pooled_residuals(quantizer, latents, codebook)
+        found = _pooled_residuals(quantizer, latents, codebook, hierarchical=hierarchical)
         rows = torch.cat([r[torch.randperm(len(r), generator=generator)[:per_scale]] for r in found])
         if codebook is None:
             chosen = torch.randperm(len(rows), generator=generator)[: len(quantizer.codebook)]
@@ -65,13 +68,21 @@ def fill_codebook(
 
 
 def _pooled_residuals(
-    quantizer: ResidualQuantizer, latents: Sequence[Tensor], codebook: Tensor | None
+    quantizer: ResidualQuantizer,
+    latents: Sequence[Tensor],
+    codebook: Tensor | None,
+    *,
+    hierarchical: bool = True,
 ) -> list[Tensor]:
-    """Rows `(N * h * w, C)` that are searched at each scale; with no codebook each row is its own code."""
+    """What is searched at each scale where every phi is the identity: rows `(N * h * w, C)`.
+
+    With no codebook each row is its own code. Other arguments: see `fill_codebook`.
+    """
     maps: list[Tensor] = []
     rows: list[Tensor] = []
-    for target, latent in enumerate(latents):
-        pyramid = quantizer.pyramid
+    pyramid = quantizer.pyramid
+    targets = range(len(pyramid.targets))[None if hierarchical else -1 :]
+    for target, latent in zip(targets, latents, strict=True):
         residual = latent.float().clone()
         for step, size in enumerate(pyramid.sizes[: pyramid.steps[target]]):
             if step == len(maps):

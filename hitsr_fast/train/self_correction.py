@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.nn.quantizer import ResidualQuantizer
-from hitsr_fast.ops import prepare_codebook
+from hitsr_fast.train.draw import Draw
 
 
 @torch.no_grad()
@@ -34,37 +34,42 @@ def tokenize_with_mistakes(
     latents: Sequence[Tensor],
     neighbours: Tensor,
     max_rate: float,
-    generator: torch.Generator,
+    draw: Draw,
+    *,
+    hierarchical: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Tokenize by Algorithm 1 while some tokens are swapped for a near code.
 
     Args:
         quantizer: Codebook and phi bank.
-        latents: One `(B, C, h, w)` map a target, coarsest first.
+        latents: One `(B, C, h, w)` map a target, coarsest first; of the last target alone where the tokens
+            are plain ones.
         neighbours: From `code_neighbours`.
         max_rate: A sample's rate of mistakes is uniform in [0, max_rate].
-        generator: Source of the mistakes, on the CPU.
+        draw: Source of the mistakes.
+        hierarchical: False quantizes the last target alone, as VAR does.
 
     Returns:
         labels: `(B, T)` int64, at each step the codes nearest to what is really left over.
         inputs: `(B, T)` int64, the tokens with the mistakes, of which the teacher inputs are made.
     """
-    batch = latents[0].shape[0]
-    rate = torch.rand(batch, 1, generator=generator) * max_rate
-    labels = torch.empty(batch, 0, dtype=torch.int64, device=latents[0].device)
+    batch, device = latents[0].shape[0], latents[0].device
+    rate = draw.uniform("mistakes/rate", 1) * max_rate
+    labels = torch.empty(batch, 0, dtype=torch.int64, device=device)
     inputs = labels
-    pyramid = quantizer.pyramid
-    prepared = prepare_codebook(quantizer.codebook)
-    for latent, bank, first, last in zip(
-        latents, quantizer.banks(), (0, *pyramid.steps), pyramid.steps, strict=False
-    ):
+    pyramid, banks = quantizer.pyramid, quantizer.banks()
+    steps = pyramid.steps
+    if not hierarchical:
+        banks, steps = banks[-1:], steps[-1:]
+    prepared = quantizer.prepared()
+    for latent, bank, first, last in zip(latents, banks, (0, *steps), steps, strict=False):
         for step in range(first, last):
             scales = pyramid.scales[: step + 1]
             found = bank.quantize(latent.float(), scales, replay=inputs, prepared=prepared)
             indices = found.indices[:, inputs.shape[1] :]
-            wrong = torch.rand(indices.shape, generator=generator) < rate
-            choice = torch.randint(neighbours.shape[1], indices.shape, generator=generator)
-            swapped = neighbours[indices, choice.to(indices.device)]
+            length = indices.shape[1]
+            wrong = draw.uniform(f"mistakes/{step}", length) < rate
+            choice = draw.integers(f"mistakes/code/{step}", neighbours.shape[1], length)
             labels = torch.cat([labels, indices], 1)
-            inputs = torch.cat([inputs, torch.where(wrong.to(indices.device), swapped, indices)], 1)
+            inputs = torch.cat([inputs, torch.where(wrong, neighbours[indices, choice], indices)], 1)
     return labels, inputs

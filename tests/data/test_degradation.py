@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from hitsr_fast.data import degradation
 from hitsr_fast.data.blur_kernels import gaussian_kernel
 from hitsr_fast.data.degradation import CLEAN_BILINEAR, DEGRADED, clean_pair, degrade, lr_pair
 from hitsr_fast.data.degradation_config import REAL_ESRGAN_X4PLUS, VARSR, DegradationConfig, OrderConfig
+from hitsr_fast.data.ragged import blur
 from tests.tolerances import TOLERANCES
 
 
@@ -26,6 +28,38 @@ def photos(count: int, height: int = 48, width: int = 64) -> Tensor:
 
 def on_8_bit_grid(image: Tensor) -> bool:
     return torch.equal((image * 255).round() / 255, image)
+
+
+# Three images of 4 x 4, uint8, as `degrade(photos(3, 16, 16), 5)` made them when images were done one by one.
+MADE_BEFORE = (
+    "6c5e7ba975515176453333460e22353a5f5780b87e606d9b7b6f7b985f7999a7685873a07d59577a6955536540536568"
+    "1b322a33324241474247535542385854b4c9bdc2a4b3adaf6669726f3427433bb9d3d4e5b7ccd3e2979fb4be79729a9f"
+    "91835744a29366509b8a5940927e492b173663783e5c8a9e6180adc36987b5cb2c373c383c464b46313a3d391922241d"
+)
+
+
+def in_one_canvas(hr: Tensor, seed: int, config: DegradationConfig = REAL_ESRGAN_X4PLUS) -> Tensor:
+    """`degrade` as a GPU does it."""
+    size = (hr.shape[-2], hr.shape[-1])
+    streams = [np.random.default_rng((seed, i, 0)) for i in range(len(hr))]
+    plans = [degradation._plan(size, (size[0] // 4, size[1] // 4), config, rng) for rng in streams]
+    return degradation._carry_out(hr, plans)
+
+
+@pytest.mark.parametrize("way", [degrade, in_one_canvas])
+def test_the_images_of_a_seed_stay(way: Callable[[Tensor, int], Tensor]) -> None:
+    before = torch.frombuffer(bytearray.fromhex(MADE_BEFORE), dtype=torch.uint8).view(3, 3, 4, 4) / 255
+    difference = (way(photos(3, 16, 16), 5) - before).abs().mean((1, 2, 3))
+    assert (difference <= TOLERANCES["jpeg_mean"].atol).all()
+
+
+@pytest.mark.parametrize("config", [REAL_ESRGAN_X4PLUS, VARSR])
+def test_a_batch_in_one_canvas_is_its_images(config: DegradationConfig) -> None:
+    hr = photos(12, 64, 48)
+    for seed in range(3):
+        one_by_one = degrade(hr, seed, config=config)
+        difference = (in_one_canvas(hr, seed, config) - one_by_one).abs().mean((1, 2, 3))
+        assert (difference <= TOLERANCES["jpeg_mean"].atol).all()
 
 
 @pytest.mark.parametrize("config", [REAL_ESRGAN_X4PLUS, VARSR])
@@ -113,7 +147,7 @@ def test_class_share_and_images() -> None:
 
 
 def test_class_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(degradation, "degrade", lambda hr, *args, **kwargs: clean_pair(hr, kwargs["scale"]))
+    monkeypatch.setattr(degradation, "_degrade", lambda hr, keys, config, scale: clean_pair(hr, scale))
     _, class_id = lr_pair(torch.zeros(2000, 3, 4, 4), 0, clean_prob=0.25)
     share = (class_id == CLEAN_BILINEAR).float().mean().item()
     assert abs(share - 0.25) <= TOLERANCES["share_of_2000"].atol
@@ -190,7 +224,8 @@ def noise_of(order: OrderConfig, level: float, repeats: int = 4) -> Tensor:
     """Noise that is added to a flat grey image, in 8-bit levels: `(repeats, 3, 100, 100)`."""
     grey = torch.full((1, 3, 100, 100), level)
     rng = np.random.default_rng(0)
-    return torch.cat([degradation._add_noise(grey, order, rng) - grey for _ in range(repeats)]) * 255
+    noises = [degradation._random_noise((100, 100), order, rng) for _ in range(repeats)]
+    return torch.cat([degradation._add_noise(grey, [(100, 100)], [noise]) - grey for noise in noises]) * 255
 
 
 def test_gaussian_noise() -> None:
@@ -215,7 +250,7 @@ def test_poisson_noise_has_poisson_moments(mean: int) -> None:
     level = round(mean / 256 * 255) / 255
     image = torch.full((1, 3, 200, 200), level)
     image[:, :, :1] = (torch.arange(200) / 255).round(decimals=6)
-    noise = degradation._poisson_noise(image, torch.randn(1, 3, 200, 200))[:, :, 1:] * 256
+    noise = degradation._poisson_noise(image, torch.randn(1, 3, 200, 200), [(200, 200)])[:, :, 1:] * 256
     count = noise + level * 256
     counts = np.random.default_rng(0).poisson(level * 256, 10**5)
     tolerance = TOLERANCES["noise_moments"]._asdict()
@@ -227,7 +262,7 @@ def test_poisson_noise_has_poisson_moments(mean: int) -> None:
 
 
 def test_poisson_noise_leaves_black_alone() -> None:
-    noise = degradation._poisson_noise(torch.zeros(1, 3, 8, 8), torch.randn(1, 3, 8, 8))
+    noise = degradation._poisson_noise(torch.zeros(1, 3, 8, 8), torch.randn(1, 3, 8, 8), [(8, 8)])
     assert not noise.any()
 
 
@@ -239,7 +274,7 @@ def test_blur_is_a_mirrored_convolution(height: int, width: int, size: int) -> N
     expected = torch.nn.functional.conv2d(torch.from_numpy(padded)[:, None], kernel[None, None]).transpose(
         0, 1
     )
-    actual = degradation._blur(image, kernel)
+    actual = blur(image, [(height, width)], [kernel])
     torch.testing.assert_close(actual, expected, **TOLERANCES["float64_reordered"]._asdict())
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from hitsr_fast.data.folder import DEFAULT_HOLDOUT, PhotoFolder, photo_names, round_trip_psnr, split
+from hitsr_fast.data.folder import (
+    DEFAULT_HOLDOUT,
+    SHOWN,
+    NoPhotosError,
+    PhotoFolder,
+    photo_names,
+    round_trip_psnr,
+    split,
+)
 
 
 def save(path: Path, pixels: np.ndarray) -> None:
@@ -118,18 +125,38 @@ def test_round_trip_psnr_orders_by_detail() -> None:
     assert round_trip_psnr(np.full((64, 64, 3), 9, np.uint8)) == float("inf")
 
 
-def test_junk_is_left_out_with_a_warning_that_names_it(folder: Path) -> None:
+def test_junk_is_left_out_with_its_reason(folder: Path) -> None:
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff not a photo")
     (folder / "truncated.png").write_bytes((folder / "b.png").read_bytes()[:-500])
     (folder / "empty.png").touch()
     save(folder / "tiny.png", sharp(8, 100))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        photos = PhotoFolder(folder, 32)
-    messages = [str(warning.message) for warning in caught]
-    assert photos.names == ["b.png", "sub/a.png"]
-    for name in ("broken.jpg", "truncated.png", "empty.png", "tiny.png"):
-        assert sum(name in message for message in messages) == 1, (name, messages)
+    photos = PhotoFolder(folder, 32, length=40)
+    at_once = {str(folder / name) for name in ("broken.jpg", "empty.png", "tiny.png")}
+    assert set(photos.skipped) == at_once
+    crops = [photos[i] for i in range(40)]
+    assert set(photos.skipped) == at_once | {str(folder / "truncated.png")}
+    assert photos.skipped[str(folder / "tiny.png")] == "100 x 8 is smaller than a crop of 32"
+    assert "truncated" in photos.skipped[str(folder / "truncated.png")]
+    again = PhotoFolder(folder, 32, length=40)
+    assert all(torch.equal(again[i], crops[i]) for i in reversed(range(40)))
+
+
+def test_all_photos_break_when_they_are_decoded(folder: Path) -> None:
+    for name in ("b.png", "sub/a.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-500])
+    photos = PhotoFolder(folder, 32)
+    with pytest.raises(NoPhotosError, match=r"found none among 2.*\.png: broken"):
+        photos[0]
+
+
+def test_a_folder_larger_than_memory(folder: Path) -> None:
+    """Photos that are not held are decoded again, with the same crops."""
+    whole = PhotoFolder(folder, 32, length=20)
+    tight = PhotoFolder(folder, 32, length=20, memory=64 * 80 * 3)
+    for i in range(20):
+        assert torch.equal(tight[i], whole[i])
+        assert tight._crops._held <= 64 * 80 * 3
+    assert whole._crops._held == (64 * 80 + 48 * 48) * 3
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:
@@ -157,8 +184,8 @@ def test_cache_gives_the_same_crops_and_follows_changes(
     save(folder / "b.png", 255 - sharp(70, 80))
     changed = PhotoFolder(folder, 32, length=4, cache=cache)
     assert all(torch.equal(changed[i], PhotoFolder(folder, 32, length=4)[i]) for i in range(4))
-    with pytest.warns(UserWarning, match=r"gone\.png"):
-        PhotoFolder(folder, 32, names=["b.png", "gone.png"], cache=cache)
+    gone = PhotoFolder(folder, 32, names=["b.png", "gone.png"], cache=cache)
+    assert gone.skipped == {str(folder / "gone.png"): "No such file or directory"}
 
 
 def test_split_is_by_photo() -> None:
@@ -167,16 +194,26 @@ def test_split_is_by_photo() -> None:
     assert train == ["lxqt-themes__fog.jpg"]
     assert held_out == ["x/lxqt-themes__flowers.jpg", "mate-backgrounds__dune.jpg"]
     assert split(names, ["lxqt-themes__fog"])[1] == ["lxqt-themes__fog.jpg"]
-    with pytest.raises(ValueError, match="holdout"):
+
+
+def test_split_of_ones_own_photos() -> None:
+    names = [f"{number:02}.jpg" for number in range(40)]
+    assert split(names)[1] == ["00.jpg", "16.jpg", "32.jpg"]
+    assert split(["b.jpg", "a.jpg"]) == (["b.jpg"], ["a.jpg"])
+    with pytest.raises(NoPhotosError, match="at least two"):
         split(["mine.jpg"])
+    with pytest.raises(NoPhotosError, match=r"--data\.holdout 00, found none of beach, sea$"):
+        split(names, ("sea", "beach"))
+    with pytest.raises(NoPhotosError, match=r"--data\.holdout b, found all 2 held out"):
+        split(["b.jpg", "a.jpg"], ("a", "b"))
 
 
 def test_default_holdout_names_photos_that_are_fetched() -> None:
     from hitsr_fast.data.debian_photos import PACKAGES
 
     fetched = {f"{package.name}__{photo.name}" for package in PACKAGES for photo in package.photos}
-    assert len(set(DEFAULT_HOLDOUT)) == 12
-    assert set(DEFAULT_HOLDOUT) <= fetched
+    assert len(set(DEFAULT_HOLDOUT) - set(SHOWN)) == 12
+    assert set(DEFAULT_HOLDOUT) - set(SHOWN) <= fetched
 
 
 def test_bad_arguments(folder: Path) -> None:

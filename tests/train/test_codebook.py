@@ -11,8 +11,9 @@ from hitsr_fast.models.hit_var.tokenizer import quantizer_of
 from hitsr_fast.nn import ResidualQuantizer
 from hitsr_fast.ops import nearest_code, residual_decode
 from hitsr_fast.train.codebook import fill_codebook
+from hitsr_fast.train.draw import Draw
 from hitsr_fast.train.self_correction import code_neighbours, tokenize_with_mistakes
-from hitsr_fast.train.transformer import init_head
+from hitsr_fast.train.tasks.next_scale import init_head
 from tests.models.micro import MICRO, micro_model
 from tests.tolerances import TOLERANCES
 
@@ -30,6 +31,10 @@ def random_latents(batch: int, seed: int = 0) -> list[Tensor]:
         + 0.3 * torch.randn(batch, CONFIG.code_dim, size, size, generator=generator)
         for size in CONFIG.target_sizes
     ]
+
+
+def draw_of(samples: int) -> Draw:
+    return Draw(0, "phase", torch.arange(samples), "cpu")
 
 
 @torch.no_grad()
@@ -75,6 +80,20 @@ def test_fill_codebook_repeats_with_its_seed() -> None:
     assert not torch.equal(books[0], books[2])
 
 
+def test_a_plain_codebook_fits_the_last_target_alone() -> None:
+    """Its error there is that of VAR's tokens, which owe nothing to smaller images, and lower."""
+    errors = []
+    for hierarchical in (True, False):
+        quantizer = quantizer_of(CONFIG)
+        latents = random_latents(32)
+        given = latents if hierarchical else latents[-1:]
+        fill_codebook(quantizer, given, hierarchical=hierarchical)
+        with torch.no_grad():
+            found = quantizer.quantize(latents[-1]).reconstruction
+        errors.append(float((found - latents[-1]).square().mean()))
+    assert errors[1] < errors[0]
+
+
 def test_more_rounds_fit_better() -> None:
     """Later rounds know the residuals that the codes of earlier scales really leave."""
     errors = []
@@ -113,7 +132,7 @@ def test_no_mistakes_is_plain_tokenizing() -> None:
     quantizer = micro_model().tokenizer.quantize
     latents = random_latents(3)
     labels, tokens = tokenize_with_mistakes(
-        quantizer, latents, code_neighbours(quantizer.codebook, 5), 0.0, torch.Generator()
+        quantizer, latents, code_neighbours(quantizer.codebook, 5), 0.0, draw_of(3)
     )
     assert torch.equal(labels, tokens)
     assert torch.equal(labels, quantizer.tokenize(latents).indices)
@@ -125,8 +144,7 @@ def test_labels_mend_the_mistakes() -> None:
     quantizer = micro_model().tokenizer.quantize
     latents = random_latents(3)
     neighbours = code_neighbours(quantizer.codebook, 5)
-    generator = torch.Generator().manual_seed(0)
-    labels, tokens = tokenize_with_mistakes(quantizer, latents, neighbours, 0.6, generator)
+    labels, tokens = tokenize_with_mistakes(quantizer, latents, neighbours, 0.6, draw_of(3))
     assert labels.shape == tokens.shape == (3, CONFIG.pyramid.num_tokens)
     wrong = labels != tokens
     assert 0.05 < wrong.float().mean() < 0.6
@@ -150,8 +168,7 @@ def test_mistakes_come_at_the_drawn_rate() -> None:
     quantizer = micro_model().tokenizer.quantize
     latents = [latent[:1].expand(200, -1, -1, -1) for latent in random_latents(1)]
     neighbours = code_neighbours(quantizer.codebook, 5)
-    generator = torch.Generator().manual_seed(0)
-    labels, tokens = tokenize_with_mistakes(quantizer, latents, neighbours, 0.4, generator)
+    labels, tokens = tokenize_with_mistakes(quantizer, latents, neighbours, 0.4, draw_of(200))
     rates = (labels != tokens).float().mean(1)
     assert rates.mean().item() == pytest.approx(0.2, abs=0.03)
     assert rates.min() < 0.05 and 0.33 < rates.max() < 0.55
