@@ -10,7 +10,6 @@ from pathlib import Path
 from benchmarks._harness import AuditPlan, C
 from tests.kernels.aot import TARGETS, Kernel, compile_launches
 
-_EXPONENTIALS = 16  # that a unit starts in each clock, on all chips below
 _RESERVED_SHARED = 1024  # bytes that CUDA keeps for itself in each program, compute capability 8.0 and later
 
 
@@ -27,6 +26,7 @@ class Chip:
         registers: 32-bit, of a unit; split among four schedulers.
         shared_kib: of a unit.
         warps: that a unit can hold.
+        exponentials: that a unit starts in each clock.
     """
 
     name: str
@@ -37,14 +37,19 @@ class Chip:
     registers: int
     shared_kib: int
     warps: int
+    exponentials: int = 16
 
 
 CHIPS: Mapping[str, Chip] = {
     "sm_80": Chip("A100 SXM", 108, 128, 1.41, 312, 65536, 164, 64),
+    "sm_86": Chip("RTX 3090", 82, 128, 1.70, 71, 65536, 100, 48),
     "sm_89": Chip("RTX 4090", 128, 128, 2.52, 165, 65536, 100, 48),
     "sm_90": Chip("H100 SXM", 132, 128, 1.83, 989, 65536, 228, 64),
     "sm_100": Chip("B200", 148, 128, 1.85, 2250, 65536, 228, 64),
+    "sm_103": Chip("B300", 148, 128, 1.92, 2250, 65536, 228, 64, exponentials=32),
+    "sm_120": Chip("RTX 5090", 170, 128, 2.41, 210, 65536, 100, 48),
     "gfx942": Chip("MI300X", 304, 64, 2.1, 1307, 131072, 64, 32),
+    "gfx950": Chip("MI355X", 256, 64, 2.4, 2517, 131072, 160, 32),
 }
 
 
@@ -108,7 +113,7 @@ def _finding(plan: AuditPlan[C], case: C, target: str, kernel: Kernel, warp: int
         per_score = len(found[0]) * kernel.threads / loop.per_turn(case, target)
         clocks = chip.units * chip.gigahertz * 1e9
         issue = loop.scores(case) * per_score / (clocks * chip.lanes)
-        exponentials = loop.scores(case) * loop.exponentials / (clocks * _EXPONENTIALS)
+        exponentials = loop.scores(case) * loop.exponentials / (clocks * chip.exponentials)
         products = loop.tensor_flops(case) / (chip.teraflops * 1e12)
         floor_ms = max(issue, exponentials, products) * 1e3
     return Finding(

@@ -123,7 +123,7 @@ def sample_codes(logits: Tensor) -> Implementations:
     """Greedy."""
     return Implementations(
         lambda: logits.argmax(-1),
-        _private("sample_codes", logits, None, None, 0.0, 1, -1, 1.0),
+        _private("sample_codes", logits, None, None, 1.0, 0.0, 1.0, 1, 0),
         lambda: ops.sample_codes(logits, top_k=1),
     )
 
@@ -143,6 +143,41 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Implementations:
         lambda: residual(x, y, gate),
         _private("gated_residual", x, y, gate),
         lambda: ops.gated_residual(x, y, gate),
+    )
+
+
+@_small((1, _ROWS, _HIT.width), (1, _ROWS, _HIT.width), (1, _HIT.width), (1, _HIT.width), (1, _HIT.width))
+def gated_residual_norm(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> Implementations:
+    """The eager lines give the norm last, as the op does; what is compared is the sum."""
+
+    def eager() -> Tensor:
+        total = residual(x, y, gate)
+        norm(total, scale, shift)
+        return total
+
+    return Implementations(
+        eager,
+        _private("gated_residual_norm", x, y, gate, scale, shift, 1e-6, x.dtype),
+        lambda: ops.gated_residual_norm(x, y, gate, scale, shift),
+    )
+
+
+@_small((_ROWS, _HIT.width), (64, _HIT.width), (64,))
+def preference_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor) -> Implementations:
+    """What is compared is the loss."""
+    target = torch.arange(_ROWS, device=hidden.device)
+    rejected = target.flip(0)
+
+    def eager() -> Tensor:
+        logits = F.linear(hidden, weight, bias)
+        chosen, refused = (logits.gather(1, tokens[:, None]) for tokens in (target, rejected))
+        chosen.sub_(refused)
+        return F.cross_entropy(logits, target, reduction="none")
+
+    return Implementations(
+        eager,
+        _private("preference_cross_entropy", hidden, weight, bias, target, rejected, 0.0, False),
+        lambda: ops.preference_cross_entropy(hidden, weight, bias, target, rejected),
     )
 
 

@@ -24,7 +24,6 @@ from hitsr_fast.models import HitUpscaler, HitVar
 from hitsr_fast.models.base import INPUTS, Input
 from hitsr_fast.models.hit_var.config import PRESETS
 from hitsr_fast.nn.sampling import SamplingOptions
-from hitsr_fast.ops import modulated_layer_norm
 from hitsr_fast.pipeline import HitSR
 from hitsr_fast.reference import hit_sampler as reference
 
@@ -215,9 +214,9 @@ def _our_scale(upscaler: HitUpscaler, case: GenerateCase, inputs: Inputs) -> Cal
 
     def call() -> Sequence[Tensor]:
         with torch.no_grad():
-            rows = sampler.body(x, sampler.modulation[:, :, _classes(x)], cache, start)
-            rows = rows[:, -sampler.pyramid.lengths[case.step] :]
-            rows = modulated_layer_norm(rows, *sampler.head_modulation[:, _classes(x)].unbind())
+            stream = sampler.body(x, sampler.modulation[:, :, _classes(x)], cache, start)
+            last = stream.last(len(x), sampler.pyramid.lengths[case.step])
+            _, rows = last.normed(*sampler.head_modulation[:, _classes(x)].unbind())
             logits = sampler.classifier.logits(rows)
             plan.draw(logits.flatten(0, 1)[None], None, 0)
             return (logits,)

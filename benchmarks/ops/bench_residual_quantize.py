@@ -25,9 +25,9 @@ from hitsr_fast.ops import (
     tokenize_pyramid,
 )
 from hitsr_fast.ops import residual_quantize_triton as triton
-from hitsr_fast.ops.nearest_code_triton import padded_channels
+from hitsr_fast.ops.packed_codebook import padded_channels
 
-Task = Literal["encode", "pyramid", "decode", "steps", "train"]
+Task = Literal["encode", "pyramid", "decode", "steps", "train", "backward", "backward-each"]
 
 PHIS, RATIO = 4, 0.5
 USED_OPS: dict[Task, tuple[str, ...]] = {
@@ -36,7 +36,10 @@ USED_OPS: dict[Task, tuple[str, ...]] = {
     "decode": ("residual_decode",),
     "steps": ("residual_step",),
     "train": ("residual_quantize", "residual_decode_backward"),
+    "backward": ("residual_decode_backward",),
+    "backward-each": ("residual_decode_backward",),
 }
+BACKWARD = ("backward", "backward-each")
 
 
 class Result(NamedTuple):
@@ -61,7 +64,9 @@ class QuantizerCase(Case):
     Attributes:
         task: encode: one latent over all scales. pyramid: HIT-VAR's three targets. decode: indices to the
             reconstruction. steps: the sampler's steps, each giving the next one's input. train: the pyramid,
-            the loss of HIT-VAR's tokenizer training, and its gradients.
+            the loss of HIT-VAR's tokenizer training, and its gradients. backward: given the gradient of
+            decode's reconstruction, those of codebook and phi. backward-each: given those of the
+            reconstructions after each scale, as in training the quantizer by itself.
     """
 
     task: Task
@@ -98,27 +103,34 @@ class QuantizerCase(Case):
 
     @property
     def flops(self) -> int:
-        search = 2 * self.K * self.C * sum(self.lengths) if self.task not in ("decode", "steps") else 0
+        searched = self.task in ("encode", "pyramid", "train")
+        search = 2 * self.K * self.C * sum(self.lengths) if searched else 0
         convolutions = 0
         for size, steps in zip(self.target_sizes, self.target_steps, strict=True):
-            # Backward, each phi costs two convolutions, however many scales share it.
-            backward = 2 * len(set(self.phi_index[:steps])) if self.task == "train" else 0
-            convolutions += (steps + backward) * 18 * self.C**2 * size**2
+            # Backward, each phi costs two convolutions, however many scales share it, if one gradient does.
+            phis = steps if self.task == "backward-each" else len(set(self.phi_index[:steps]))
+            forward = 0 if self.task in BACKWARD else steps
+            backward = 2 * phis if self.task in ("train", *BACKWARD) else 0
+            convolutions += (forward + backward) * 18 * self.C**2 * size**2
         return self.B * (search + convolutions)
 
     def unavailable(self, device: torch.device) -> str | None:
         return "too large for a CPU" if self.B > 16 and device.type == "cpu" else None
 
     def inputs(self, device: torch.device) -> Inputs:
-        """Codebook, phi_weight and phi_bias; then indices for those that decode, or a latent a target."""
+        """Codebook, phi_weight and phi_bias; then a latent a target, or indices, and gradients `(S, ...)`."""
         torch.backends.cudnn.allow_tf32 = False  # or phi would not be computed in float32
         generator = torch.Generator().manual_seed(0)
         bank = _hit_tiny_bank() if self.model == "hit-tiny" else _random_bank(self.K, self.C, generator)
         indices = torch.randint(self.K, (self.B, sum(self.lengths)), generator=generator)
         if self.task in ("decode", "steps"):
             return tuple(tensor.to(device) for tensor in (*bank, indices))
-        scales = [side for side in self.sides for _ in range(2)]
         side = self.sides[-1]
+        if self.task in BACKWARD:
+            maps = len(self.sides) if self.task == "backward-each" else 1
+            grads = torch.randn(maps, self.B, self.C, side, side, generator=generator)
+            return tuple(tensor.to(device) for tensor in (*bank, indices, grads))
+        scales = [side for side in self.sides for _ in range(2)]
         decoded = torch.ops.hitsr_fast.residual_decode(
             indices[:1], *bank, scales, self.phi_index, [side, side], RATIO, False, False
         )[0]
@@ -233,6 +245,14 @@ def eager_call(
             return found._replace(gradients=torch.autograd.grad(_loss(found.maps, given), parameters))
 
         return train
+    if case.task in BACKWARD:
+        parameters = list(eager.parameters())
+        with torch.enable_grad():
+            codes = given[0].split(case.lengths, dim=1)
+            code_maps = [eager.lookup(found, size) for found, size in zip(codes, sizes, strict=True)]
+            maps = eager.decode(code_maps, every_map=case.task == "backward-each")
+        grads = list(given[1])
+        return lambda: Result(None, list(torch.autograd.grad(maps, parameters, grads, retain_graph=True)))
     run = wrap({"encode": encode, "pyramid": pyramid, "decode": decode}[case.task])
     return torch.no_grad()(lambda: run(*given))
 
@@ -270,7 +290,11 @@ def graphed_call(case: QuantizerCase, inputs: Inputs) -> Call:
 def _no_graphs(case: QuantizerCase, inputs: Inputs) -> str | None:
     if inputs[0].device.type != "cuda":
         return f"CUDA graphs need a CUDA device, found {inputs[0].device.type}"
-    return "a backward pass is not captured here" if case.task == "train" else None
+    return "a backward pass is not captured here" if case.task in ("train", *BACKWARD) else None
+
+
+def _not_compiled(case: QuantizerCase, inputs: Inputs) -> str | None:
+    return "a backward pass alone is not compiled here" if case.task in BACKWARD else missing_compiler()
 
 
 # --- the ops
@@ -327,8 +351,16 @@ def our_call(case: QuantizerCase, inputs: Inputs, *, prepare: bool = False) -> C
         found = pyramid()
         return found._replace(gradients=torch.autograd.grad(_loss(found.maps, given), bank))
 
+    def backward() -> Result:
+        indices, grads = given
+        each = case.task == "backward-each"
+        grad = torch.zeros_like(grads[0]) if each else grads[0]  # as autograd hands them over
+        scales = [side for side in sides for _ in range(2)]
+        arguments = (grad, grads if each else grads[:0], indices, *bank[:2], scales, phi_index, RATIO)
+        return Result(None, list(torch.ops.hitsr_fast.residual_decode_backward(*arguments)))
+
     tasks = {"encode": encode, "pyramid": pyramid, "decode": decode, "steps": steps, "train": train}
-    task = tasks[case.task]
+    task = tasks.get(case.task, backward)
 
     def call() -> Result:
         with torch.set_grad_enabled(case.task == "train"):
@@ -341,6 +373,15 @@ def _cannot_prepare(case: QuantizerCase, inputs: Inputs) -> str | None:
     if case.task in ("encode", "pyramid"):
         return None
     return "each step changes the codebook" if case.task == "train" else "no codebook is searched"
+
+
+def _one_set(isa: str) -> Provider[QuantizerCase]:
+    """Instruction sets are compared where the kernels are this op's own: the search is `nearest_code`'s."""
+
+    def unavailable(case: QuantizerCase, inputs: Inputs) -> str | None:
+        return None if case.task in BACKWARD else "only the gradient is timed on each instruction set"
+
+    return ours("cpu", our_call, _op_arguments, isa=isa, unavailable=unavailable)
 
 
 def _prepared(backend: str) -> Provider[QuantizerCase]:
@@ -383,9 +424,10 @@ BENCHMARK = Benchmark(
     op="residual_quantize",
     providers=(
         Provider("eager", eager_call),
-        Provider("torch.compile", compiled_call, missing_compiler),
+        Provider("torch.compile", compiled_call, _not_compiled),
         Provider("eager:cuda-graph", graphed_call, _no_graphs),
         *our_backends(our_call, _op_arguments, ("reference", "cpu", "triton", "cuda", None)),
+        *(_one_set(isa) for isa in ("avx2", "portable")),
         *(_prepared(backend) for backend in ("cpu", "triton", "cuda")),
     ),
     cases=(
@@ -394,6 +436,7 @@ BENCHMARK = Benchmark(
         QuantizerCase("decode", 16),
         QuantizerCase("steps", 1),
         QuantizerCase("train", 16, model="hit-tiny"),
+        *(QuantizerCase(task, B) for task in BACKWARD for B in (1, 4, 16)),
     ),
     quick=tuple(QuantizerCase(task, 2, MODELS["toy"].K, MODELS["toy"].C, "toy") for task in USED_OPS),
     audit=AuditPlan(

@@ -116,7 +116,7 @@ def _our_call(case: SamplingCase, inputs: Inputs) -> Call:
 
 def _ops(case: SamplingCase, inputs: Inputs) -> list[OpCall]:
     state = torch.zeros(2, dtype=torch.int64, device=inputs[0].device)
-    return [("sample_codes", (inputs[0], None, state, 0.0, case.top_k, case.top_p, 1.0))]
+    return [("sample_codes", (inputs[0], None, state, 0.0, case.top_k, case.top_p, 1.0, None))]
 
 
 def _launch(case: SamplingCase) -> None:
@@ -129,6 +129,7 @@ def _launch(case: SamplingCase) -> None:
         case.top_k,
         case.top_p,
         1.0,
+        None,
     )
 
 
