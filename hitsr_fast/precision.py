@@ -1,4 +1,4 @@
-"""What products and convolutions compute in: float32 as it is written where that is asked for, and autocast's."""
+"""What products and convolutions compute in: exact float32 where it is asked for, and autocast's dtype."""
 
 from __future__ import annotations
 
