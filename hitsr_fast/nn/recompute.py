@@ -78,7 +78,8 @@ def gated_linear(
     Args:
         x: `(B, L, O)`.
         gate: `(B, O)`.
-        prepare, inputs, weight, bias: of `linear_of`, which gives `(B, L, O)`.
+        prepare, inputs, weight, bias: of `linear_of`, which gives `(B, L, O)`; of inputs `(B, L, ...)`, each
+            row by itself.
 
     Notes:
         With P the product of the transposed gradient and the prepared rows, of an image, the gradient in the
@@ -139,17 +140,18 @@ class _GatedLinear(torch.autograd.Function):
         weight, bias, gate, *inputs = ctx.saved_tensors
         wide = torch.promote_types(ctx.dtype, torch.float32)
         grad_weight, grad_bias = (torch.zeros_like(t, dtype=wide) for t in (weight, bias))
-        grad_gate = torch.empty_like(gate)
+        grad_gate = torch.zeros_like(gate)
         grads = _places(inputs, ctx.needs_input_grad[5:])
         with use_backend(ctx.forced):
-            for piece, gates, to, remade in _pieces(ctx.prepare, inputs, grads, grad, gate, grad_gate):
+            parts = _pieces(ctx.prepare, inputs, grads, grad, gate, grad_gate, by_rows=len(grad) < _PIECES)
+            for piece, gates, to, remade in parts:
                 given, factor = piece.to(ctx.dtype), gates.to(wide)
                 products = (given.mT @ remade.rows.to(ctx.dtype)).to(wide)
                 sums = given.sum(1, dtype=wide)
                 for of_image, product in zip(factor, products, strict=True):
                     grad_weight.addcmul_(of_image[:, None], product)
                 grad_bias += (factor * sums).sum(0)
-                to.copy_((products * weight).sum(2) + sums * bias)
+                to += (products * weight).sum(2) + sums * bias
                 scaled = given * gates.to(ctx.dtype)[:, None]
                 remade.pass_on(lambda scaled=scaled: scaled @ weight.to(scaled.dtype))
         return None, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), grad, grad_gate, *grads
@@ -186,11 +188,20 @@ def _pieces(
     inputs: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     *others: Tensor,
+    by_rows: bool = False,
 ) -> Iterator[tuple[Any, ...]]:
-    """Some images of `others`, and of the inputs what is made again, which is never there for all images."""
-    for number, pieces in enumerate(zip(*(t.chunk(_PIECES) for t in others), strict=True)):
-        given = [t.chunk(_PIECES)[number] for t in inputs]
-        to = [None if t is None else t.chunk(_PIECES)[number] for t in grads]
+    """A piece of each of `others`, and of the inputs what is made again, which is never there as a whole.
+
+    A piece is some images, or by rows some rows of all of them; what has no rows is then given as it is.
+    """
+    count = len(others[0].chunk(_PIECES, int(by_rows)))
+
+    def cut(t: Tensor) -> Sequence[Tensor]:
+        return t.chunk(_PIECES, int(by_rows)) if t.dim() > 2 or not by_rows else [t] * count
+
+    for number, pieces in enumerate(zip(*map(cut, others), strict=True)):
+        given = [cut(t)[number] for t in inputs]
+        to = [None if t is None else cut(t)[number] for t in grads]
         yield *pieces, _Remade(prepare, given, to)
 
 
