@@ -97,7 +97,8 @@ def niqe(images: Tensor, border: int = 0) -> Tensor:
             f"images: expected two whole blocks of 96 x 96 px within the border, found {size} px"
         )
     parameters = _parameters(SOURCE.path, images.device)
-    planes = luma(inside[..., : rows * BLOCK, : columns * BLOCK]).float().round()
+    # A level in between, as one pixel in 85,000 has, goes where basicsr's roundings send it.
+    planes = ((luma(inside[..., : rows * BLOCK, : columns * BLOCK]) / 255).float() * 255).round()
     return torch.stack([_niqe(plane, parameters) for plane in planes])
 
 
@@ -111,7 +112,7 @@ def _niqe(plane: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
     features = []
     for block in (BLOCK, BLOCK // 2):
         if block < BLOCK:
-            plane = (imresize(plane.double() / 255, 0.5).float() * 255).contiguous()
+            plane = (imresize((plane / 255).double(), 0.5).float() * 255).contiguous()
         normalized = _normalize(plane, parameters["window"])
         blocks = functional.unfold(normalized[None], block, stride=block)[0].T.unflatten(1, (block, block))
         features.append(_features(blocks))
@@ -139,26 +140,24 @@ def _normalize(plane: Tensor, window: Tensor) -> Tensor:
 
 def _features(blocks: Tensor) -> Tensor:
     """Float64 `(N, 18)` of float32 blocks `(N, h, w)`."""
-    alpha, left, right = _fit(blocks)
+    alpha, left, right = fit_asymmetric(blocks)
     features = [alpha, (left + right) / 2]
     for shift in _SHIFTS:
-        alpha, left, right = _fit(blocks * blocks.roll(shift, dims=(1, 2)))
+        alpha, left, right = fit_asymmetric(blocks * blocks.roll(shift, dims=(1, 2)))
         mean = (right - left) * (torch.lgamma(2 / alpha) - torch.lgamma(1 / alpha)).exp()
         features += [alpha, mean, left, right]
     return torch.stack(features, dim=1)
 
 
-def _fit(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def fit_asymmetric(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Shape and both widths of an asymmetric generalized Gaussian for each block: equations 7 and 8."""
-    values = blocks.flatten(1).double()
-    squares = values.square()
+    values = blocks.flatten(1)
+    squares, everywhere = values.square(), torch.ones_like(values, dtype=torch.bool)
     # NaN where no value is on a side.
-    left, right = (
-        ((squares * side).sum(dim=1) / side.sum(dim=1)).sqrt() for side in (values < 0, values > 0)
-    )
+    left, right = (_mean(squares, side).sqrt() for side in (values < 0, values > 0))
     ratio = left / right
-    spread = values.abs().mean(dim=1).square() / squares.mean(dim=1)
-    wanted = spread * (ratio**3 + 1) * (ratio + 1) / (ratio.square() + 1).square()
+    spread = _mean(values.abs(), everywhere).square() / _mean(squares, everywhere)
+    wanted = (spread * (ratio**3 + 1) * (ratio + 1) / (ratio.square() + 1).square()).double()
     grid, spreads = _shapes(blocks.device)
     above = torch.searchsorted(spreads, wanted).clamp(1, len(grid) - 1)
     below = above - 1
@@ -167,6 +166,11 @@ def _fit(blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     alpha = grid[torch.where(wanted.isnan(), 0, nearest)]
     width = ((torch.lgamma(1 / alpha) - torch.lgamma(3 / alpha)) / 2).exp()
     return alpha, left * width, right * width
+
+
+def _mean(values: Tensor, chosen: Tensor) -> Tensor:
+    """Of the chosen values in each row, rounded to float32."""
+    return ((values.double() * chosen).sum(dim=1) / chosen.sum(dim=1)).float()
 
 
 @functools.lru_cache(maxsize=2)

@@ -22,7 +22,8 @@ def missing() -> str | None:
 
 
 @functools.lru_cache(maxsize=8)
-def _metric(name: str, device: torch.device) -> Any:
+def metric_of(name: str, device: torch.device) -> Any:
+    """A metric of pyiqa on a device, kept for the next call."""
     return importlib.import_module("pyiqa").create_metric(name, device=device)
 
 
@@ -45,6 +46,6 @@ def measure(name: str, images: Tensor, border: int = 0, *, min_side: int = 1) ->
     inside = inner_image("images", images, border=border, min_side=min_side).float()
     if reason := missing():
         raise ImportError(f"{name}: {reason}")
-    metric = _metric(name, images.device)
+    metric = metric_of(name, images.device)
     with torch.inference_mode():
         return torch.cat([metric(image).reshape(1) for image in inside.split(1)]).float()

@@ -63,7 +63,13 @@ def _dists(result: Tensor, truth: Tensor, border: int = 0) -> Tensor:
 def _of_folders(measure: Callable[..., float], results: Path, truths: Path | None) -> float:
     if truths is None:
         raise ValueError("truths: expected a folder of images to compare with, found None")
-    return measure(results, truths)
+    # One picture at a time: those of a set need not have one size.
+    return measure(results, truths, batch_size=1)
+
+
+def _of_sets(name: str, title: str, digits: int, measure: Callable[..., float]) -> Metric:
+    of_folders = functools.partial(_of_folders, measure)
+    return Metric(name, title, "set", False, digits, 1, of_folders, folders.missing)
 
 
 def _pair(name: str, title: str, digits: int, min_side: int, measure: Callable[..., Tensor]) -> Metric:
@@ -90,8 +96,8 @@ _ALL = (
     _learned("lpips_vgg", "LPIPS-VGG", "vgg"),
     Metric("dists", "DISTS", "full", False, 4, 1, _dists, missing_dists),
     Metric("niqe", "NIQE", "none", False, 4, NIQE_SIDE, niqe, NIQE_SOURCE.missing),
-    Metric("fid", "FID", "set", False, 2, 1, functools.partial(_of_folders, folders.fid), folders.missing),
-    Metric("kid", "KID", "set", False, 5, 1, functools.partial(_of_folders, folders.kid), folders.missing),
+    _of_sets("fid", "FID", 2, folders.fid),
+    _of_sets("kid", "KID", 5, folders.kid),
     _by_pyiqa("musiq", "MUSIQ", 2, 1),
     _by_pyiqa("maniqa", "MANIQA", 4, 224),
     _by_pyiqa("clipiqa", "CLIP-IQA", 4, 1),
