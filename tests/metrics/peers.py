@@ -1,7 +1,7 @@
 """The metrics beside those of well-known libraries, on the ten pictures of the tests. Installs nothing.
 
-    python -m tests.metrics.peers table [PICTURE ...]   a table in Markdown: how far each library is from us
-    python -m tests.metrics.peers expected              writes tests/metrics/expected.json
+    python -m tests.metrics.peers table [METRIC ...] [PICTURE ...]   how far each library is from ours
+    python -m tests.metrics.peers expected                           writes tests/metrics/expected.json
 
 Needs torchvision and those of the libraries that are to be seen; what is missing is named. Of basicsr the
 unpacked source package on PYTHONPATH is enough. Weights come from the cache, where `hitsr-fast weights lpips
@@ -248,6 +248,8 @@ def peers(weights: dict[str, Tensor]) -> list[Peer]:
         Peer("psnr_y", "basicsr", "calculate_psnr(crop_border=4, test_y_channel=True)",
              lambda: basicsr_pair("calculate_psnr", True, 4), 4),
         Peer("psnr_y", "pyiqa", "psnry", lambda: pyiqa_metric("psnry", weights)),
+        Peer("psnr_y", "pyiqa", "psnry(color_space='ycbcr')",
+             lambda: pyiqa_metric("psnry", weights, color_space="ycbcr")),
         Peer("psnr_rgb", "basicsr", "calculate_psnr(crop_border=4)",
              lambda: basicsr_pair("calculate_psnr", False, 4), 4),
         Peer("psnr_rgb", "scikit-image", "peak_signal_noise_ratio",
@@ -259,6 +261,8 @@ def peers(weights: dict[str, Tensor]) -> list[Peer]:
         Peer("ssim_y", "basicsr", "calculate_ssim(crop_border=4, test_y_channel=True)",
              lambda: basicsr_pair("calculate_ssim", True, 4), 4),
         Peer("ssim_y", "pyiqa", "ssim", lambda: pyiqa_metric("ssim", weights)),
+        Peer("ssim_y", "pyiqa", "ssim(color_space='ycbcr')",
+             lambda: pyiqa_metric("ssim", weights, color_space="ycbcr")),
         Peer("ssim_rgb", "basicsr", "calculate_ssim(crop_border=4)",
              lambda: basicsr_pair("calculate_ssim", False, 4), 4),
         Peer("ssim_rgb", "scikit-image", "structural_similarity, Gaussian, sigma 1.5, no sample covariance",
@@ -292,20 +296,25 @@ def peers(weights: dict[str, Tensor]) -> list[Peer]:
     return found
 
 
-def ours(peer: Peer, result: Tensor, truth: Tensor) -> float:
-    metric = METRICS[peer.metric]
-    images = (result, truth) if metric.kind == "full" else (result,)
-    value: Tensor = metric.measure(*images, peer.border)
-    return value.item()
-
-
-def largest_difference(peer: Peer, measure: Measure, pairs: Sequence[tuple[Tensor, Tensor]]) -> str:
-    """Over all pairs; a library that fails on a size that we take is said so."""
-    differences, refused = [], 0
+def ours(peer: Peer, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[float | None]:
+    """Of each pair; None where it is too small for us."""
+    metric, found = METRICS[peer.metric], []
     for result, truth in pairs:
+        images = (result, truth) if metric.kind == "full" else (result,)
         try:
-            value = ours(peer, result, truth)
-        except ValueError:  # too small for ours
+            found.append(metric.measure(*images, peer.border).item())
+        except ValueError:
+            found.append(None)
+    return found
+
+
+def largest_difference(
+    peer: Peer, measure: Measure, pairs: Sequence[tuple[Tensor, Tensor]], values: Sequence[float | None]
+) -> str:
+    """Over all pairs that we measure; how many of them the library refuses is said."""
+    differences, refused = [], 0
+    for (result, truth), value in zip(pairs, values, strict=True):
+        if value is None:
             continue
         try:
             with quiet():
@@ -314,41 +323,46 @@ def largest_difference(peer: Peer, measure: Measure, pairs: Sequence[tuple[Tenso
             print(f"{peer.library} {peer.call} on {tuple(result.shape)}: {error}", file=sys.stderr)
             refused += 1
     if not differences:
-        return "-" if not refused else "refused"
-    found = f"{max(differences):.1g}" if max(differences) > 0 else "0"
+        return "-" if not refused else "refuses all"
+    found = f"{max(differences):.1g}"
     return found if not refused else f"{found} (refuses {refused} of {len(differences) + refused})"
 
 
-def table(paths: Sequence[Path]) -> None:
+def table(names: Sequence[str], paths: Sequence[Path]) -> None:
     """Print how far each library is from us, in its own unit, at most over the pictures."""
-    whole = [
-        tuple(pictures.to_tensor(make(i)) for make in (pictures.spoiled, pictures.picture)) for i in range(10)
-    ]
-    corners = [
-        tuple(pictures.to_tensor(pictures.small(make(i), i)) for make in (pictures.spoiled, pictures.picture))
-        for i in range(10)
-    ]
+    whole = [(pictures.spoiled(i), pictures.picture(i)) for i in range(10)]
+    corners = [(pictures.small(a, i), pictures.small(b, i)) for i, (a, b) in enumerate(whole)]
     photos = []
     for path in paths:
         with Image.open(path) as opened:
             photo = opened.convert("RGB")
-        half = photo.resize((photo.width // 4, photo.height // 4), Image.Resampling.BICUBIC)
-        blurred = half.resize(photo.size, Image.Resampling.BICUBIC)
-        photos.append(tuple(pictures.to_tensor(np.asarray(image)) for image in (blurred, photo)))
+        quarter = photo.resize((photo.width // 4, photo.height // 4), Image.Resampling.BICUBIC)
+        blurred = quarter.resize(photo.size, Image.Resampling.BICUBIC)
+        photos.append((np.array(blurred), np.array(photo)))
+    sets = [
+        [(pictures.to_tensor(a), pictures.to_tensor(b)) for a, b in pairs]
+        for pairs in (whole, corners, photos)
+    ]
     weights = official()
     print("| metric | library | call | ten pictures | small ones | photographs |")
     print("| --- | --- | --- | --- | --- | --- |")
+    known: dict[tuple[str, int], list[list[float | None]]] = {}
     for peer in peers(weights):
+        if names and peer.metric not in names:
+            continue
         try:
             measure = peer.make()
         except ImportError as error:
             print(f"{peer.library}: {error}", file=sys.stderr)
             continue
-        columns = [largest_difference(peer, measure, pairs) for pairs in (whole, corners, photos)]
+        key = (peer.metric, peer.border)
+        known[key] = known.get(key) or [ours(peer, pairs) for pairs in sets]
+        columns = [largest_difference(peer, measure, *both) for both in zip(sets, known[key], strict=True)]
         version = "1.4.2" if peer.library == "basicsr" else importlib.metadata.version(peer.library)
         cells = (peer.metric, f"{peer.library} {version}", f"`{peer.call}`", *columns)
         print(f"| {' | '.join(cells)} |", flush=True)
-    fidelity()
+    if not names or {"fid", "kid"} & set(names):
+        fidelity()
 
 
 def fidelity() -> None:
@@ -424,6 +438,7 @@ if __name__ == "__main__":
         if sys.argv[1:2] == ["expected"]:
             expected()
         elif sys.argv[1:2] == ["table"]:
-            table([Path(argument) for argument in sys.argv[2:]])
+            names = [argument for argument in sys.argv[2:] if argument in METRICS]
+            table(names, [Path(argument) for argument in sys.argv[2:] if argument not in METRICS])
         else:
             sys.exit(__doc__)
