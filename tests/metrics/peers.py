@@ -47,6 +47,7 @@ class Peer(NamedTuple):
     call: str  # how the library is asked
     make: Callable[[], Measure]
     border: int = 0
+    of_truths: bool = False  # a metric of single pictures: of the truths, in place of the results
 
 
 def official() -> dict[str, Tensor]:
@@ -285,10 +286,15 @@ def peers(weights: dict[str, Tensor]) -> list[Peer]:
         Peer("dists", "torchmetrics", "DISTSNetwork()", lambda: torchmetrics_dists(weights)),
         Peer("dists", "piq", "DISTS()", lambda: piq_module("DISTS", weights)),
         Peer("dists", "pyiqa", "dists", lambda: pyiqa_metric("dists", weights)),
-        Peer("niqe", "basicsr", "calculate_niqe(crop_border=0)", lambda: basicsr_niqe(weights, 0)),
-        Peer("niqe", "basicsr", "calculate_niqe, its imresize in float64",
+        Peer("niqe", "basicsr", "calculate_niqe(crop_border=0), truths",
+             lambda: basicsr_niqe(weights, 0), 0, True),
+        Peer("niqe", "basicsr", "calculate_niqe(crop_border=4), truths",
+             lambda: basicsr_niqe(weights, 4), 4, True),
+        Peer("niqe", "basicsr", "calculate_niqe(crop_border=0), results", lambda: basicsr_niqe(weights, 0)),
+        Peer("niqe", "basicsr", "calculate_niqe(crop_border=0), truths, resize in float64",
+             lambda: basicsr_niqe(weights, 0, exact=True), 0, True),
+        Peer("niqe", "basicsr", "calculate_niqe(crop_border=0), results, resize in float64",
              lambda: basicsr_niqe(weights, 0, exact=True)),
-        Peer("niqe", "basicsr", "calculate_niqe(crop_border=4)", lambda: basicsr_niqe(weights, 4), 4),
         Peer("niqe", "pyiqa", "niqe", lambda: pyiqa_metric("niqe", weights)),
         Peer("niqe", "pyiqa", "niqe(color_space='ycbcr')",
              lambda: pyiqa_metric("niqe", weights, color_space="ycbcr")),
@@ -324,7 +330,7 @@ def largest_difference(
             refused += 1
     if not differences:
         return "-" if not refused else "refuses all"
-    found = f"{max(differences):.1g}"
+    found = f"{max(differences):.2g}"
     return found if not refused else f"{found} (refuses {refused} of {len(differences) + refused})"
 
 
@@ -346,7 +352,7 @@ def table(names: Sequence[str], paths: Sequence[Path]) -> None:
     weights = official()
     print("| metric | library | call | ten pictures | small ones | photographs |")
     print("| --- | --- | --- | --- | --- | --- |")
-    known: dict[tuple[str, int], list[list[float | None]]] = {}
+    known: dict[tuple[str, int, bool], list[list[float | None]]] = {}
     for peer in peers(weights):
         if names and peer.metric not in names:
             continue
@@ -355,9 +361,10 @@ def table(names: Sequence[str], paths: Sequence[Path]) -> None:
         except ImportError as error:
             print(f"{peer.library}: {error}", file=sys.stderr)
             continue
-        key = (peer.metric, peer.border)
-        known[key] = known.get(key) or [ours(peer, pairs) for pairs in sets]
-        columns = [largest_difference(peer, measure, *both) for both in zip(sets, known[key], strict=True)]
+        shown = [[(b, b) for _, b in pairs] for pairs in sets] if peer.of_truths else sets
+        key = (peer.metric, peer.border, peer.of_truths)
+        known[key] = known.get(key) or [ours(peer, pairs) for pairs in shown]
+        columns = [largest_difference(peer, measure, *both) for both in zip(shown, known[key], strict=True)]
         version = "1.4.2" if peer.library == "basicsr" else importlib.metadata.version(peer.library)
         cells = (peer.metric, f"{peer.library} {version}", f"`{peer.call}`", *columns)
         print(f"| {' | '.join(cells)} |", flush=True)
