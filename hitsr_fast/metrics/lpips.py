@@ -28,9 +28,10 @@ _MIN_SQUARED_NORM = 1e-20
 
 
 # Width, side, stride and padding of each convolution, by the stages at whose ends LPIPS compares.
+VGG_STAGES = tuple([(w, 3, 1, 1)] * depth for w, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)))
 _CONVS = {
     "alex": ([(64, 11, 4, 2)], [(192, 5, 1, 2)], [(384, 3, 1, 1)], [(256, 3, 1, 1)], [(256, 3, 1, 1)]),
-    "vgg": tuple([(w, 3, 1, 1)] * depth for w, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))),
+    "vgg": VGG_STAGES,
 }
 # Side of the max pool (stride 2) in front of each stage; 0 for none.
 _POOLS = {"alex": (0, 3, 3, 0, 0), "vgg": (0, 2, 2, 2, 2)}

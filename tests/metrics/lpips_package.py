@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hitsr_fast.metrics.lpips_weights import SOURCE, WeightsSource
+from hitsr_fast.metrics.lpips_weights import SOURCE
+from hitsr_fast.metrics.weights import WeightsSource
 
 # (kernel side, channels in, channels out) of each convolution.
 ALEX = [(11, 3, 64), (5, 64, 192), (3, 192, 384), (3, 384, 256), (3, 256, 256)]
@@ -19,6 +20,7 @@ VGG = [
     *[(3, 3, 64), (3, 64, 64), (3, 64, 128), (3, 128, 128), (3, 128, 256), (3, 256, 256), (3, 256, 256)],
     *[(3, 256, 512), (3, 512, 512), (3, 512, 512), (3, 512, 512), (3, 512, 512), (3, 512, 512)],
 ]
+SCOPES = {"alex": "AlexNet_0", "vgg": "VGG16_0"}
 HEADS = {"alex": [64, 192, 384, 256, 256], "vgg": [64, 128, 256, 512, 512]}
 
 
@@ -31,7 +33,7 @@ def random_tree(net: str, seed: int) -> dict[str, Any]:
         kernel *= np.float32((2 / (side * side * inputs)) ** 0.5)
         bias = 0.1 * rng.standard_normal(outputs, dtype=np.float32)
         scope[f"Conv_{index}"] = {"kernel": kernel, "bias": bias}
-    tree: dict[str, Any] = {SOURCE.checkpoints[net].scope: scope}
+    tree: dict[str, Any] = {SCOPES[net]: scope}
     for stage, width in enumerate(HEADS[net]):
         head = rng.random((1, 1, width, 1), dtype=np.float32)
         tree[f"NetLinLayer_{stage}"] = {"Conv_0": {"kernel": head}}
@@ -42,15 +44,15 @@ def write_archive(path: Path, contents: dict[str, bytes]) -> WeightsSource:
     """Pack a source archive with these checkpoints; return the source that describes it."""
     with tarfile.open(path, "w:gz", compresslevel=0) as tar:
         for net, content in contents.items():
-            info = tarfile.TarInfo(SOURCE.checkpoints[net].member)
+            info = tarfile.TarInfo(SOURCE.files[net].member)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    checkpoints = {
-        net: replace(SOURCE.checkpoints[net], sha256=hashlib.sha256(content).hexdigest())
+    files = {
+        net: replace(SOURCE.files[net], sha256=hashlib.sha256(content).hexdigest())
         for net, content in contents.items()
     }
     archive_sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    return replace(SOURCE, sha256=archive_sha256, checkpoints=checkpoints)
+    return replace(SOURCE, sha256=archive_sha256, files=files)
 
 
 class FakePackage(NamedTuple):

