@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class Eval:
     """Score models, bicubic interpolation and pictures of other programs on test sets.
 
-    A test set is a folder of HR images with a folder of x4 smaller LR images, a folder as RealSR, DRealSR, DIV2K,
-    StableSR or RealLQ250 are released, HR images alone with --degrade, or LR images alone.
+    A test set is a folder of HR images with a folder of x4 smaller LR images, a folder as RealSR, DRealSR,
+    DIV2K, StableSR or RealLQ250 are released, HR images alone with --degrade, or LR images alone.
     """
 
     hr: Path | None = None
@@ -272,7 +272,7 @@ def print_report(report: Report) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*(Text(title) for title in report.head))
+    table = Table(*report.head)
     for column in table.columns[3:]:
         column.justify = "right"
     for row in report.rows():

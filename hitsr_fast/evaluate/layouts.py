@@ -46,7 +46,7 @@ def released_folders(root: Path) -> list[Folders]:
         raise EvaluationError(f"{root}: no such folder")
     for release in _RELEASES:
         found = [
-            Folders(hr and root / hr, lr and root / lr)
+            Folders(root / hr if hr else None, root / lr if lr else None)
             for hr, lr in release
             if all((root / half).is_dir() for half in (hr, lr) if half)
         ]

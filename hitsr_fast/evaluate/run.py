@@ -73,9 +73,9 @@ def evaluate(
     require(columns, saves=save is not None)
     for eval_set in sets:
         if not eval_set.has_truth and all(column.metric.kind == "full" for column in columns):
-            names = ", ".join(column.title for column in columns)
+            titles = ", ".join(column.title for column in columns)
             raise EvaluationError(
-                f"{eval_set.name}: has no ground truth, which {names} need: add --metrics niqe"
+                f"{eval_set.name}: has no ground truth, which {titles} need: add --metrics niqe"
             )
     run = _Run(tuple(columns), sorted(set(scales)), device, progress, journal, settings_digest, save, sheet)
     with torch.inference_mode():
