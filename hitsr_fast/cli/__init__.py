@@ -11,7 +11,9 @@ from typing import Annotated
 import tyro
 
 from hitsr_fast.cli.eval import Eval
+from hitsr_fast.cli.eval_tokenizer import EvalTokenizer
 from hitsr_fast.cli.info import Info
+from hitsr_fast.cli.pairs import Pairs
 from hitsr_fast.cli.photos import Photos
 from hitsr_fast.cli.train import Train, split
 from hitsr_fast.cli.upscale import Upscale
@@ -20,6 +22,8 @@ from hitsr_fast.cli.weights import Weights
 Command = (
     Annotated[Upscale, tyro.conf.subcommand("upscale")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]
+    | Annotated[EvalTokenizer, tyro.conf.subcommand("eval-tokenizer")]
+    | Annotated[Pairs, tyro.conf.subcommand("pairs")]
     | Annotated[Weights, tyro.conf.subcommand("weights")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Photos, tyro.conf.subcommand("photos")]

@@ -7,13 +7,37 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol
 
-from hitsr_fast.evaluate.sets import EvaluationError
+from hitsr_fast.evaluate.errors import EvaluationError
 
-COLUMNS = ("set", "scale", "method", "images", "PSNR-Y", "SSIM-Y", "LPIPS")
+_HEAD: Final = ("set", "scale", "method", "images")
+
+
+class Row(NamedTuple):
+    """Which row of the table a number belongs to."""
+
+    set: str
+    scale: int
+    method: str
+
+
+class Cells(Protocol):
+    """A column as a report needs it, see `protocols.Column`."""
+
+    @property
+    def key(self) -> str:
+        """Its name in CSV and JSON files."""
+
+    @property
+    def title(self) -> str:
+        """Its name in tables."""
+
+    def format(self, value: float) -> str:
+        """A cell."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +49,14 @@ class Score:
         scale: size of the result over size of the input.
         method: the method.
         image: the image.
-        psnr_y: dB on luma, infinite for equal images.
-        ssim_y: on luma; NaN where the image is too small for the metric.
-        lpips: AlexNet; NaN where the image is too small for the metric.
+        values: by the key of the column; NaN where there is nothing to measure.
     """
 
     set: str
     scale: int
     method: str
     image: str
-    psnr_y: float
-    ssim_y: float
-    lpips: float
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -47,9 +67,7 @@ class MeanScore:
     scale: int
     method: str
     images: int
-    psnr_y: float
-    ssim_y: float
-    lpips: float
+    values: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -60,28 +78,47 @@ class Report:
         scores: one per set, image, scale and method.
         notes: what was left out and why.
         settings: what the results depend on besides methods and images; kept in the JSON file.
+        columns: of the table, in order.
+        set_values: numbers that belong to a whole set, by row and key.
     """
 
     scores: tuple[Score, ...]
     notes: tuple[str, ...]
-    settings: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    columns: tuple[Cells, ...] = ()
+    set_values: Mapping[Row, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Titles of the table's columns."""
+        return (*_HEAD, *(column.title for column in self.columns))
 
     def means(self) -> list[MeanScore]:
         """Means over the images of each set, scale and method; sets and methods as they first appear."""
-        groups: dict[tuple[str, int, str], list[Score]] = {}
+        groups: dict[Row, list[Score]] = {}
         for score in self.scores:
-            groups.setdefault((score.set, score.scale, score.method), []).append(score)
-        sets = list(dict.fromkeys(name for name, _, _ in groups))
-        ordered = sorted(groups.items(), key=lambda item: (sets.index(item[0][0]), item[0][1]))
+            groups.setdefault(Row(score.set, score.scale, score.method), []).append(score)
+        sets = list(dict.fromkeys(row.set for row in groups))
+        ordered = sorted(groups.items(), key=lambda item: (sets.index(item[0].set), item[0].scale))
+        return [MeanScore(*row, len(group), self._values(row, group)) for row, group in ordered]
+
+    def _values(self, row: Row, group: Sequence[Score]) -> dict[str, float]:
+        own = self.set_values.get(row, {})
+        return {
+            column.key: own[column.key]
+            if column.key in own
+            else _mean([score.values.get(column.key, math.nan) for score in group])
+            for column in self.columns
+        }
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """The cells of the table, one row per mean; see `head`."""
         return [
-            MeanScore(
-                *key,
-                images=len(group),
-                psnr_y=_mean([score.psnr_y for score in group]),
-                ssim_y=_mean([score.ssim_y for score in group]),
-                lpips=_mean([score.lpips for score in group]),
+            (
+                *(mean.set, f"x{mean.scale}", mean.method, str(mean.images)),
+                *(column.format(mean.values[column.key]) for column in self.columns),
             )
-            for key, group in ordered
+            for mean in self.means()
         ]
 
     def save(self, path: Path) -> None:
@@ -94,31 +131,26 @@ class Report:
             EvaluationError: another suffix.
         """
         check_report_path(path)
-        write = {".json": self._json, ".csv": self._csv, ".md": self.markdown}[path.suffix]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(write(), encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(path, {".json": self._json, ".csv": self._csv, ".md": self.markdown}[path.suffix]())
 
     def markdown(self) -> str:
         """The means as a Markdown table."""
-        rows = [COLUMNS, ("---",) * len(COLUMNS), *map(format_mean, self.means())]
+        rows = [self.head, ("---",) * len(self.head), *self.rows()]
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
 
     def _csv(self) -> str:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([column.name for column in fields(MeanScore)])
-        writer.writerows(asdict(score).values() for score in self.means())
+        writer.writerow([*_HEAD, *(column.key for column in self.columns)])
+        for mean in self.means():
+            values = [mean.values[column.key] for column in self.columns]
+            writer.writerow([mean.set, mean.scale, mean.method, mean.images, *values])
         return text.getvalue()
 
     def _json(self) -> str:
-        means = [dict(_plain(score)) for score in self.means()]
-        images = [dict(_plain(score)) for score in self.scores]
+        means = [_plain(score, images=score.images) for score in self.means()]
+        images = [_plain(score, image=score.image) for score in self.scores]
         report = {"means": means, "images": images, "notes": self.notes, "settings": dict(self.settings)}
         return json.dumps(report, indent=1, allow_nan=False) + "\n"
 
@@ -129,11 +161,15 @@ def check_report_path(path: Path) -> None:
         raise EvaluationError(f"{path}: expected a name that ends in .json, .csv or .md")
 
 
-def format_mean(score: MeanScore) -> tuple[str, ...]:
-    """The cells of the table's row, see `COLUMNS`."""
-    numbers = (f"{score.psnr_y:.2f}", f"{score.ssim_y:.4f}", f"{score.lpips:.4f}")
-    measured = (number.replace("nan", "-") for number in numbers)
-    return (score.set, f"x{score.scale}", score.method, str(score.images), *measured)
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; missing folders above it are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -142,9 +178,13 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(measured) / len(measured) if measured else math.nan
 
 
-def _plain(score: Score | MeanScore) -> Iterator[tuple[str, str | int | float | None]]:
-    """Fields of a score in strict JSON: null where nothing was measured, "inf" for infinity."""
-    for key, value in asdict(score).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            value = None if math.isnan(value) else "inf"
-        yield key, value
+def strict(value: float) -> float | str | None:
+    """A number in strict JSON: null where nothing was measured, "inf" for infinity."""
+    if math.isfinite(value):
+        return value
+    return None if math.isnan(value) else "inf"
+
+
+def _plain(score: Score | MeanScore, **own: int | str) -> dict[str, Any]:
+    values = {key: strict(value) for key, value in score.values.items()}
+    return {"set": score.set, "scale": score.scale, "method": score.method, **own, **values}

@@ -1,28 +1,42 @@
-"""The evaluation job: methods against test sets, scored by PSNR-Y, SSIM-Y and LPIPS."""
+"""The evaluation job: methods against test sets, scored column by column."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from hitsr_fast.evaluate.methods import Method
-from hitsr_fast.evaluate.report import Report, Score
-from hitsr_fast.evaluate.sets import PAIR_SCALE, SCALES, EvalSet, EvaluationError
-from hitsr_fast.metrics import imresize, lpips, psnr_y, ssim_y
-from hitsr_fast.metrics.lpips import MIN_SIDE
-from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
+from hitsr_fast.evaluate.errors import EvaluationError
+from hitsr_fast.evaluate.journal import Finished, Journal, digest_of
+from hitsr_fast.evaluate.layouts import shown
+from hitsr_fast.evaluate.methods import Finder, Method, file_fingerprint
+from hitsr_fast.evaluate.protocols import PROTOCOLS, Column, columns_of, require
+from hitsr_fast.evaluate.report import Report, Row, Score
+from hitsr_fast.evaluate.sets import PAIR_SCALE, SCALES, EvalSet, Loaded, brought_down, quantized, read_image
+from hitsr_fast.evaluate.sheet import Sheet
+from hitsr_fast.imaging.io import Picture
+from hitsr_fast.imaging.writing import write_picture
+
+TRUTH = "HR"  # where saved ground truth lies, in place of a method's name
 
 
 def evaluate(
     sets: Sequence[EvalSet],
-    methods: Sequence[Method],
+    methods: Sequence[Method | Finder],
     *,
     scales: Sequence[int] = SCALES,
+    columns: Sequence[Column] | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[str], None] | None = None,
+    journal: Journal | None = None,
+    settings_digest: str = "",
+    save: Path | None = None,
+    sheet: Sheet | None = None,
 ) -> Report:
     """Score methods on test sets.
 
@@ -30,78 +44,315 @@ def evaluate(
         sets: the test sets.
         methods: the methods; `Bicubic` is among them by custom, not by force.
         scales: the factors to score, out of `SCALES`.
+        columns: what to measure; by default PSNR-Y and SSIM-Y without a border of the scale, and LPIPS.
         device: where methods and metrics run.
-        progress: called with the name of each image before its work starts.
+        progress: called with the names of image and method before each step, of which there are as many as
+            methods times images.
+        journal: where finished scores are kept and found again.
+        settings_digest: of what the scores depend on besides images, methods, scale and columns.
+        save: folder for every result, as METHOD/SET/xSCALE/NAME.png. Where a column compares folders, the
+            ground truth lies beside the methods, as HR.
+        sheet: pictures to draw beside the table.
 
     Returns:
         One score per set, image, scale and method. The ground truth of scale 4 is the HR image; of 2 and 1 it
-        is the HR image scaled down by antialiased bicubic. Results and ground truth are rounded to 8 bit; a
-        border of as many pixels as the scale is left out of PSNR and SSIM.
+        is the HR image scaled down by antialiased bicubic. Results and ground truth are rounded to 8 bit.
 
     Raises:
-        EvaluationError: an unknown scale, two methods or sets of one name, or a result of the wrong size.
-        LpipsWeightsNotFoundError: LPIPS has no weights; the message names the command that fetches them.
+        EvaluationError: an unknown scale, two methods or sets of one name, a column that cannot be measured
+            here, or a result of the wrong size.
     """
     unknown = [scale for scale in scales if scale not in SCALES]
     if unknown or not scales:
         raise EvaluationError(f"scales: expected some of {SCALES}, found {tuple(scales)}")
     for kind, names in (("method", [m.name for m in methods]), ("set", [s.name for s in sets])):
-        if len(set(names)) < len(names):
-            raise EvaluationError(f"{kind}s: expected different names, found {names}")
-    require_weights(weights_path())
-    scales = sorted(set(scales))
-    scores: list[Score] = []
-    notes: dict[str, None] = {}
+        _check_names(kind, names, saved=save is not None)
+    if columns is None:
+        own = PROTOCOLS["own"]
+        columns = columns_of(own.metrics, own.channels, own.borders)
+    require(columns, saves=save is not None)
+    for eval_set in sets:
+        if not eval_set.has_truth and all(column.metric.kind == "full" for column in columns):
+            titles = ", ".join(column.title for column in columns)
+            raise EvaluationError(
+                f"{eval_set.name}: has no ground truth, which {titles} need: add --metrics niqe"
+            )
+    run = _Run(tuple(columns), sorted(set(scales)), device, progress, journal, settings_digest, save, sheet)
     with torch.inference_mode():
         for eval_set in sets:
-            for index, pair in enumerate(eval_set.pairs):
-                if progress is not None:
-                    progress(f"{eval_set.name} {pair.name}")
-                hr, lr = (image.to(device) for image in eval_set.load(index))
-                truths = {scale: _quantize(_shrink(hr, PAIR_SCALE // scale)) for scale in scales}
-                for method in methods:
-                    results = method.upscale(lr, scales)
-                    for scale, truth in truths.items():
-                        where = f"{method.name} on {eval_set.name}/{pair.name} x{scale}"
-                        result = _checked(where, results.get(scale), truth)
-                        values, missing = _measure(result, truth, border=scale)
-                        notes |= {f"{eval_set.name}/{pair.name} x{scale}: {note}": None for note in missing}
-                        scores.append(Score(eval_set.name, scale, method.name, pair.name, *values))
-    return Report(tuple(scores), tuple(notes))
+            run.score_set(eval_set, methods)
+    if sheet is not None:
+        sheet.save()
+    return run.report()
 
 
-def _measure(result: Tensor, truth: Tensor, *, border: int) -> tuple[tuple[float, float, float], list[str]]:
-    """PSNR-Y, SSIM-Y and LPIPS of one image; NaN, with a reason, where it is too small for one."""
-    side = min(truth.shape[2:])
-    values, missing = [], []
-    needs: list[tuple[str, int, Callable[[], Tensor]]] = [
-        ("PSNR-Y", 1 + 2 * border, lambda: psnr_y(result, truth, border)),
-        ("SSIM-Y", 11 + 2 * border, lambda: ssim_y(result, truth, border)),
-        ("LPIPS", MIN_SIDE["alex"], lambda: lpips(result * 2 - 1, truth * 2 - 1)),
-    ]
-    for name, smallest, measure in needs:
-        if side < smallest:
-            values.append(math.nan)
-            missing.append(f"{name} needs sides of {smallest} px, found {side}")
+@dataclass
+class _Run:
+    """What an evaluation is made with, and what it has found so far."""
+
+    columns: tuple[Column, ...]
+    scales: list[int]
+    device: torch.device | str
+    progress: Callable[[str], None] | None
+    journal: Journal | None
+    settings_digest: str
+    save: Path | None
+    sheet: Sheet | None
+    scores: list[Score] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
+    set_values: dict[Row, dict[str, float]] = field(default_factory=dict)
+    # Of each set and method, what was not found of another program's results.
+    absent: dict[tuple[str, str], dict[int, list[str]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.of_image = [column for column in self.columns if column.metric.kind != "set"]
+        self.of_set = [column for column in self.columns if column.metric.kind == "set"]
+
+    def report(self) -> Report:
+        return Report(tuple(self.scores), tuple(self.notes), columns=self.columns, set_values=self.set_values)
+
+    def note(self, *notes: str) -> None:
+        self.notes |= dict.fromkeys(notes)
+
+    def score_set(self, eval_set: EvalSet, methods: Sequence[Method | Finder]) -> None:
+        self.note(*eval_set.notes)
+        if not eval_set.has_truth:
+            self.note(f"{eval_set.name}: no ground truth, so metrics without reference only")
+        for method in methods:
+            refused = [f"x{scale}" for scale in self.scales if scale not in _offered(method, self.scales)]
+            if refused:
+                self.note(f"{method.name} has no {', '.join(refused)}")
+        for index in range(len(eval_set.pairs)):
+            _Image(self, eval_set, index).score(methods)
+        for method in methods:
+            for scale, names in self.absent.get((eval_set.name, method.name), {}).items():
+                few = len(names) < len(eval_set.pairs)
+                what = f"no x{scale} pictures of {eval_set.name}" + (f": {shown(names)}" if few else "")
+                self.note(f"{method.name} has {what}")
+            self.score_folders(eval_set, method.name)
+
+    def score_folders(self, eval_set: EvalSet, method: str) -> None:
+        """Measure what needs all results of a method on a set, in their folders."""
+        if not self.of_set or not eval_set.has_truth:
+            return
+        for scale in self.scales:
+            row = Row(eval_set.name, scale, method)
+            own = [score.image for score in self.scores if Row(score.set, score.scale, score.method) == row]
+            if own:
+                results, truths = self.folder(*row), self.folder(eval_set.name, scale, TRUTH)
+                _check_folder(results, own)
+                _check_folder(truths, [pair.name for pair in eval_set.pairs])
+                values = {column.key: float(column.metric.measure(results, truths)) for column in self.of_set}
+                self.set_values[row] = values
+
+    def folder(self, eval_set: str, scale: int, method: str) -> Path:
+        assert self.save is not None
+        return self.save / file_name(method) / file_name(eval_set) / f"x{scale}"
+
+
+class _Image:
+    """One image of a set; its files are decoded when that is needed, and only then."""
+
+    def __init__(self, run: _Run, eval_set: EvalSet, index: int) -> None:
+        self.run, self.set, self.index = run, eval_set, index
+        self.name = eval_set.pairs[index].name
+        self.where = f"{eval_set.name}/{self.name}"
+        self._loaded: Loaded | None = None
+        self._truths: dict[int, Tensor] = {}
+        self.shown = run.sheet is not None and index < run.sheet.images
+
+    def loaded(self) -> Loaded:
+        if self._loaded is None:
+            self._loaded = self.set.load(self.index)
+        return self._loaded
+
+    def truth(self, scale: int) -> Tensor | None:
+        hr = self.loaded().hr
+        if hr is None:
+            return None
+        if scale not in self._truths:
+            self._truths[scale] = brought_down(hr.to(self.run.device), PAIR_SCALE // scale)
+        return self._truths[scale]
+
+    def score(self, methods: Iterable[Method | Finder]) -> None:
+        run = self.run
+        fingerprint = self.set.fingerprint(self.index) if run.journal is not None else ""
+        if run.of_set and self.set.has_truth:
+            for scale in run.scales:
+                # Made anew each time: a ground truth that has changed must not stay.
+                _write(self.saved(TRUTH, scale), self.truth(scale))
+        for method in methods:
+            if run.progress is not None:
+                run.progress(f"{self.where} {method.name}")
+            self.score_method(method, fingerprint)
+        if self.shown:
+            assert run.sheet is not None
+            self.show("input", self.loaded().lr)
+            if (truth := self.truth(run.scales[-1])) is not None:
+                self.show("HR", truth)
+
+    def score_method(self, method: Method | Finder, fingerprint: str) -> None:
+        run, files = self.run, self.files(method)
+        scales = [scale for scale in _offered(method, run.scales) if files is None or scale in files]
+        keys = {scale: self.key(method, files, scale, fingerprint) for scale in scales}
+        finished = {scale: self.finished(keys[scale]) for scale in scales}
+        wanted = [
+            scale
+            for scale in scales
+            if not self.is_done(method.name, scale, finished[scale]) or self.is_shown(scale)
+        ]
+        results = self.results(method, files, wanted) if wanted else {}
+        for scale in scales:
+            known = finished[scale]
+            if scale in results:
+                known = self.take(method.name, scale, results[scale], known, keys[scale])
+            assert known is not None
+            run.note(*known.notes)
+            run.scores.append(Score(self.set.name, scale, method.name, self.name, known.values))
+
+    def take(
+        self, method: str, scale: int, result: Tensor, known: Finished | None, key: str | None
+    ) -> Finished:
+        """Measure, save, show and keep a result."""
+        if self.is_shown(scale):
+            self.show(method, result)
+        new = known or self.measured(result, scale)
+        if self.run.save is not None:
+            path = self.saved(method, scale)
+            _write(path, result)
+            new = new._replace(picture=file_fingerprint(path))
+        if new != known and key is not None and self.run.journal is not None:
+            self.run.journal.add(key, new, set=self.set.name, image=self.name, scale=scale, method=method)
+        return new
+
+    def is_shown(self, scale: int) -> bool:
+        """Whether the results of that scale are on the sheet."""
+        return self.shown and scale == self.run.scales[-1]
+
+    def is_done(self, method: str, scale: int, known: Finished | None) -> bool:
+        """Whether a result is measured and, where it is to be saved, lies in its place."""
+        if known is None or self.run.save is None:
+            return known is not None
+        path = self.saved(method, scale)
+        return path.is_file() and file_fingerprint(path) == known.picture
+
+    def saved(self, method: str, scale: int) -> Path:
+        """Where a result lies."""
+        return self.run.folder(self.set.name, scale, method) / f"{file_name(self.name)}.png"
+
+    def finished(self, key: str | None) -> Finished | None:
+        return None if key is None or self.run.journal is None else self.run.journal.get(key)
+
+    def files(self, method: Method | Finder) -> dict[int, Path] | None:
+        """The files of results that exist already; None for a method that makes them."""
+        if not isinstance(method, Finder):
+            return None
+        found: dict[int, Path] = {}
+        for scale in self.run.scales:
+            path = method.find(self.set.name, self.name, scale)
+            if path is not None:
+                found[scale] = path
+            else:
+                absent = self.run.absent.setdefault((self.set.name, method.name), {})
+                absent.setdefault(scale, []).append(self.name)
+        return found
+
+    def key(
+        self, method: Method | Finder, files: dict[int, Path] | None, scale: int, fingerprint: str
+    ) -> str | None:
+        """Of all that a score depends on; None where the method does not say what its results depend on."""
+        if self.run.journal is None:
+            return None
+        own = getattr(method, "fingerprint", None) if files is None else file_fingerprint(files[scale])
+        columns = [(column.key, column.border) for column in self.run.of_image]
+        if own is None:
+            return None
+        return digest_of(self.run.settings_digest, fingerprint, method.name, own, scale, columns)
+
+    def results(
+        self, method: Method | Finder, files: dict[int, Path] | None, scales: Sequence[int]
+    ) -> dict[int, Tensor]:
+        loaded, device = self.loaded(), self.run.device
+        if files is not None:
+            region = loaded.region
+            made: dict[int, Tensor] = {}
+            for scale in scales:
+                image = read_image(files[scale]).to(device)
+                full = (region.full_height * scale, region.full_width * scale)
+                if not region.is_whole and tuple(image.shape[2:]) == full:
+                    image = region.cut(image, scale)
+                made[scale] = image
         else:
-            values.append(measure().item())
-    return (values[0], values[1], values[2]), missing
+            assert not isinstance(method, Finder)
+            made = method.upscale(loaded.lr.to(device), scales)
+        height, width = loaded.lr.shape[2:]
+        checked = {}
+        for scale in scales:
+            where = f"{method.name} on {self.where} x{scale}"
+            if files is not None:
+                where += f" ({files[scale]})"
+            checked[scale] = _checked(where, made.get(scale), (1, 3, height * scale, width * scale)).to(
+                device
+            )
+        return checked
+
+    def measured(self, result: Tensor, scale: int) -> Finished:
+        truth, values = self.truth(scale), dict[str, float]()
+        notes = [f"{self.set.name}: {note}" for note in self.loaded().notes]
+        for column in self.run.of_image:
+            values[column.key], reason = column.measure(result, truth, scale)
+            if reason is not None:
+                notes.append(f"{self.where} x{scale}: {reason}")
+        return Finished(values, notes)
+
+    def show(self, column: str, image: Tensor) -> None:
+        assert self.run.sheet is not None
+        scale = self.run.scales[-1]
+        height, width = (side * scale for side in self.loaded().lr.shape[2:])
+        self.run.sheet.add(f"{self.where} x{scale}", column, image, (height, width))
 
 
-def _checked(where: str, result: Tensor | None, truth: Tensor) -> Tensor:
+def _offered(method: Method | Finder, scales: Sequence[int]) -> list[int]:
+    """Those of `scales` that a method has."""
+    return [scale for scale in scales if scale in getattr(method, "scales", scales)]
+
+
+def _checked(where: str, result: Tensor | None, shape: tuple[int, ...]) -> Tensor:
     if result is None:
         raise EvaluationError(f"{where}: no result")
-    if result.shape != truth.shape:
-        raise EvaluationError(f"{where}: expected shape {tuple(truth.shape)}, found {tuple(result.shape)}")
+    if tuple(result.shape) != shape:
+        raise EvaluationError(f"{where}: expected shape {shape}, found {tuple(result.shape)}")
     if not result.isfinite().all():
         raise EvaluationError(f"{where}: the result has values that are not finite")
-    return _quantize(result.to(truth))
+    return quantized(result.float())
 
 
-def _shrink(image: Tensor, factor: int) -> Tensor:
-    return image if factor == 1 else imresize(image, 1 / factor)
+def _write(path: Path, image: Tensor | None) -> None:
+    assert image is not None
+    pixels = (image[0] * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    write_picture(path, Picture(np.ascontiguousarray(pixels)), "png", overwrite=True)
 
 
-def _quantize(image: Tensor) -> Tensor:
-    """What is left of an image after it was written to an 8-bit file and read again."""
-    return (image.clamp(0, 1) * 255).round() / 255
+def _check_folder(folder: Path, names: Sequence[str]) -> None:
+    """Raise EvaluationError where a folder holds more than the pictures of that name."""
+    more = {path.name for path in folder.iterdir()} - {f"{file_name(name)}.png" for name in names}
+    if more:
+        raise EvaluationError(
+            f"{folder}: expected the pictures of this run only, found {shown(sorted(more))}"
+        )
+
+
+def file_name(name: str) -> str:
+    """A name of a method, a set or an image as that of a file."""
+    return re.sub(r"[^\w.+=@ -]", "_", name).strip(" .") or "_"
+
+
+def _check_names(kind: str, names: Sequence[str], *, saved: bool) -> None:
+    if len(set(names)) < len(names):
+        raise EvaluationError(f"{kind}s: expected different names, found {list(names)}")
+    if saved:
+        files = [file_name(name) for name in names]
+        if kind == "method":
+            files.append(TRUTH)
+        if len({file.casefold() for file in files}) < len(files):
+            raise EvaluationError(f"{kind}s: expected names that differ as those of folders, found {files}")

@@ -123,20 +123,24 @@ def test_scores_are_those_of_the_metrics(tmp_path: Path) -> None:
         result = to_tensor(np.array(lr.resize(size, Image.Resampling.BICUBIC)))
         truth = imresize(to_tensor(hr), score.scale / 4) if score.scale < 4 else to_tensor(hr)
         truth = (truth.clamp(0, 1) * 255).round() / 255
-        assert score.psnr_y == psnr_y(result, truth, border=score.scale).item()
-        assert score.ssim_y == ssim_y(result, truth, border=score.scale).item()
+        assert score.values["psnr_y"] == psnr_y(result, truth, border=score.scale).item()
+        assert score.values["ssim_y"] == ssim_y(result, truth, border=score.scale).item()
         expected = lpips(result * 2 - 1, truth * 2 - 1).item()
         # Another memory layout of the same image lets the convolutions add in another order.
         tolerance = TOLERANCES["float32_reordered"]
-        assert score.lpips == pytest.approx(expected, rel=tolerance.rtol, abs=tolerance.atol)
-    assert report.scores[0].psnr_y > report.scores[1].psnr_y > report.scores[2].psnr_y
+        assert score.values["lpips"] == pytest.approx(expected, rel=tolerance.rtol, abs=tolerance.atol)
+    assert (
+        report.scores[0].values["psnr_y"]
+        > report.scores[1].values["psnr_y"]
+        > report.scores[2].values["psnr_y"]
+    )
 
 
 def test_sixteen_bits_and_grey_are_read_as_the_same_in_eight_bit_colour(tmp_path: Path) -> None:
     grey = photo(0, 40, 40)[..., 0]
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "a_HR.png")
     Image.fromarray(grey[:10, :10]).save(tmp_path / "a_LR.png")
-    hr, lr = find_set("set", tmp_path).load(0)
+    hr, lr = find_set("set", tmp_path).load(0)[:2]
     assert torch.equal(hr, to_tensor(grey[..., None].repeat(3, 2)))
     assert torch.equal(lr, hr[..., :10, :10])
 
@@ -156,7 +160,7 @@ def test_degraded_set(tmp_path: Path) -> None:
     assert run(*arguments, "--seed", "3", "--limit", "1") == 0
     assert json.loads((tmp_path / "a.json").read_text())["images"] == tables[0]["images"][:1]
 
-    hr, lr = find_set("HR", folder, degrade_seed=3).load(1)
+    hr, lr = find_set("HR", folder, degrade_seed=3).load(1)[:2]
     assert hr.shape == (1, 3, 128, 132)
     assert torch.equal(hr, to_tensor(photo(1, 131, 133))[..., :128, :132])
     assert torch.equal(lr, degrade(hr, 3, first_index=1))
@@ -183,7 +187,7 @@ def test_equal_images_are_strict_json(tmp_path: Path) -> None:
     Image.new("RGB", (128, 128), (90, 120, 30)).save(tmp_path / "HR/flat.png")
     Image.new("RGB", (32, 32), (90, 120, 30)).save(tmp_path / "LR/flat.png")
     report = evaluate([find_set("flat", tmp_path / "HR", tmp_path / "LR")], [Bicubic()])
-    assert {score.psnr_y for score in report.scores} == {math.inf}
+    assert {score.values["psnr_y"] for score in report.scores} == {math.inf}
     report.save(tmp_path / "a.json")
 
     def refuse(name: str) -> None:
@@ -231,7 +235,7 @@ def fails(capsys: pytest.CaptureFixture[str], *args: str | Path) -> str:
     """Run a command that must end with exit code 2 and one line on stderr; return that line."""
     assert run(*args) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("hitsr-fast eval: ")
+    assert captured.err.startswith("hitsr-fast eval: "), captured.err
     assert captured.err.count("\n") == 1
     return captured.err
 
@@ -256,11 +260,12 @@ def test_clear_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "1.png: expected 1/4 of" in fails(capsys, "--hr", hr, "--lr", lr)
     (lr / "1.png").write_bytes((hr / "1.png").read_bytes()[:100])
     assert "LR/1.png: broken or unsupported image" in fails(capsys, "--hr", hr, "--lr", lr)
-    (lr / "1.png").rename(lr / "7.png")
+    for name in ("0", "1"):
+        (lr / f"{name}.png").rename(lr / f"{name}7.png")
     error = fails(capsys, "--hr", hr, "--lr", lr)
     assert "without a partner" in error
     assert "HR/1.png" in error
-    assert "LR/7.png" in error
+    assert "LR/17.png" in error
     (hr / "0_HR.png").write_bytes((hr / "0.png").read_bytes())
     assert "has the same name as" in fails(capsys, "--hr", hr, "--lr", lr)
 
