@@ -32,7 +32,8 @@ class Train:
     """Name of a recipe (hit-tiny, hit-d16, hit-d16-v2, hit-d16-tokenizer), or a JSON file."""
 
     data: tyro.conf.Positional[Path | None] = None
-    """Folder of photos, as `hitsr-fast photos` makes it, or of WebDataset shards."""
+    """Folder of photos, as `hitsr-fast photos` makes it, or of WebDataset shards; with --data.sources PRESET
+    the root of the preset's folders, see `hitsr-fast data check`."""
 
     run_folder: tyro.conf.Positional[Path | None] = None
     """Folder for checkpoints, log and the model; made if it is not there."""
