@@ -84,6 +84,10 @@ class Train:
         if self.data is None or self.run_folder is None:
             missing = "data" if self.data is None else "run_folder"
             raise ValueError(f"{missing}: expected `hitsr-fast train RECIPE DATA RUN_FOLDER`, found none")
+        if recipe.data.workers:
+            from hitsr_fast.train.server import start_server
+
+            start_server()  # which imports torch while this process does
         from hitsr_fast.train.run import leave, train
 
         model = train(recipe, self.data, self.run_folder, device=self.device, rerun_stale=self.rerun_stale)

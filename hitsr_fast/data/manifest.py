@@ -17,13 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from hitsr_fast.data.photo_table import Photo, PhotoTable, Strings
-from hitsr_fast.imaging.io import ImageFileError, picture_size
+from hitsr_fast.imaging.io import MAX_PIXELS, ImageFileError, picture_size
 
 __all__ = ["Photo", "PhotoTable", "digest_of", "index_image", "photo_of", "scan", "write_manifest"]
 
 _FORMAT: Final = 2
 _END: Final = 16384  # bytes at either end of a photo that its digest is of
-_HEAD: Final = 65536  # bytes in which the size of nearly every photo stands
+_HEAD: Final = 65536  # bytes in which the size of nearly every photo stands, after a thumbnail
+_FRAMES: Final = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of JPEG that a size follows
 _TIFF: Final = (b"II*\0", b"MM\0*")  # whose size stands anywhere
 _READERS, _AT_ONCE = 8, 4096  # threads that look into files, and files that they get at a time
 
@@ -35,29 +36,26 @@ def photo_of(name: str, file: str, offset: int, length: int, stream: BinaryIO) -
     """The entry of a photo that begins at `offset` of a stream.
 
     Its digest is BLAKE2b, of 128 bits, of its first and last 16384 bytes, one after the other: of all of them
-    where it has no more than 32768. Its size is read from its first 65536 bytes, or, where it does not stand
-    there, and of a TIFF file, from all of them.
+    where it has no more than 32768. Its size is read from its first 16384 bytes, where it does not stand
+    there from the first 65536, and where not there either, or of a TIFF file, from all of them.
 
     Raises:
         OSError: The stream cannot be read.
         EOFError: It ends before the photo does.
     """
-    stream.seek(offset)
-    head = stream.read(min(length, _HEAD))
-    tail = head[_END:]
-    if length > _HEAD:
-        stream.seek(offset + length - _END)
-        tail = stream.read(_END)
-    if len(head) < min(length, _HEAD) or len(tail) < min(_END, length - _END):
-        raise EOFError("unexpected end of data")
-    digest = hashlib.blake2b(head[:_END] + tail[-_END:], digest_size=16).hexdigest()
+    head = _part(stream, offset, min(length, _END))
+    rest = max(0, length - _END)
+    tail = _part(stream, offset + length - min(rest, _END), min(rest, _END))
+    digest = hashlib.blake2b(head + tail, digest_size=16).hexdigest()
     photo = Photo(name, file, offset, length, digest, 0, 0, "")
-    if length > _HEAD:
-        if head[:4] not in _TIFF and not (sized := _sized(photo, head)).fault:
-            return sized
-        stream.seek(offset)
-        head = stream.read(length)
-    return _sized(photo, head)
+    size = head_size(head)
+    if size is not None:
+        return photo._replace(width=size[0], height=size[1])
+    if length > _HEAD and head[:4] not in _TIFF:
+        photo = _sized(photo, _part(stream, offset, _HEAD))
+        if not photo.fault:
+            return photo
+    return _sized(photo, _part(stream, offset, length))
 
 
 def index_image(folder: Path, file: str) -> list[Photo]:
@@ -159,12 +157,40 @@ def write_manifest(place: Path, digest: str, sources: Sequence[tuple[str, Sequen
         beside.unlink(missing_ok=True)
 
 
+def head_size(head: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG or PNG file from its first bytes; None leaves the question open."""
+    size = None
+    if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR" and len(head) >= 24:
+        size = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
+    elif head[:2] == b"\xff\xd8":
+        at = 2
+        while at + 9 <= len(head) and head[at] == 0xFF and 0xC0 <= head[at + 1] <= 0xFE:
+            if head[at + 1] in _FRAMES:
+                size = (
+                    int.from_bytes(head[at + 7 : at + 9], "big"),
+                    int.from_bytes(head[at + 5 : at + 7], "big"),
+                )
+                break
+            at += 2 + int.from_bytes(head[at + 2 : at + 4], "big")
+    return size if size and 0 < size[0] * size[1] <= MAX_PIXELS else None
+
+
+def _part(stream: BinaryIO, begin: int, length: int) -> bytes:
+    if not length:
+        return b""
+    stream.seek(begin)
+    data = stream.read(length)
+    if len(data) < length:
+        raise EOFError("unexpected end of data")
+    return data
+
+
 def _sized(photo: Photo, data: bytes) -> Photo:
     try:
         width, height = picture_size(data, photo.name)
     except ImageFileError as error:
         return photo._replace(fault=error.reason)
-    return photo._replace(width=width, height=height)
+    return photo._replace(width=width, height=height, fault="")
 
 
 class _Kept(NamedTuple):

@@ -33,7 +33,7 @@ class DataConfig(Config):
     degradation: Literal["real-esrgan", "varsr"] = "real-esrgan"
     workers: AnyCount = 2
     prefetch: Count = 2
-    memory_mib: Count = 1024
+    memory_mib: Count = 512
     sources: tuple[SourceConfig, ...] = ()
 
     def __post_init__(self) -> None:

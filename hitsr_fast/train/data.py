@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hitsr_fast.data.sources import open_source, open_sources
 from hitsr_fast.train.config import DataConfig
-from hitsr_fast.train.prefetch import Workers, start_server
+from hitsr_fast.train.prefetch import Workers
+from hitsr_fast.train.server import start_server
 from hitsr_fast.train.task import Batch
 
 __all__ = [

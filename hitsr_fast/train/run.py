@@ -36,7 +36,7 @@ from hitsr_fast.train.config import NextScaleConfig, Phase, Recipe
 from hitsr_fast.train.data import IndexSampler, Loader, Source, memory_of, open_sources
 from hitsr_fast.train.log import Log, SilentLog, measured_peak
 from hitsr_fast.train.parallel import Parallel
-from hitsr_fast.train.prefetch import start_server
+from hitsr_fast.train.server import start_server
 from hitsr_fast.train.tasks import TASKS
 from hitsr_fast.train.trainer import fit
 
