@@ -188,6 +188,6 @@ kernels = kernel_packages()
 setup(
     packages=[*find_packages(include=["hitsr_fast", "hitsr_fast.*"]), *kernels],
     package_dir=kernels,
-    package_data={"hitsr_fast": ["py.typed", "weights/**/*", "train/recipes/*.json"]},
+    package_data={"hitsr_fast": ["py.typed", "weights/**/*", "train/recipes/*.json", "data/presets/*.json"]},
     **extension(),
 )

@@ -27,7 +27,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "dispatch": ("backends", "checks", "extension", "env"),
     "ops": ("checks", "pyramid", "reference", "backends", "dispatch", "kernels", "env"),
     "imaging": ("checks", "env"),
-    "data": ("checks", "configs", "imaging", "transfer"),
+    "data": ("_lazy", "checks", "configs", "imaging", "transfer", "env"),
     "metrics": ("checks", "imaging", "env"),
     "losses": ("checks", "configs", "metrics", "transfer"),
     "nn": ("checks", "pyramid", "dispatch", "ops", "precision", "transfer"),

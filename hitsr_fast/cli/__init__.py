@@ -10,6 +10,8 @@ from typing import Annotated
 
 import tyro
 
+from hitsr_fast.cli.crops import Crops
+from hitsr_fast.cli.data import Data
 from hitsr_fast.cli.eval import Eval
 from hitsr_fast.cli.eval_tokenizer import EvalTokenizer
 from hitsr_fast.cli.info import Info
@@ -27,6 +29,8 @@ Command = (
     | Annotated[Weights, tyro.conf.subcommand("weights")]
     | Annotated[Info, tyro.conf.subcommand("info")]
     | Annotated[Photos, tyro.conf.subcommand("photos")]
+    | Annotated[Crops, tyro.conf.subcommand("crops")]
+    | Annotated[Data, tyro.conf.subcommand("data")]
     | Annotated[Train, tyro.conf.subcommand("train")]
 )
 

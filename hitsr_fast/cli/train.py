@@ -32,7 +32,8 @@ class Train:
     """Name of a recipe (hit-tiny, hit-d16, hit-d16-v2, hit-d16-tokenizer), or a JSON file."""
 
     data: tyro.conf.Positional[Path | None] = None
-    """Folder of photos, as `hitsr-fast photos` makes it, or of WebDataset shards."""
+    """Folder of photos, as `hitsr-fast photos` makes it, or of WebDataset shards; with --data.sources PRESET
+    the root of the preset's folders, see `hitsr-fast data check`."""
 
     run_folder: tyro.conf.Positional[Path | None] = None
     """Folder for checkpoints, log and the model; made if it is not there."""
@@ -83,6 +84,10 @@ class Train:
         if self.data is None or self.run_folder is None:
             missing = "data" if self.data is None else "run_folder"
             raise ValueError(f"{missing}: expected `hitsr-fast train RECIPE DATA RUN_FOLDER`, found none")
+        if recipe.data.workers:
+            from hitsr_fast.train.server import start_server
+
+            start_server()  # which imports torch while this process does
         from hitsr_fast.train.run import leave, train
 
         model = train(recipe, self.data, self.run_folder, device=self.device, rerun_stale=self.rerun_stale)

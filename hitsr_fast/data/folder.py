@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -12,8 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from hitsr_fast.checks import check_integer
-from hitsr_fast.data.crops import DECODED_BYTES, NoPhotosError, PhotoCrops, round_trip_psnr
+from hitsr_fast.data.crops import DECODED_BYTES, Decoded, NoPhotosError, PhotoCrops, round_trip_psnr
 from hitsr_fast.data.manifest import index_image, scan
+from hitsr_fast.data.readers import FileReader
+from hitsr_fast.data.source_config import PLAIN
 
 __all__ = ["DEFAULT_HOLDOUT", "NoPhotosError", "PhotoFolder", "photo_names", "round_trip_psnr", "split"]
 
@@ -50,8 +55,8 @@ _SUFFIXES: Final = frozenset((".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff",
 
 def is_photo(name: str) -> bool:
     """Whether a file is taken for an image: by its suffix, and not hidden."""
-    path = PurePosixPath(name)
-    return path.suffix.lower() in _SUFFIXES and not any(part[0] == "." for part in path.parts)
+    suffix = os.path.splitext(name)[1].lower()
+    return suffix in _SUFFIXES and not any(part[:1] == "." != part for part in name.split("/"))
 
 
 def photo_names(folder: str | Path) -> list[str]:
@@ -66,8 +71,13 @@ def photo_names(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"folder: expected an existing folder, found {str(folder)!r}")
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    return sorted(name for name in names if is_photo(name))
+    found: list[str] = []
+    for here, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        inside = Path(here).relative_to(folder).as_posix()
+        prefix = "" if inside == "." else f"{inside}/"
+        found += [prefix + name for name in files if is_photo(name)]
+    return sorted(found)
 
 
 def split(names: Sequence[str], holdout: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
@@ -106,7 +116,7 @@ def split(names: Sequence[str], holdout: Sequence[str] | None = None) -> tuple[l
 
 
 class PhotoFolder(Dataset[Tensor]):
-    """Endless deterministic sharp random crops of the photos of a folder (see `PhotoCrops`).
+    """Endless deterministic sharp random crops of the photos of a folder (see `PhotoCrops` and `PLAIN`).
 
     Crop `i` depends on (`seed`, `i`) and the folder only.
 
@@ -116,7 +126,9 @@ class PhotoFolder(Dataset[Tensor]):
         names: which photos, relative to the folder; all by default.
         seed: not negative.
         length: crops in one epoch; the whole area once by default.
-        sharpness_db, flat_fraction, tries, memory, cache: as for `PhotoCrops`.
+        sharpness_db, flat_fraction, tries: as for `CropConfig`; an infinite `sharpness_db` keeps every crop.
+        memory: most bytes of decoded photos that are held.
+        cache: as for `PhotoCrops`.
 
     Raises:
         TypeError, ValueError: if an argument is of another type or out of range.
@@ -145,13 +157,16 @@ class PhotoFolder(Dataset[Tensor]):
             check_integer("length", length, 1)
         names = photo_names(folder) if names is None else names
         self._crops = PhotoCrops(
-            folder,
+            FileReader(folder),
             scan(Path(folder), names, index_image),
             crop,
-            sharpness_db=sharpness_db,
-            flat_fraction=flat_fraction,
-            tries=tries,
-            memory=memory,
+            replace(
+                PLAIN,
+                sharpness_db=None if sharpness_db == math.inf else sharpness_db,
+                flat_fraction=flat_fraction,
+                tries=tries,
+            ),
+            decoded=Decoded(memory),
             cache=cache,
         )
         self.crop, self.seed = crop, seed

@@ -66,8 +66,10 @@ def made_with(
     for name in ("parallel", "init_from"):
         del values[name]
     data = asdict(recipe.data)
-    for name in ("workers", "prefetch"):
+    for name in ("workers", "prefetch", "memory_mib"):
         del data[name]
+    if not data["sources"]:
+        del data["sources"]  # as recipes were before there were any
     made = {
         "seed": recipe.seed,
         "photos": photos,

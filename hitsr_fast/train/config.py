@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from hitsr_fast.configs import AnyCount, BelowOne, Config, Count, Positive, Range, Share, Weight
+from hitsr_fast.data.source_config import SourceConfig, check_sources
 from hitsr_fast.losses.config import ReconstructionLossConfig
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -23,6 +24,8 @@ class DataConfig(Config):
         degradation: Strength of the others.
         workers: Processes that read and crop; 0 does it in the training process.
         prefetch: Batches that a worker makes ahead.
+        memory_mib: Decoded photos that all processes of a rank hold together, in MiB.
+        sources: What is drawn from, below the folder that a run is given; none is that folder itself.
     """
 
     holdout: tuple[str, ...] | None = None
@@ -30,6 +33,12 @@ class DataConfig(Config):
     degradation: Literal["real-esrgan", "varsr"] = "real-esrgan"
     workers: AnyCount = 2
     prefetch: Count = 2
+    memory_mib: Count = 512
+    sources: tuple[SourceConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_sources(self.sources)
 
 
 @dataclass(frozen=True)

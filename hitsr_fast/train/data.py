@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -15,21 +14,29 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hitsr_fast import env
-from hitsr_fast.data.crops import NoPhotosError, PhotoCrops
-from hitsr_fast.data.folder import photo_names, split
-from hitsr_fast.data.manifest import Photo, index_image, scan
+from hitsr_fast.data.sources import open_source, open_sources
 from hitsr_fast.train.config import DataConfig
-from hitsr_fast.train.prefetch import Workers, start_server
-from hitsr_fast.train.shards import index_shard, shard_files
+from hitsr_fast.train.prefetch import Workers
+from hitsr_fast.train.server import start_server
 from hitsr_fast.train.task import Batch
+
+__all__ = [
+    "Crops",
+    "IndexSampler",
+    "Loader",
+    "Source",
+    "memory_of",
+    "name_skipped",
+    "open_source",
+    "open_sources",
+]
 
 
 class Source(Protocol):
     """Photos, wherever they lie.
 
     Attributes:
-        digest: Changes with any name, size or content of a photo; part of a phase's fingerprint.
+        digest: Of the names, sizes, heads and tails of the photos; part of a phase's fingerprint.
         side: Of its crops.
         skipped: Reason by file, of the photos that are left out.
     """
@@ -189,47 +196,9 @@ class Crops:
         return self.source.newly_skipped()
 
 
-def open_source(
-    path: str | Path, *, holdout: tuple[str, ...] | None, crop: int, held_out: bool
-) -> PhotoCrops:
-    """The photos to train on, or those that are held out.
-
-    Args:
-        path: A folder of images, a folder of .tar files (WebDataset shards), or a pattern of those such as
-            `photos-{000..009}.tar`.
-        holdout: See `DataConfig`.
-        crop: Side of the crops in pixels; smaller photos are left out.
-        held_out: Which of the two.
-
-    Raises:
-        ValueError: there is nothing at `path`.
-        NoPhotosError: no photo is usable, or the split leaves one of the two parts empty.
-    """
-    folder, photos = _photos(Path(path))
-    usable = [photo for photo in photos if not photo.fault and min(photo.width, photo.height) >= crop]
-    if not usable:
-        return PhotoCrops(folder, photos, crop)  # which says why
-    _, held = split([photo.name for photo in usable], holdout)
-    if held_out:
-        chosen = frozenset(held)
-        return PhotoCrops(folder, [photo for photo in photos if photo.name in chosen], crop)
-    left = frozenset(held)
-    return PhotoCrops(folder, [photo for photo in photos if photo.name not in left], crop)
-
-
-def _photos(path: Path) -> tuple[Path, list[Photo]]:
-    """What the photos' files are relative to, and all photos, usable or not."""
-    cache = env.cache_dir() / "manifests"
-    shards = shard_files(path)
-    if shards is not None:
-        folder = path if path.is_dir() else path.parent
-        return folder, scan(folder, [shard.name for shard in shards], index_shard, cache)
-    if not path.is_dir():
-        raise ValueError(f"data: expected a folder or .tar files, found nothing at {str(path)!r}")
-    names = photo_names(path)
-    if not names:
-        raise NoPhotosError(f"data: expected a folder with image files, found none in {str(path)!r}")
-    return path, scan(path, names, index_image, cache)
+def memory_of(config: DataConfig) -> int:
+    """Bytes of decoded photos that each process of a rank holds: its workers, and the run's own."""
+    return (config.memory_mib << 20) // (config.workers + 1)
 
 
 def name_skipped(source: Source) -> None:

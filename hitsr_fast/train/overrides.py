@@ -9,6 +9,8 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hitsr_fast.configs import Config
+from hitsr_fast.data.presets import sources_of
+from hitsr_fast.data.source_config import SourceConfig
 from hitsr_fast.train.config import Recipe
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -24,7 +26,7 @@ def override(recipe: Recipe, words: Sequence[str]) -> Recipe:
     A name is that of a value of the recipe (`--seed`, `--data.workers`), of a phase's
     (`--tokenize.optim.lr`), or of all phases that have it (`--optim.lr`, `--task.loss.vgg`); hyphens stand
     for underscores. Later words win over earlier ones. A tuple takes several words, `none` is None, a switch
-    alone is true.
+    alone is true. `--data.sources` takes names of presets, or JSON files of their form.
 
     Args:
         recipe: Left as it is.
@@ -135,6 +137,11 @@ def _parsed(hint: Any, values: list[str], name: str) -> Any:
     if kind in (Union, UnionType):
         (other,) = (part for part in parts if part is not type(None))
         return None if values == ["none"] else _parsed(other, values, name)
+    if kind is tuple and parts[0] is SourceConfig:
+        try:
+            return sources_of(values)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
     if kind is tuple:
         items = parts[:1] * len(values) if parts[-1] is ... else parts
         if len(values) != len(items):

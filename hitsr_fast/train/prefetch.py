@@ -13,7 +13,7 @@ import multiprocessing
 import signal
 import traceback
 from collections.abc import Iterator
-from multiprocessing import forkserver, util
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.data.crops import NoPhotosError
+from hitsr_fast.train.server import start_server
 
 _Array = npt.NDArray[np.uint8]
 
@@ -43,15 +44,6 @@ class Job(Protocol):
 
     def skipped(self) -> dict[str, str]:
         """Files that were left out since the last call, each with the reason."""
-
-
-def start_server() -> None:
-    """Start the clean process that workers are forked from, for this one may have threads and a GPU.
-
-    It imports torch, once, while the caller goes on.
-    """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["hitsr_fast.train.data"])
-    forkserver.ensure_running()
 
 
 class Workers:

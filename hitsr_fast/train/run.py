@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hitsr_fast import env
+from hitsr_fast.data.sources import Sources, describe
 from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
 from hitsr_fast.models.base import load_config
 from hitsr_fast.models.hit_var import PRESETS, HitConfig, HitVar, init_from_public
@@ -32,9 +33,10 @@ from hitsr_fast.train.artifacts import (
 )
 from hitsr_fast.train.checkpoint import Checkpoints
 from hitsr_fast.train.config import NextScaleConfig, Phase, Recipe
-from hitsr_fast.train.data import IndexSampler, Loader, Source, open_source
+from hitsr_fast.train.data import IndexSampler, Loader, Source, memory_of, open_sources
 from hitsr_fast.train.log import Log, SilentLog, measured_peak
 from hitsr_fast.train.parallel import Parallel
+from hitsr_fast.train.server import start_server
 from hitsr_fast.train.tasks import TASKS
 from hitsr_fast.train.trainer import fit
 
@@ -50,7 +52,7 @@ def train(
 
     Args:
         recipe: What to train and how. A phase without steps is left out.
-        data: Folder of the photos, or WebDataset shards, see `open_source`.
+        data: Of the photos, or the root of the recipe's sources; see `open_sources`.
         folder: Of the run; made if it is not there. An interrupted run goes on from what it holds.
         device: "auto", "cpu" or "cuda".
         rerun_stale: Train anew what was made with other values, and what follows it. What it replaces is kept
@@ -77,10 +79,18 @@ def train(
             if not source.startswith("phase:"):
                 file_of(source)
     parallel = Parallel.start(device)
-    photos, held_out = (
-        open_source(data, holdout=recipe.data.holdout, crop=config.tokenizer.image_size, held_out=held_out)
-        for held_out in (False, True)
+    if recipe.data.workers:
+        start_server()  # which imports what workers need while the photos are looked at
+    photos, held_out = open_sources(
+        data,
+        recipe.data.sources,
+        holdout=recipe.data.holdout,
+        crop=config.tokenizer.image_size,
+        memory=memory_of(recipe.data),
     )
+    if isinstance(photos, Sources) and parallel.is_main:
+        for line in describe(photos.counts):
+            print(line, flush=True)
     samplers = [
         IndexSampler(phase.batch, phase.parallel.micro_batch, parallel.rank, parallel.world)
         for phase in phases
@@ -186,6 +196,8 @@ def _trained(
     log = _log(run, phase, config, parallel, task.dtype)
     made = fingerprint(run.made_with(phase))
     with contextlib.closing(log):
+        if isinstance(photos, Sources):
+            log.line("data", step=0, sources=photos.counts)
         fit(
             *(task, phase, loader, held_out, parallel, checkpoints, log),
             seed=recipe.seed,

@@ -155,8 +155,8 @@ def test_a_folder_larger_than_memory(folder: Path) -> None:
     tight = PhotoFolder(folder, 32, length=20, memory=64 * 80 * 3)
     for i in range(20):
         assert torch.equal(tight[i], whole[i])
-        assert tight._crops._held <= 64 * 80 * 3
-    assert whole._crops._held == (64 * 80 + 48 * 48) * 3
+        assert tight._crops.decoded.held <= 64 * 80 * 3
+    assert whole._crops.decoded.held == (64 * 80 + 48 * 48) * 3
 
 
 def test_nothing_usable_is_an_error(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hitsr_fast import env
 from hitsr_fast.data.crops import NoPhotosError, PhotoCrops
 from hitsr_fast.train.config import DataConfig
 from hitsr_fast.train.data import Crops, IndexSampler, Loader, open_source
@@ -41,7 +42,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def opened(path: Path, crop: int = 32, held_out: bool = False) -> PhotoCrops:
-    return open_source(path, holdout=("held",), crop=crop, held_out=held_out)
+    source = open_source(path, holdout=("held",), crop=crop, held_out=held_out)
+    assert isinstance(source, PhotoCrops)
+    return source
 
 
 def loader(
@@ -338,24 +341,22 @@ def test_digest_is_of_the_photos_that_are_trained_on(folder: Path) -> None:
     assert opened(folder, held_out=True).digest != held
 
 
-def test_files_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from hitsr_fast.train import data
-
+def test_files_are_looked_into_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = opened(folder).digest
     monkeypatch.setattr("hitsr_fast.data.manifest.photo_of", None)
     assert opened(folder).digest == digest
-    for place in (data.env.cache_dir() / "manifests").iterdir():
+    for place in (env.cache_dir() / "manifests").iterdir():
         place.write_text("{")
     with pytest.raises(TypeError):
         opened(folder)
 
 
 def test_a_file_that_could_not_be_read_is_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(path: Path) -> bytes:
+    def failing(*arguments: object) -> None:
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_bytes", failing)
+        patch.setattr("hitsr_fast.data.manifest.photo_of", failing)
         with pytest.raises(NoPhotosError, match="Input/output error"):
             opened(folder)
     assert len(opened(folder).photos) == 4

@@ -48,14 +48,11 @@ def index_shard(folder: Path, file: str) -> list[Photo]:
             for member in shard:
                 if not member.isfile() or not is_photo(member.name):
                     continue
-                stream.seek(member.offset_data)
-                data = stream.read(member.size)
-                if len(data) < member.size:
-                    raise tarfile.ReadError("unexpected end of data")
-                photos.append(photo_of(f"{file}/{member.name}", file, member.offset_data, data))
+                name = f"{file}/{member.name}"
+                photos.append(photo_of(name, file, member.offset_data, member.size, stream))
     except OSError as error:
         photos.append(_unreadable(file, error.strerror or str(error)))
-    except tarfile.TarError as error:
+    except (tarfile.TarError, EOFError) as error:
         photos.append(_unreadable(file, f"not a whole uncompressed tar file: {error}"))
     return photos
 
