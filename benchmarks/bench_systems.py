@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def hit_var(preset: str) -> System:
         last = len(tokenizer.targets) - 1
         parts = {"encoder": layer_macs(model.tokenizer, lambda: model.tokenizer.encode(image))}
         for step, scale in enumerate(shape.scales):
-            name = f"prefix and {scale}" if step == 0 else f"{scale}"
+            name = f"prefix and {scale}²" if step == 0 else f"{scale}²"
             parts[name] = step_macs(shape, step, injected=config.transformer.prefix_injection)
         # Codes are upsampled and convolved on the map of each target, those of the steps before it again.
         phi = 9 * tokenizer.code_dim**2
@@ -213,19 +213,31 @@ def _unavailable(case: SystemCase, inputs: Inputs) -> str | None:
 def table(rows: Sequence[Mapping[str, str]]) -> str:
     """Markdown: a line for each row, and under it the sums of their multiply-adds."""
     head = ["system", "weights", "dtype", "parameters", "GMAC", "seconds", "peak MiB"]
-    lines, sums = [head, ["---", "---", "---", *["---:"] * 4]], []
+    lines = [head, ["---", "---", "---", *["---:"] * 4]]
     for row in rows:
-        name = f"`{row['system']}`, {row['side']} to {_FACTOR * int(row['side'])}"
-        million, giga = int(row["parameters"]) / 1e6, int(row["macs"]) / 1e9
         if row["median_ms"]:
             measured = [f"{float(row['median_ms']) / 1e3:.3g}", _rounded(row["peak_mib"])]
         else:
             measured = [row["reason"], ""]
-        lines.append([name, row["weights"], row["dtype"], f"{million:.1f} M", f"{giga:,.0f}", *measured])
-        parts = (part.rsplit(" ", 1) for part in row["macs_of"].split(" + "))
-        sums.append(f"- {name}: {' + '.join(f'{part} {int(count) / 1e9:.3g}' for part, count in parts)}\n")
+        name, giga = _named(row["system"], int(row["side"])), int(row["macs"]) / 1e9
+        parameters = f"{int(row['parameters']) / 1e6:.1f} M"
+        lines.append([name, row["weights"], row["dtype"], parameters, f"{giga:,.0f}", *measured])
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    return f"{text}\nGMAC, part by part:\n\n{''.join(sums)}"
+    return f"{text}\n{sums([(row['system'], int(row['side'])) for row in rows])}"
+
+
+def sums(cases: Iterable[tuple[str, int]]) -> str:
+    """Markdown: the parts that the GMAC of systems, for photos of a side, are the sums of."""
+    text = ""
+    for name, side in cases:
+        parts = SYSTEMS[name].macs(side)
+        listed = " + ".join(f"{part} {count / 1e9:.3g}" for part, count in parts.items())
+        text += f"- {_named(name, side)}: {listed} = {sum(parts.values()) / 1e9:,.1f} GMAC\n"
+    return text
+
+
+def _named(system: str, side: int) -> str:
+    return f"`{system}`, {side} to {_FACTOR * side}"
 
 
 def _rounded(number: str) -> str:
@@ -237,6 +249,9 @@ BENCHMARK = Benchmark(
     providers=(Provider("system", _call, _unavailable, ours=True),),
     cases=tuple(SystemCase(name, 128) for name in SYSTEMS),
     quick=(SystemCase("hit-tiny", 32), SystemCase("real-esrgan-x4plus", 16)),
-    repeats=5,
+    repeats=3,
     summary=table,
 )
+
+if __name__ == "__main__":
+    print(sums((case.system, case.side) for case in BENCHMARK.cases), end="")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -108,8 +110,19 @@ def test_tiles_are_counted() -> None:
     one, all_of_128 = (SYSTEMS["hit-tiny"].macs(side) for side in (32, 128))
     assert all_of_128 == {part: 25 * count for part, count in one.items()}
     scales = MODELS["hit-tiny"].scales
-    assert list(one) == ["encoder", f"prefix and {scales[0]}", *map(str, scales[1:]), "phi", "decoder"]
+    assert list(one) == [
+        "encoder",
+        f"prefix and {scales[0]}²",
+        *(f"{scale}²" for scale in scales[1:]),
+        "phi",
+        "decoder",
+    ]
 
 
 def test_every_system_is_a_case() -> None:
     assert [case.system for case in bench_systems.BENCHMARK.cases] == list(SYSTEMS)
+
+
+def test_the_docs_show_the_sums() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text()
+    assert bench_systems.sums((case.system, case.side) for case in bench_systems.BENCHMARK.cases) in text
