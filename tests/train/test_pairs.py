@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import typing
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from hitsr_fast.data.sharpen import unsharp_mask
 from hitsr_fast.train.config import DataConfig
 from hitsr_fast.train.draw import Draw
 from hitsr_fast.train.pairs import lr_pairs, targets
+from hitsr_fast.train.task import images_of
+from tests.train import task_checks as checks
 from tests.train.fake_gpu import DEVICE, FakeGpu, no_autocast
 
 
@@ -76,6 +79,20 @@ def test_targets_are_the_photos_unless_asked_otherwise() -> None:
     sharp = targets(hr, DataConfig(sharp_target=True))
     torch.testing.assert_close((sharp + 1) / 2, unsharp_mask((hr + 1) / 2), rtol=0, atol=1e-6)
     assert (sharp - hr).abs().max() > 0.05
+
+
+def test_a_task_sharpens_its_targets_and_not_what_it_degrades() -> None:
+    """LR images are made of the photos as they are."""
+    batch = checks.samples()
+    draw, images = checks.draw_of(batch), images_of(batch)
+    for task in (checks.make(checks.NEXT_SCALE), checks.make(checks.TOKENIZE)):
+        plain, plain_lr, _ = task.pairs(batch, draw)
+        task.data = replace(task.data, sharp_target=True)
+        sharp, lr, _ = task.pairs(batch, draw)
+        assert torch.equal(plain, images)
+        assert torch.equal(sharp, task.images(batch))
+        assert torch.equal(sharp, targets(images, task.data)) and not torch.equal(sharp, images)
+        assert torch.equal(lr, plain_lr)
 
 
 def test_autocast_changes_nothing() -> None:
