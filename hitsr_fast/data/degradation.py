@@ -1,7 +1,7 @@
 """Low-resolution training inputs made from photos: two-order degradation and clean down-sampling.
 
 Source: Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic Data", 2021.
-The defaults are those of its x4plus training configuration.
+Configurations are in `hitsr_fast.data.degradation_config`.
 
 Each image has a random stream keyed by (seed, its index): a result never depends on the rest of the batch.
 Parameters and noise are drawn on the CPU, so CPU and GPU agree up to rounding, and nothing is read back.
@@ -22,9 +22,10 @@ from torch import Tensor
 
 from hitsr_fast.checks import check_image, check_integer, check_number
 from hitsr_fast.data.blur_kernels import KERNEL_SHAPES, gaussian_kernel, sinc_kernel
-from hitsr_fast.data.degradation_config import REAL_ESRGAN_X4PLUS, DegradationConfig, OrderConfig
+from hitsr_fast.data.degradation_config import REAL_ESRGAN, DegradationConfig, OrderConfig
 from hitsr_fast.data.jpeg import jpeg_of_sizes
 from hitsr_fast.data.ragged import RESIZE_MODES, Size, blur, inside, no_autocast, on, resize
+from hitsr_fast.data.sharpen import unsharp_mask
 from hitsr_fast.transfer import to_device
 
 DEGRADED: Final = 0  # class id of an input made by `degrade`
@@ -37,11 +38,13 @@ def degrade(
     hr: Tensor,
     seed: int,
     *,
-    config: DegradationConfig = REAL_ESRGAN_X4PLUS,
+    config: DegradationConfig = REAL_ESRGAN,
     scale: int = 4,
     first_index: int = 0,
 ) -> Tensor:
     """Degrade photos at random: blur, resize, noise and JPEG, twice over, down to 1/`scale` of the size.
+
+    With a `usm_weight` what is degraded is the sharpened photo (see `hitsr_fast.data.sharpen`).
 
     Args:
         hr: floating point `(B, 3, H, W)`, RGB in [0, 1]; H and W multiples of `scale`. Runs on its device.
@@ -80,7 +83,7 @@ def lr_pair(
     seed: int,
     *,
     clean_prob: float = 0.25,
-    config: DegradationConfig = REAL_ESRGAN_X4PLUS,
+    config: DegradationConfig = REAL_ESRGAN,
     scale: int = 4,
     first_index: int = 0,
 ) -> tuple[Tensor, Tensor]:
@@ -105,7 +108,7 @@ def lr_pairs_of(
     keys: Sequence[tuple[int, ...]],
     *,
     clean_prob: float = 0.25,
-    config: DegradationConfig = REAL_ESRGAN_X4PLUS,
+    config: DegradationConfig = REAL_ESRGAN,
     scale: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """`lr_pair` with a key of its own for each image's random streams."""
@@ -137,8 +140,15 @@ def _degrade(hr: Tensor, keys: Sequence[tuple[int, ...]], config: DegradationCon
     with torch.no_grad(), no_autocast(hr.device):
         if hr.device.type == "cpu":
             images = torch.split(hr.float(), 1)
-            return torch.cat([_carry_out(image, [plan]) for image, plan in zip(images, plans, strict=True)])
-        return _carry_out(hr.float(), list(plans))
+            pairs = zip(images, plans, strict=True)
+            return torch.cat([_carry_out(_sharp(image, config), [plan], config) for image, plan in pairs])
+        return _carry_out(_sharp(hr.float(), config), list(plans), config)
+
+
+def _sharp(images: Tensor, config: DegradationConfig) -> Tensor:
+    if config.usm_weight == 0:
+        return images
+    return unsharp_mask(images, config.usm_weight, config.usm_radius, config.usm_threshold)
 
 
 class _Noise(NamedTuple):
@@ -158,9 +168,9 @@ class _Plan(NamedTuple):
     """All that is random in the degradation of an image."""
 
     first: _Order
-    first_quality: int
+    first_quality: float
     second: _Order
-    second_quality: int
+    second_quality: float
     jpeg_last: bool
     lr_size: Size
     lr_mode: str
@@ -170,9 +180,9 @@ class _Plan(NamedTuple):
 def _plan(hr_size: Size, lr_size: Size, config: DegradationConfig, rng: np.random.Generator) -> _Plan:
     # In the order of the operations, which the images of a seed depend on.
     first = _random_order(hr_size, config.first, config, rng)
-    first_quality = _random_quality(config.first, rng)
+    first_quality = _random_quality(config.first, config, rng)
     second = _random_order(lr_size, config.second, config, rng)
-    second_quality = _random_quality(config.second, rng)
+    second_quality = _random_quality(config.second, config, rng)
     jpeg_last = bool(rng.random() < 0.5)
     lr_mode = _random_mode(rng)
     sinc = None
@@ -182,19 +192,24 @@ def _plan(hr_size: Size, lr_size: Size, config: DegradationConfig, rng: np.rando
     return _Plan(first, first_quality, second, second_quality, jpeg_last, lr_size, lr_mode, sinc)
 
 
-def _carry_out(images: Tensor, plans: Sequence[_Plan]) -> Tensor:
+def _carry_out(images: Tensor, plans: Sequence[_Plan], config: DegradationConfig) -> Tensor:
     """Degrade float32 `(B, 3, H, W)` as planned for each image."""
+    jpeg = partial(jpeg_of_sizes, float_quality=config.float_quality)
     sizes: list[Size] = [(images.shape[-2], images.shape[-1])] * len(plans)
     images, sizes = _blur_resize_noise(images, sizes, [plan.first for plan in plans])
-    images = jpeg_of_sizes(images, sizes, [plan.first_quality for plan in plans])
+    images = jpeg(images, sizes, [plan.first_quality for plan in plans])
     images, sizes = _blur_resize_noise(images, sizes, [plan.second for plan in plans])
 
-    last = [i for i, plan in enumerate(plans) if plan.jpeg_last]
-    images = _jpeg_some(images, sizes, plans, [i for i, plan in enumerate(plans) if not plan.jpeg_last])
+    def second_jpeg(images: Tensor, sizes: Sequence[Size], last: bool) -> Tensor:
+        chosen = [i for i, plan in enumerate(plans) if plan.jpeg_last == last]
+        of, qualities = [sizes[i] for i in chosen], [plans[i].second_quality for i in chosen]
+        return on(images, chosen, lambda part: jpeg(part, of, qualities))
+
+    images = second_jpeg(images, sizes, last=False)
     lr_sizes = [plan.lr_size for plan in plans]
     images = resize(images, sizes, lr_sizes, [plan.lr_mode for plan in plans], lr_sizes[0])
     images = _blur(images, lr_sizes, [plan.sinc for plan in plans])
-    return _to_8_bit(_jpeg_some(images, lr_sizes, plans, last))  # which leaves those of a JPEG as they are
+    return _to_8_bit(second_jpeg(images, lr_sizes, last=True))  # which leaves those of a JPEG as they are
 
 
 def _blur_resize_noise(
@@ -213,11 +228,6 @@ def _blur(images: Tensor, sizes: Sequence[Size], kernels: Sequence[Tensor | None
     return on(images, list(known), lambda part: blur(part, of, list(known.values())))
 
 
-def _jpeg_some(images: Tensor, sizes: Sequence[Size], plans: Sequence[_Plan], chosen: list[int]) -> Tensor:
-    of, qualities = [sizes[i] for i in chosen], [plans[i].second_quality for i in chosen]
-    return on(images, chosen, lambda part: jpeg_of_sizes(part, of, qualities))
-
-
 def _random_order(
     base_size: Size, order: OrderConfig, config: DegradationConfig, rng: np.random.Generator
 ) -> _Order:
@@ -230,8 +240,11 @@ def _random_mode(rng: np.random.Generator) -> str:
     return RESIZE_MODES[int(rng.integers(len(RESIZE_MODES)))]
 
 
-def _random_quality(order: OrderConfig, rng: np.random.Generator) -> int:
-    return int(rng.integers(order.jpeg_range[0], order.jpeg_range[1], endpoint=True))
+def _random_quality(order: OrderConfig, config: DegradationConfig, rng: np.random.Generator) -> float:
+    low, high = order.jpeg_range
+    if config.float_quality:
+        return rng.uniform(low, high)
+    return int(rng.integers(int(low), int(high), endpoint=True))
 
 
 def _random_kernel(order: OrderConfig, config: DegradationConfig, rng: np.random.Generator) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from hitsr_fast.configs import Config, Share
+from hitsr_fast.configs import Config, Count, Share, Weight
 from hitsr_fast.data.blur_kernels import KERNEL_SHAPES
 
 
@@ -29,7 +30,7 @@ class OrderConfig(Config):
     # Strength of Poisson noise; 1 is the photon noise of as many photons as the image has levels.
     poisson_scale_range: tuple[float, float] = (0.05, 3.0)
     gray_noise_prob: Share = 0.4  # that the noise is the same in all channels
-    jpeg_range: tuple[int, int] = (30, 95)  # quality, both ends included
+    jpeg_range: tuple[float, float] = (30, 95)  # quality, both ends included
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,8 +41,8 @@ class OrderConfig(Config):
                 raise ValueError(f"{name}_range: expected 0 < low <= high, found ({low}, {high})")
         if not self.resize_range[0] <= 1 <= self.resize_range[1]:
             raise ValueError(f"resize_range: expected a range around 1, found {self.resize_range}")
-        if self.jpeg_range[1] > 100:
-            raise ValueError(f"jpeg_range: expected at most 100, found {self.jpeg_range}")
+        if self.jpeg_range[0] < 1 or self.jpeg_range[1] > 100:
+            raise ValueError(f"jpeg_range: expected qualities from 1 to 100, found {self.jpeg_range}")
 
 
 _X4PLUS_SECOND: Final = OrderConfig(
@@ -56,8 +57,12 @@ _X4PLUS_SECOND: Final = OrderConfig(
 
 @dataclass(frozen=True)
 class DegradationConfig(Config):
-    """The whole degradation; the defaults are Real-ESRGAN's x4plus."""
+    """The whole degradation; the defaults are `REAL_ESRGAN`."""
 
+    # Before it, the HR image is sharpened by `unsharp_mask` with this weight; 0 leaves it as it is.
+    usm_weight: Weight = 0.0
+    usm_radius: Count = 50
+    usm_threshold: Weight = 10.0
     first: OrderConfig = field(default_factory=OrderConfig)
     second: OrderConfig = _X4PLUS_SECOND
     # Of the Gaussian-like kernels, in the order of `blur_kernels.KERNEL_SHAPES`.
@@ -67,6 +72,9 @@ class DegradationConfig(Config):
     generalized_beta_range: tuple[float, float] = (0.5, 4.0)
     plateau_beta_range: tuple[float, float] = (1.0, 2.0)
     final_sinc_prob: Share = 0.8  # of a sinc filter at the end
+    # JPEG qualities are drawn as any numbers and scale the tables without rounding; else they are whole
+    # numbers, both ends included, and the tables those of a file.
+    float_quality: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,10 +89,19 @@ class DegradationConfig(Config):
             low, high = getattr(self, name)
             if not 0 < low <= 1 <= high:
                 raise ValueError(f"{name}: expected 0 < low <= 1 <= high, found ({low}, {high})")
+        if not self.float_quality:
+            for order in ("first", "second"):
+                qualities = getattr(self, order).jpeg_range
+                if any(quality != int(quality) for quality in qualities):
+                    expected = "whole numbers, as float_quality is off"
+                    raise ValueError(f"{order}.jpeg_range: expected {expected}, found {qualities}")
 
 
-REAL_ESRGAN_X4PLUS: Final = DegradationConfig()  # strong, for photos of unknown history
-VARSR: Final = DegradationConfig(
+REAL_ESRGAN: Final = DegradationConfig()
+"""Real-ESRGAN's strengths without its sharpening, and with JPEG qualities of files."""
+X4PLUS: Final = replace(REAL_ESRGAN, usm_weight=0.5, float_quality=True)
+"""All of Real-ESRGAN's x4plus: strong, for photos of unknown history."""
+_VARSR_WHOLE: Final = DegradationConfig(
     first=OrderConfig(
         resize_range=(0.3, 1.5),
         gaussian_noise_range=(1.0, 15.0),
@@ -100,4 +117,13 @@ VARSR: Final = DegradationConfig(
         jpeg_range=(60, 100),
     ),
 )
-"""Milder, as VARSR and SeeSR train with."""
+VARSR: Final = replace(_VARSR_WHOLE, float_quality=True)
+"""Milder, as VARSR trains with; not sharpened."""
+
+PRESETS: Final[Mapping[str, DegradationConfig]] = {
+    "x4plus": X4PLUS,
+    "varsr": VARSR,
+    # With whole qualities and without sharpening, as before there were the two above.
+    "real-esrgan": REAL_ESRGAN,
+    "varsr-whole": _VARSR_WHOLE,
+}

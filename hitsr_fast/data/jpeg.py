@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hitsr_fast.checks import check_image, check_integer
+from hitsr_fast.checks import check_image, check_integer, check_number
 from hitsr_fast.data.ragged import Size, no_autocast, padded
 from hitsr_fast.transfer import to_device
 
@@ -44,12 +44,14 @@ _RGB_TO_YCBCR: Final = (
 _YCBCR_TO_RGB: Final = ((1.0, 0.0, 1.402), (1.0, -0.344136286, -0.714136286), (1.0, 1.772, 0.0))
 
 
-def jpeg(images: Tensor, quality: int) -> Tensor:
+def jpeg(images: Tensor, quality: float, *, float_quality: bool = False) -> Tensor:
     """Save images as baseline JPEG (4:2:0) and read them back.
 
     Args:
         images: floating point `(B, 3, H, W)`, RGB in [0, 1]; rounded to 8 bits first, as encoders get it.
-        quality: 1 to 100, libjpeg's scale.
+        quality: 1 to 100, libjpeg's scale; a whole number unless `float_quality`.
+        float_quality: Multiply the annex K tables by a factor of `quality` and leave them so, as no file can;
+            else their entries are whole numbers of libjpeg's rule.
 
     Returns:
         float32 `(B, 3, H, W)` in [0, 1], on the 8-bit grid.
@@ -61,17 +63,24 @@ def jpeg(images: Tensor, quality: int) -> Tensor:
         Follows libjpeg's defaults: annex K tables scaled by quality, 2x2 mean for chroma, triangle ("fancy")
         upsampling. libjpeg transforms in integers, so now and then a coefficient is rounded the other way.
         Not differentiable: coefficients are rounded.
+        With q the quality, the factor of `float_quality` is `50 / q` below 50 and `2 - q / 50` from there on:
+        Real-ESRGAN's, whose DiffJPEG has 0 / 0 at 100. Here no entry is below 2^-10.
     """
     check_image("images", images)
     if 0 in images.shape:
         raise ValueError(f"images: expected B, H and W of at least 1, found shape {tuple(images.shape)}")
-    check_integer("quality", quality, 1, 100)
-    size = (images.shape[-2], images.shape[-1])
+    if float_quality:
+        check_number("quality", quality, 1, 100)
+    else:
+        check_integer("quality", quality, 1, 100)
+    sizes = [(images.shape[-2], images.shape[-1])] * len(images)
     with no_autocast(images.device):
-        return jpeg_of_sizes(images.float(), [size] * len(images), [quality] * len(images))
+        return jpeg_of_sizes(images.float(), sizes, [quality] * len(images), float_quality=float_quality)
 
 
-def jpeg_of_sizes(images: Tensor, sizes: Sequence[Size], qualities: Sequence[int]) -> Tensor:
+def jpeg_of_sizes(
+    images: Tensor, sizes: Sequence[Size], qualities: Sequence[float], *, float_quality: bool = False
+) -> Tensor:
     """`jpeg` of a batch whose images have a size (see `data.ragged`) and a quality each; float32."""
     height, width = images.shape[-2:]
     pixels = padded((images * 255).round_().clamp_(0, 255), sizes, 16)
@@ -83,8 +92,9 @@ def jpeg_of_sizes(images: Tensor, sizes: Sequence[Size], qualities: Sequence[int
     rounding = to_device(torch.tensor((0.25, 0.5)), mean.device)  # libjpeg's, down and up in turns
     chroma = (mean + rounding.repeat(mean.shape[-1] // 2)).floor_()
 
-    luma = _code_blocks(luma, _quantisation_tables(_LUMA, qualities, images.device))
-    chroma = _code_blocks(chroma, _quantisation_tables(_CHROMA, qualities, images.device))
+    tables = _float_tables if float_quality else _whole_tables
+    luma = _code_blocks(luma, to_device(tables(_LUMA, qualities), images.device))
+    chroma = _code_blocks(chroma, to_device(tables(_CHROMA, qualities), images.device))
 
     # An image ends with its last block of 16 pixels: upsampling must not look beyond.
     chroma = padded(chroma, [(-(-rows // 16) * 8, -(-columns // 16) * 8) for rows, columns in sizes], 1)
@@ -115,16 +125,21 @@ def _dct_matrix(device: torch.device) -> Tensor:
     return to_device(matrix.float(), device)
 
 
-def _quantisation_tables(
-    base: tuple[tuple[int, ...], ...], qualities: Sequence[int], device: torch.device
-) -> Tensor:
+def _float_tables(base: tuple[tuple[int, ...], ...], qualities: Sequence[float]) -> Tensor:
+    """Annex K tables times the factors of the qualities, float32 `(B, 1, 1, 8, 1, 8)`."""
+    factors = torch.tensor([50 / q if q < 50 else 2 - q / 50 for q in qualities])
+    tables = torch.tensor(base) * factors[:, None, None]
+    return tables.clamp_(min=2.0**-10)[:, None, None, :, None, :]
+
+
+def _whole_tables(base: tuple[tuple[int, ...], ...], qualities: Sequence[float]) -> Tensor:
     """Annex K tables at libjpeg's qualities, float32 `(B, 1, 1, 8, 1, 8)` of whole numbers 1 to 255."""
-    tables = torch.stack([_quantisation_table(base, quality) for quality in qualities])
-    return to_device(tables, device)[:, None, None, :, None, :]
+    tables = torch.stack([_whole_table(base, int(quality)) for quality in qualities])
+    return tables[:, None, None, :, None, :]
 
 
 @lru_cache(maxsize=256)
-def _quantisation_table(base: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
+def _whole_table(base: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
     """Of one quality, float32 `(8, 8)` on the CPU."""
     percent = 5000 // quality if quality < 50 else 200 - 2 * quality
     table = torch.tensor(base, dtype=torch.int64)

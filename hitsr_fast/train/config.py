@@ -21,7 +21,9 @@ class DataConfig(Config):
         holdout: Stems of the photos that are never trained on. By default those that the package shows, where
             they are there, else every sixteenth by name, at least one.
         clean_prob: Share of clean bilinear pairs (HIT-VAR, section 4.1: at most 0.25).
-        degradation: Strength of the others.
+        degradation: Of the others, one of `hitsr_fast.data.degradation_config.PRESETS`.
+        sharp_target: Train towards sharpened photos, by the unsharp mask of Real-ESRGAN, whose pixel and
+            perceptual losses do so (its discriminator does not); held-out images are sharpened too.
         workers: Processes that read and crop; 0 does it in the training process.
         prefetch: Batches that a worker makes ahead.
         memory_mib: Decoded photos that all processes of a rank hold together, in MiB.
@@ -30,7 +32,8 @@ class DataConfig(Config):
 
     holdout: tuple[str, ...] | None = None
     clean_prob: Share = 0.25
-    degradation: Literal["real-esrgan", "varsr"] = "real-esrgan"
+    degradation: Literal["x4plus", "varsr", "real-esrgan", "varsr-whole"] = "real-esrgan"
+    sharp_target: bool = False
     workers: AnyCount = 2
     prefetch: Count = 2
     memory_mib: Count = 512

@@ -1,22 +1,21 @@
-"""Low-resolution images of training crops, made on the device."""
+"""Low-resolution images and targets of training crops, made on the device."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from hitsr_fast.data.degradation import lr_pairs_of
-from hitsr_fast.data.degradation_config import REAL_ESRGAN_X4PLUS, VARSR
+from hitsr_fast.data.degradation_config import PRESETS
+from hitsr_fast.data.sharpen import unsharp_mask
 from hitsr_fast.train.config import DataConfig
 from hitsr_fast.train.draw import Draw
-
-_DEGRADATIONS = {"real-esrgan": REAL_ESRGAN_X4PLUS, "varsr": VARSR}
 
 
 def lr_pairs(hr: Tensor, draw: Draw, data: DataConfig) -> tuple[Tensor, Tensor]:
     """The low-resolution version of each crop, degraded or, for a share of `clean_prob`, clean.
 
     Args:
-        hr: float32 `(B, 3, S, S)` in [-1, 1], S a multiple of 4.
+        hr: float32 `(B, 3, S, S)` in [-1, 1], S a multiple of 4; not sharpened.
         draw: Of the samples, which alone decides what happens to each.
         data: Share and strength.
 
@@ -26,6 +25,13 @@ def lr_pairs(hr: Tensor, draw: Draw, data: DataConfig) -> tuple[Tensor, Tensor]:
     """
     keys = [(seed,) for seed in draw.seeds("degradation")]
     lr, class_id = lr_pairs_of(
-        hr.add(1).div_(2), keys, clean_prob=data.clean_prob, config=_DEGRADATIONS[data.degradation]
+        hr.add(1).div_(2), keys, clean_prob=data.clean_prob, config=PRESETS[data.degradation]
     )
     return lr.mul_(2).sub_(1), class_id
+
+
+def targets(hr: Tensor, data: DataConfig) -> Tensor:
+    """What is trained towards: the crops, float32 `(B, 3, S, S)` in [-1, 1], or their sharpened selves."""
+    if not data.sharp_target:
+        return hr
+    return unsharp_mask(hr.add(1).div_(2)).mul_(2).sub_(1)

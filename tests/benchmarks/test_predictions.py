@@ -23,6 +23,12 @@ def test_every_chip_of_the_audit_has_a_bandwidth() -> None:
     assert set(predictions.BANDWIDTH) == set(CHIPS) > set(predictions.SHOWN)
 
 
+def test_what_a_degradation_does_is_counted() -> None:
+    launches, megabytes = predictions.counted(predictions.DEGRADE)
+    assert launches == pytest.approx(predictions.DEGRADE_LAUNCHES, rel=0.1)
+    assert megabytes == pytest.approx(predictions.DEGRADE_MB, rel=0.05)
+
+
 def test_a_time_is_the_longest_of_its_parts() -> None:
     def time(**changed: float) -> float:
         work = {"launches": 0, "megabytes": 0.0, "products": 0.0, "lanes": 0.0} | changed

@@ -15,8 +15,16 @@ from torch import Tensor
 from hitsr_fast.data import degradation
 from hitsr_fast.data.blur_kernels import gaussian_kernel
 from hitsr_fast.data.degradation import CLEAN_BILINEAR, DEGRADED, clean_pair, degrade, lr_pair
-from hitsr_fast.data.degradation_config import REAL_ESRGAN_X4PLUS, VARSR, DegradationConfig, OrderConfig
+from hitsr_fast.data.degradation_config import (
+    PRESETS,
+    REAL_ESRGAN,
+    VARSR,
+    X4PLUS,
+    DegradationConfig,
+    OrderConfig,
+)
 from hitsr_fast.data.ragged import blur
+from hitsr_fast.data.sharpen import unsharp_mask
 from tests.tolerances import TOLERANCES
 
 
@@ -38,12 +46,12 @@ MADE_BEFORE = (
 )
 
 
-def in_one_canvas(hr: Tensor, seed: int, config: DegradationConfig = REAL_ESRGAN_X4PLUS) -> Tensor:
+def in_one_canvas(hr: Tensor, seed: int, config: DegradationConfig = REAL_ESRGAN) -> Tensor:
     """`degrade` as a GPU does it."""
     size = (hr.shape[-2], hr.shape[-1])
     streams = [np.random.default_rng((seed, i, 0)) for i in range(len(hr))]
     plans = [degradation._plan(size, (size[0] // 4, size[1] // 4), config, rng) for rng in streams]
-    return degradation._carry_out(hr, plans)
+    return degradation._carry_out(degradation._sharp(hr, config), plans, config)
 
 
 @pytest.mark.parametrize("way", [degrade, in_one_canvas])
@@ -53,7 +61,7 @@ def test_the_images_of_a_seed_stay(way: Callable[[Tensor, int], Tensor]) -> None
     assert (difference <= TOLERANCES["jpeg_mean"].atol).all()
 
 
-@pytest.mark.parametrize("config", [REAL_ESRGAN_X4PLUS, VARSR])
+@pytest.mark.parametrize("config", [REAL_ESRGAN, X4PLUS, VARSR])
 def test_a_batch_in_one_canvas_is_its_images(config: DegradationConfig) -> None:
     hr = photos(12, 64, 48)
     for seed in range(3):
@@ -62,7 +70,7 @@ def test_a_batch_in_one_canvas_is_its_images(config: DegradationConfig) -> None:
         assert (difference <= TOLERANCES["jpeg_mean"].atol).all()
 
 
-@pytest.mark.parametrize("config", [REAL_ESRGAN_X4PLUS, VARSR])
+@pytest.mark.parametrize("config", [REAL_ESRGAN, X4PLUS, VARSR])
 def test_shape_range_and_determinism(config: DegradationConfig) -> None:
     hr = photos(6)
     lr = degrade(hr, 5, config=config)
@@ -118,11 +126,32 @@ def test_any_size(rows: int, columns: int, scale: int) -> None:
 def test_resembles_the_photo_but_is_worse_than_clean() -> None:
     hr = photos(24, 64, 64)
     clean = clean_pair(hr)
-    for config, least in ((REAL_ESRGAN_X4PLUS, 0.6), (VARSR, 0.8)):
+    for config, least in ((REAL_ESRGAN, 0.6), (X4PLUS, 0.6), (VARSR, 0.8)):
         degraded = degrade(hr, 0, config=config)
         assert (degraded - clean).square().mean() > 1e-4
         correlation = torch.corrcoef(torch.stack((degraded.flatten(), clean.flatten())))[0, 1]
         assert least < correlation < 0.99
+
+
+def test_presets_differ_by_what_their_names_say() -> None:
+    files = {"float_quality": False, "usm_weight": 0.0}
+    assert replace(PRESETS["x4plus"], **files) == PRESETS["real-esrgan"] == DegradationConfig()
+    assert replace(PRESETS["varsr"], **files) == PRESETS["varsr-whole"]
+    assert (X4PLUS.usm_weight, X4PLUS.usm_radius, X4PLUS.usm_threshold) == (0.5, 50, 10)
+    assert VARSR.usm_weight == 0
+
+
+def test_what_is_degraded_is_the_sharpened_photo() -> None:
+    hr, sharpening = photos(6, 64, 64), replace(REAL_ESRGAN, usm_weight=0.5)
+    sharp = degrade(hr, 3, config=sharpening)
+    assert torch.equal(sharp, degrade(unsharp_mask(hr), 3))
+    assert not torch.equal(sharp, degrade(hr, 3))
+
+
+def test_clean_pairs_are_not_sharpened() -> None:
+    hr = photos(2)
+    lr, _ = lr_pair(hr, 0, clean_prob=1, config=X4PLUS)
+    assert torch.equal(lr, clean_pair(hr))
 
 
 def test_clean_pair_is_the_antialiased_mean() -> None:
@@ -188,7 +217,7 @@ def test_kernel_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     draws = Draws(monkeypatch)
     rng = np.random.default_rng(0)
     for _ in range(2000):
-        degradation._random_kernel(REAL_ESRGAN_X4PLUS.first, REAL_ESRGAN_X4PLUS, rng)
+        degradation._random_kernel(REAL_ESRGAN.first, REAL_ESRGAN, rng)
     expected = {
         ("sinc", True): 0.1,
         ("gaussian", True): 0.9 * 0.45,
@@ -208,7 +237,7 @@ def test_kernel_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_resize_and_quality_statistics() -> None:
     rng = np.random.default_rng(0)
-    order = REAL_ESRGAN_X4PLUS.first
+    order = REAL_ESRGAN.first
     heights = np.array([degradation._random_size((1000, 500), order, rng)[0] for _ in range(2000)])
     tolerance = TOLERANCES["share_of_2000"].atol
     assert abs(np.mean(heights > 1000) - 0.2) <= tolerance
@@ -216,8 +245,13 @@ def test_resize_and_quality_statistics() -> None:
     assert abs(np.mean(heights == 1000) - 0.1) <= tolerance
     assert 150 <= heights.min() < 170
     assert 1470 < heights.max() <= 1500
-    qualities = [degradation._random_quality(order, rng) for _ in range(2000)]
-    assert (min(qualities), max(qualities)) == (30, 95)
+    qualities = np.array([degradation._random_quality(order, REAL_ESRGAN, rng) for _ in range(2000)])
+    assert (qualities.min(), qualities.max()) == (30, 95)
+    assert (qualities == qualities.round()).all()
+    qualities = np.array([degradation._random_quality(order, X4PLUS, rng) for _ in range(2000)])
+    assert 30 <= qualities.min() < 30.5 and 94.5 < qualities.max() < 95
+    assert (qualities != qualities.round()).all()
+    assert abs(np.mean(qualities < 46.25) - 0.25) <= tolerance
 
 
 def noise_of(order: OrderConfig, level: float, repeats: int = 4) -> Tensor:
@@ -318,9 +352,18 @@ def test_bad_configurations() -> None:
         OrderConfig(resize_range=(1.1, 1.5))
     with pytest.raises(ValueError, match="jpeg_range"):
         OrderConfig(jpeg_range=(30, 101))
+    with pytest.raises(ValueError, match="jpeg_range"):
+        OrderConfig(jpeg_range=(0.5, 95))
+    with pytest.raises(ValueError, match=r"second.jpeg_range: expected whole numbers"):
+        DegradationConfig(second=OrderConfig(jpeg_range=(30.5, 95)))
+    assert DegradationConfig(second=OrderConfig(jpeg_range=(30.5, 95)), float_quality=True)
+    with pytest.raises(ValueError, match="usm_weight"):
+        DegradationConfig(usm_weight=-0.5)
+    with pytest.raises(ValueError, match="usm_radius"):
+        DegradationConfig(usm_radius=0)
     with pytest.raises(ValueError, match="kernel_probs"):
         DegradationConfig(kernel_probs=(1.0,))
     with pytest.raises(ValueError, match="kernel_sizes"):
-        replace(REAL_ESRGAN_X4PLUS, kernel_sizes=(8,))
+        replace(REAL_ESRGAN, kernel_sizes=(8,))
     with pytest.raises(ValueError, match="plateau_beta_range"):
-        replace(REAL_ESRGAN_X4PLUS, plateau_beta_range=(1.5, 2))
+        replace(REAL_ESRGAN, plateau_beta_range=(1.5, 2))

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import typing
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from hitsr_fast.data.degradation import degrade, lr_pair
+from hitsr_fast.data.degradation_config import PRESETS, DegradationConfig
+from hitsr_fast.data.sharpen import unsharp_mask
 from hitsr_fast.train.config import DataConfig
 from hitsr_fast.train.draw import Draw
-from hitsr_fast.train.pairs import lr_pairs
+from hitsr_fast.train.pairs import lr_pairs, targets
+from hitsr_fast.train.task import images_of
+from tests.train import task_checks as checks
 from tests.train.fake_gpu import DEVICE, FakeGpu, no_autocast
 
 
@@ -54,9 +61,38 @@ def test_share_and_strength_are_those_of_the_data() -> None:
     true = lr_pairs(hr, keys[:8], DataConfig(clean_prob=1.0))[0]
     errors = [
         (lr_pairs(hr, keys[:8], DataConfig(clean_prob=0.0, degradation=kind))[0] - true).square().mean()
-        for kind in ("varsr", "real-esrgan")
+        for kind in ("varsr", "x4plus", "real-esrgan")
     ]
-    assert errors[0] < errors[1]
+    assert errors[0] < min(errors[1:])
+
+
+def test_every_preset_can_be_trained_with() -> None:
+    """By the names of the presets; the default keeps what earlier runs had."""
+    field = typing.get_type_hints(DataConfig)["degradation"]
+    assert typing.get_args(field) == tuple(PRESETS)
+    assert PRESETS[DataConfig().degradation] == DegradationConfig()
+
+
+def test_targets_are_the_photos_unless_asked_otherwise() -> None:
+    hr = crops(2)
+    assert targets(hr, DataConfig(degradation="x4plus")) is hr
+    sharp = targets(hr, DataConfig(sharp_target=True))
+    torch.testing.assert_close((sharp + 1) / 2, unsharp_mask((hr + 1) / 2), rtol=0, atol=1e-6)
+    assert (sharp - hr).abs().max() > 0.05
+
+
+def test_a_task_sharpens_its_targets_and_not_what_it_degrades() -> None:
+    """LR images are made of the photos as they are."""
+    batch = checks.samples()
+    draw, images = checks.draw_of(batch), images_of(batch)
+    for task in (checks.make(checks.NEXT_SCALE), checks.make(checks.TOKENIZE)):
+        plain, plain_lr, _ = task.pairs(batch, draw)
+        task.data = replace(task.data, sharp_target=True)
+        sharp, lr, _ = task.pairs(batch, draw)
+        assert torch.equal(plain, images)
+        assert torch.equal(sharp, task.images(batch))
+        assert torch.equal(sharp, targets(images, task.data)) and not torch.equal(sharp, images)
+        assert torch.equal(lr, plain_lr)
 
 
 def test_autocast_changes_nothing() -> None:
@@ -71,8 +107,9 @@ def test_nothing_is_read_back() -> None:
         for step in range(3):
             hr = torch.zeros(5, 3, 32, 32, device=DEVICE)
             index = torch.arange(5 * step, 5 * step + 5)
-            for kind in ("varsr", "real-esrgan"):
-                data = DataConfig(clean_prob=0.3, degradation=kind)  # type: ignore[arg-type]
+            for kind in PRESETS:
+                data = DataConfig(clean_prob=0.3, degradation=kind, sharp_target=True)  # type: ignore[arg-type]
+                assert targets(hr, data).is_meta
                 lr, class_id = lr_pairs(hr, Draw(0, "phase", index, DEVICE), data)
                 assert lr.is_meta and class_id.is_meta
                 assert lr.shape == (5, 3, 8, 8)

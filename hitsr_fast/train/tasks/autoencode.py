@@ -50,7 +50,7 @@ class Autoencode(HitTask):
     def forward(self, batch: Batch, draw: Draw) -> Losses:
         """Mean over the targets of the image loss, of latents with noise on them."""
         config, tokenizer = self.config, self.model.tokenizer
-        images = self._partly_low(images_of(batch), draw)
+        images = self._partly_low(batch, draw)
         losses, means = [], {}
         for image in self.levels(images):
             side = image.shape[-1]
@@ -66,12 +66,13 @@ class Autoencode(HitTask):
         return Losses(over_targets(losses, config.loss).mean(), means, {})
 
     @torch.no_grad()
-    def _partly_low(self, images: Tensor, draw: Draw) -> Tensor:
-        """The images, a share of them replaced by their own degraded and up-sampled versions."""
+    def _partly_low(self, batch: Batch, draw: Draw) -> Tensor:
+        """The targets, a share of them replaced by the images' own degraded and up-sampled versions."""
+        images = self.images(batch)
         rows = [row for row, s in enumerate(draw.seeds("lr_share")) if s < self.config.lr_share * _ALL]
         if not rows:
             return images
-        lr, _ = lr_pairs(take_rows(images, rows), draw[rows], self.data)
+        lr, _ = lr_pairs(take_rows(images_of(batch), rows), draw[rows], self.data)
         low = dict(zip(rows, self.upsampled(lr).unbind(), strict=True))
         return torch.stack([low.get(row, image) for row, image in enumerate(images.unbind())])
 
@@ -83,7 +84,7 @@ class Autoencode(HitTask):
         sides: list[list[Tensor]] = []
         count = 0
         for batch in batches:
-            sides.append(self.levels(images_of(batch)))
+            sides.append(self.levels(self.images(batch)))
             count += len(batch.images)
             if count >= _LINEAR_START_IMAGES:
                 break
@@ -95,7 +96,7 @@ class Autoencode(HitTask):
         """PSNR-Y and LPIPS of the full images."""
         score = ImageScore()
         for batch in batches:
-            images = images_of(batch)
+            images = self.images(batch)
             score.add(self._decoded(self.levels(images)[-1:])[0], images)
         return score.means("held_out")
 

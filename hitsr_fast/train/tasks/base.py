@@ -17,7 +17,7 @@ from hitsr_fast.pipeline import pick_dtype
 from hitsr_fast.precision import exact_float32
 from hitsr_fast.train.config import DataConfig, Phase
 from hitsr_fast.train.draw import Draw
-from hitsr_fast.train.pairs import lr_pairs
+from hitsr_fast.train.pairs import lr_pairs, targets
 from hitsr_fast.train.task import Batch, Frozen, Group, Task, images_of
 
 
@@ -80,10 +80,15 @@ class HitTask(Task):
             return [self.model.tokenizer.encode(level).float() for level in levels]
 
     @torch.no_grad()
+    def images(self, batch: Batch) -> Tensor:
+        """HR images as targets (`pairs.targets`)."""
+        return targets(images_of(batch), self.data)
+
+    @torch.no_grad()
     def pairs(self, batch: Batch, draw: Draw) -> tuple[Tensor, Tensor, Tensor]:
-        """HR images, their low-resolution versions and classes."""
+        """HR images as targets, their low-resolution versions and classes."""
         images = images_of(batch)
-        return images, *lr_pairs(images, draw, self.data)
+        return targets(images, self.data), *lr_pairs(images, draw, self.data)
 
     @torch.no_grad()
     def upsampled(self, lr: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from hitsr_fast.nn.discriminator import PatchDiscriminator
 from hitsr_fast.train.codebook import fill_codebook
 from hitsr_fast.train.config import DataConfig, Phase, TokenizeConfig
 from hitsr_fast.train.draw import Draw
-from hitsr_fast.train.task import Batch, Losses, images_of
+from hitsr_fast.train.task import Batch, Losses
 from hitsr_fast.train.tasks.base import HitTask
 from hitsr_fast.train.tasks.revival import CodeRevival
 from hitsr_fast.train.tasks.scores import PyramidScore
@@ -78,7 +78,7 @@ class Tokenize(HitTask):
     def forward(self, batch: Batch, draw: Draw) -> Losses:
         """Image loss of the decoders plus weighted latent loss of the quantizer, over the targets."""
         config = self.config
-        levels = self.levels(images_of(batch))[self.targets.start :]
+        levels = self.levels(self.images(batch))[self.targets.start :]
         latents = self._encoded(levels)
         indices, quantized = self._tokens([latent.detach() for latent in latents])
         means: dict[str, Tensor] = {}
@@ -150,7 +150,7 @@ class Tokenize(HitTask):
         found: list[list[Tensor]] = []
         count = 0
         for batch in batches:
-            levels = self.levels(images_of(batch))[self.targets.start :]
+            levels = self.levels(self.images(batch))[self.targets.start :]
             found.append(self.latents(levels))
             count += len(batch.images)
             if count >= wanted:
@@ -163,7 +163,7 @@ class Tokenize(HitTask):
         """PSNR-Y and LPIPS of what the tokens of each target decode to."""
         score = PyramidScore(self.sides)
         for batch in batches:
-            levels = self.levels(images_of(batch))
+            levels = self.levels(self.images(batch))
             score.add(self._decoded(levels), levels)
         return score.means()
 
