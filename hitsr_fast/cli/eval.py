@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from hitsr_fast.cli.options import ModelOptions
+from hitsr_fast.data.degradation_config import DegradationName
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +85,7 @@ class Eval:
     degrade: bool = False
     """Make the LR images from the HR images by the Real-ESRGAN degradation, with the seed."""
 
-    degradation: Literal["x4plus", "varsr"] = "x4plus"
+    degradation: DegradationName = "real-esrgan"
     """Strengths of --degrade."""
 
     limit: int | None = None

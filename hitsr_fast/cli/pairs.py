@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
+
+from hitsr_fast.data.degradation_config import DegradationName
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Pairs:
     seed: int = 0
     """Of the places and the degradation."""
 
-    degradation: Literal["x4plus", "varsr"] = "x4plus"
+    degradation: DegradationName = "x4plus"
     """Its strengths."""
 
     def run(self) -> int:

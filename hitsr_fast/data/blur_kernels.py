@@ -13,8 +13,6 @@ from typing import Final
 import torch
 from torch import Tensor
 
-KERNEL_SHAPES = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
-
 _PROFILES: Final[dict[str, Callable[[Tensor, float], Tensor]]] = {
     "gaussian": lambda q, beta: torch.exp(-0.5 * q),
     "generalized": lambda q, beta: torch.exp(-0.5 * q**beta),

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hitsr_fast.checks import check_image, check_integer, check_number
-from hitsr_fast.data.blur_kernels import KERNEL_SHAPES, gaussian_kernel, sinc_kernel
-from hitsr_fast.data.degradation_config import REAL_ESRGAN, DegradationConfig, OrderConfig
+from hitsr_fast.data.blur_kernels import gaussian_kernel, sinc_kernel
+from hitsr_fast.data.degradation_config import KERNEL_SHAPES, REAL_ESRGAN, DegradationConfig, OrderConfig
 from hitsr_fast.data.jpeg import jpeg_of_sizes
 from hitsr_fast.data.ragged import RESIZE_MODES, Size, blur, inside, no_autocast, on, resize
 from hitsr_fast.data.sharpen import unsharp_mask

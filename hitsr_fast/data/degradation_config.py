@@ -1,14 +1,25 @@
-"""Strengths and probabilities of the two-order degradation (see `hitsr_fast.data.degradation`)."""
+"""Strengths and probabilities of the two-order degradation (`hitsr_fast.data.degradation`); without torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, Literal
 
 from hitsr_fast.configs import Config, Count, Share, Weight
-from hitsr_fast.data.blur_kernels import KERNEL_SHAPES
+
+KERNEL_SHAPES: Final = (
+    "iso",
+    "aniso",
+    "generalized_iso",
+    "generalized_aniso",
+    "plateau_iso",
+    "plateau_aniso",
+)
+
+DegradationName = Literal["x4plus", "varsr", "real-esrgan"]
+"""Of a preset, see `PRESETS`."""
 
 
 def _check_distribution(name: str, values: tuple[float, ...]) -> None:
@@ -101,7 +112,8 @@ REAL_ESRGAN: Final = DegradationConfig()
 """Real-ESRGAN's strengths without its sharpening, and with JPEG qualities of files."""
 X4PLUS: Final = replace(REAL_ESRGAN, usm_weight=0.5, float_quality=True)
 """All of Real-ESRGAN's x4plus: strong, for photos of unknown history."""
-_VARSR_WHOLE: Final = DegradationConfig(
+VARSR: Final = DegradationConfig(
+    float_quality=True,
     first=OrderConfig(
         resize_range=(0.3, 1.5),
         gaussian_noise_range=(1.0, 15.0),
@@ -117,13 +129,10 @@ _VARSR_WHOLE: Final = DegradationConfig(
         jpeg_range=(60, 100),
     ),
 )
-VARSR: Final = replace(_VARSR_WHOLE, float_quality=True)
 """Milder, as VARSR trains with; not sharpened."""
 
-PRESETS: Final[Mapping[str, DegradationConfig]] = {
+PRESETS: Final[Mapping[DegradationName, DegradationConfig]] = {
     "x4plus": X4PLUS,
     "varsr": VARSR,
-    # With whole qualities and without sharpening, as before there were the two above.
     "real-esrgan": REAL_ESRGAN,
-    "varsr-whole": _VARSR_WHOLE,
 }

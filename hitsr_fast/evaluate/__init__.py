@@ -16,11 +16,10 @@ from hitsr_fast.evaluate.protocols import (
 )
 from hitsr_fast.evaluate.report import MeanScore, Report, Row, Score, check_report_path
 from hitsr_fast.evaluate.run import evaluate
-from hitsr_fast.evaluate.sets import DEGRADATIONS, SCALES, EvalSet, Pair, find_set
+from hitsr_fast.evaluate.sets import SCALES, EvalSet, Pair, find_set
 from hitsr_fast.evaluate.sheet import Sheet
 
 __all__ = [
-    "DEGRADATIONS",
     "PROTOCOLS",
     "SCALES",
     "Bicubic",

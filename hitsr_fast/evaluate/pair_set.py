@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from hitsr_fast.data.degradation import degrade
+from hitsr_fast.data.degradation_config import PRESETS, DegradationName
 from hitsr_fast.evaluate.errors import EvaluationError
 from hitsr_fast.evaluate.layouts import images_in, shown
 from hitsr_fast.evaluate.report import write_text
-from hitsr_fast.evaluate.sets import DEGRADATIONS, PAIR_SCALE, read_image
+from hitsr_fast.evaluate.sets import PAIR_SCALE, read_image
 from hitsr_fast.imaging.io import Picture
 from hitsr_fast.imaging.writing import write_picture
 
@@ -40,7 +41,7 @@ def make_pairs(
     count: int = 3000,
     crop: int = 512,
     seed: int = 0,
-    degradation: str = "x4plus",
+    degradation: DegradationName = "x4plus",
     progress: Callable[[str], None] | None = None,
 ) -> MadePairs:
     """Write OUT/HR, OUT/LR and OUT/manifest.json.
@@ -54,7 +55,7 @@ def make_pairs(
         count: pairs to make.
         crop: side of the HR images, a multiple of 4; that of the LR images is a quarter.
         seed: not negative.
-        degradation: strengths, out of `DEGRADATIONS`.
+        degradation: strengths, out of `PRESETS`.
         progress: called with the name of each pair before its work starts.
 
     Raises:
@@ -66,8 +67,8 @@ def make_pairs(
             raise EvaluationError(f"{name}: expected at least {least}, found {value}")
     if crop % PAIR_SCALE:
         raise EvaluationError(f"crop: expected a multiple of {PAIR_SCALE}, found {crop}")
-    if degradation not in DEGRADATIONS:
-        known = ", ".join(DEGRADATIONS)
+    if degradation not in PRESETS:
+        known = ", ".join(PRESETS)
         raise EvaluationError(f"degradation: expected one of {known}, found {degradation!r}")
     photos = images_in(hr)
     sizes = {path: tuple(read_image(path).shape[2:]) for path in photos}
@@ -83,7 +84,7 @@ def make_pairs(
         "scale": PAIR_SCALE,
         "seed": seed,
         "degradation": degradation,
-        "strengths": asdict(DEGRADATIONS[degradation]),
+        "strengths": asdict(PRESETS[degradation]),
         "photos": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in photos},
     }
     settings = json.loads(json.dumps(settings))
@@ -104,7 +105,7 @@ def make_pairs(
             if not all(file.is_file() for file in files):
                 photo = read_image(path) if photo is None else photo
                 image = photo[..., top : top + crop, left : left + crop]
-                config = DEGRADATIONS[degradation]
+                config = PRESETS[degradation]
                 lr = degrade(image, seed, config=config, scale=PAIR_SCALE, first_index=index)
                 for file, part in zip(files, (image, lr), strict=True):
                     _write(file, part)

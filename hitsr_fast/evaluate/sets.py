@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from hitsr_fast.data.degradation import degrade
-from hitsr_fast.data.degradation_config import VARSR, DegradationConfig
+from hitsr_fast.data.degradation_config import PRESETS, DegradationName
 from hitsr_fast.evaluate.errors import EvaluationError
 from hitsr_fast.evaluate.layouts import Folders, by_name, images_in, mixed, released_folders, shown
 from hitsr_fast.imaging.io import ImageFileError, read_picture, to_eight_bit
@@ -24,8 +23,6 @@ from hitsr_fast.metrics import imresize
 # The LR image of a pair is this much smaller than the HR image; the largest scale that is scored.
 PAIR_SCALE: Final = 4
 SCALES: Final = tuple(scale for scale in range(1, PAIR_SCALE + 1) if PAIR_SCALE % scale == 0)
-
-DEGRADATIONS: Final[Mapping[str, DegradationConfig]] = {"x4plus": DegradationConfig(), "varsr": VARSR}
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class EvalSet:
         name: what the table calls it.
         pairs: its images, in order.
         degrade_seed: seed of the degradation that makes the inputs; None when the pairs have LR files.
-        degradation: its strengths, out of `DEGRADATIONS`.
+        degradation: its strengths, out of `PRESETS`.
         center_crop: side in HR pixels of the central part that is evaluated, a multiple of 4; None for all.
             Images that are smaller along a side keep that side; inputs without ground truth are never
             cropped.
@@ -91,7 +88,7 @@ class EvalSet:
     name: str
     pairs: tuple[Pair, ...]
     degrade_seed: int | None = None
-    degradation: str = "x4plus"
+    degradation: DegradationName = "real-esrgan"
     center_crop: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -146,7 +143,7 @@ class EvalSet:
         hr = _trimmed(hr, path)
         region, notes = self._region(hr.shape[2] // PAIR_SCALE, hr.shape[3] // PAIR_SCALE)
         hr = region.cut(hr, PAIR_SCALE)
-        config = DEGRADATIONS[self.degradation]
+        config = PRESETS[self.degradation]
         lr = degrade(hr, self.degrade_seed, config=config, scale=PAIR_SCALE, first_index=index)
         return Loaded(hr, lr, region, notes)
 
@@ -180,7 +177,7 @@ def find_set(
     lr: Path | None = None,
     *,
     degrade_seed: int | None = None,
-    degradation: str = "x4plus",
+    degradation: DegradationName = "real-esrgan",
     center_crop: int | None = None,
     limit: int | None = None,
 ) -> EvalSet:
@@ -193,7 +190,7 @@ def find_set(
             truth.
         lr: folder of the inputs.
         degrade_seed: make the inputs from `hr` by the Real-ESRGAN degradation with this seed.
-        degradation: its strengths, out of `DEGRADATIONS`.
+        degradation: its strengths, out of `PRESETS`.
         center_crop: see `EvalSet`.
         limit: keep the first images only.
 
@@ -205,10 +202,8 @@ def find_set(
     """
     if lr is not None and degrade_seed is not None:
         raise EvaluationError(f"{name}: give either LR images or a degradation, not both")
-    if degradation not in DEGRADATIONS:
-        raise EvaluationError(
-            f"degradation: expected one of {', '.join(DEGRADATIONS)}, found {degradation!r}"
-        )
+    if degradation not in PRESETS:
+        raise EvaluationError(f"degradation: expected one of {', '.join(PRESETS)}, found {degradation!r}")
     if center_crop is not None and (center_crop < PAIR_SCALE or center_crop % PAIR_SCALE):
         raise EvaluationError(f"center_crop: expected a multiple of {PAIR_SCALE} px, found {center_crop}")
     hr_files, lr_files = _files(name, hr, lr, needs_lr=degrade_seed is None)

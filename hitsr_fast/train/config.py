@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from hitsr_fast.configs import AnyCount, BelowOne, Config, Count, Positive, Range, Share, Weight
+from hitsr_fast.data.degradation_config import DegradationName
 from hitsr_fast.data.source_config import SourceConfig, check_sources
 from hitsr_fast.losses.config import ReconstructionLossConfig
 
@@ -32,7 +33,7 @@ class DataConfig(Config):
 
     holdout: tuple[str, ...] | None = None
     clean_prob: Share = 0.25
-    degradation: Literal["x4plus", "varsr", "real-esrgan", "varsr-whole"] = "real-esrgan"
+    degradation: DegradationName = "real-esrgan"
     sharp_target: bool = False
     workers: AnyCount = 2
     prefetch: Count = 2

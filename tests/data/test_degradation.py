@@ -136,7 +136,6 @@ def test_resembles_the_photo_but_is_worse_than_clean() -> None:
 def test_presets_differ_by_what_their_names_say() -> None:
     files = {"float_quality": False, "usm_weight": 0.0}
     assert replace(PRESETS["x4plus"], **files) == PRESETS["real-esrgan"] == DegradationConfig()
-    assert replace(PRESETS["varsr"], **files) == PRESETS["varsr-whole"]
     assert (X4PLUS.usm_weight, X4PLUS.usm_radius, X4PLUS.usm_threshold) == (0.5, 50, 10)
     assert VARSR.usm_weight == 0
 
