@@ -279,6 +279,9 @@ def print_report(report: Report) -> None:
     for row in report.rows():
         table.add_row(*(Text(cell) for cell in row))
     console = Console()
+    needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    if needed > console.width:  # a long line that a terminal breaks is read more easily than numbers cut off
+        console = Console(width=needed)
     console.print(table)
     for note in report.notes:
         console.print(note, markup=False, emoji=False, highlight=False)
