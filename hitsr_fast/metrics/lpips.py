@@ -58,7 +58,7 @@ class LPIPS(nn.Module):
     Notes:
         Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018,
         equation 1. The weights never train. Convolutions follow autocast; the comparison of features is
-        always float32 or better.
+        always float32 or better. Made under `torch.device("meta")` it has shapes alone, and reads no file.
     """
 
     shift: Tensor
@@ -81,11 +81,12 @@ class LPIPS(nn.Module):
                     channels = width
                 self.convs.append(convs)
                 self.heads.append(torch.empty(channels))
-        path = weights if weights is not None else weights_path()
-        try:
-            self.load_state_dict(load_weights(path, net), assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"weights: {path} does not hold LPIPS for net={net!r}: {error}") from error
+        if torch.get_default_device().type != "meta":
+            path = weights if weights is not None else weights_path()
+            try:
+                self.load_state_dict(load_weights(path, net), assign=True)
+            except RuntimeError as error:
+                raise ValueError(f"weights: {path} does not hold LPIPS for net={net!r}: {error}") from error
         self.requires_grad_(False)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def shapes_only(recipe: Recipe, phase: Phase) -> Iterator[Task]:
     phase = dataclasses.replace(phase, precision=precision, task=config, parallel=parallel)
     with torch.device("meta"):
         model = HitVar(model_config(recipe))
-    task = TASKS[phase.task.kind](model, phase, recipe.data, torch.device("meta"))
+        task = TASKS[phase.task.kind](model, phase, recipe.data, torch.device("meta"))
     task.train()
     with FakeTensorMode(allow_non_fake_inputs=True):
         _to_cpu(task)

@@ -173,3 +173,13 @@ def test_bad_arguments(package: FakePackage, cache: Path) -> None:
         lpips(a[..., :30, :], b[..., :30, :])
     with pytest.raises(ValueError, match="device"):
         lpips(a, b.to("meta"))
+
+
+@pytest.mark.parametrize("net", ["alex", "vgg"])
+def test_without_values_no_file_is_read(net: Any, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        metric = LPIPS(net, tmp_path / "none.safetensors")
+        image = torch.empty(2, 3, 64, 64)
+    assert metric(image, image).shape == (2,)
+    with pytest.raises(LpipsWeightsNotFoundError):
+        LPIPS(net, tmp_path / "none.safetensors")
