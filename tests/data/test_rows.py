@@ -183,7 +183,8 @@ def test_the_package_itself(tmp_path: Path) -> None:
     for number in range(3):
         write(tmp_path / "files" / f"{number}.png", number)
     files = [str(tmp_path / "files" / f"{number}.png") for number in range(3)]
-    rows = datasets.Dataset.from_dict({"photo": files}).cast_column("photo", datasets.Image())
+    table = datasets.table.InMemoryTable.from_pydict({"photo": files})
+    rows = datasets.Dataset(table, fingerprint="f").cast_column("photo", datasets.Image())
     rows.save_to_disk(str(tmp_path / "saved"))
     train, held = open_sources(tmp_path, [SourceConfig(path="hf:saved:train:photo")], holdout=("1",), crop=16)
     assert {int(train.crop(0, "x", i, 16)[0, 0, 0]) for i in range(20)} == {0, 2}
