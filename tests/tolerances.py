@@ -34,8 +34,8 @@ TOLERANCES: dict[str, Tolerance] = {
     # Loss and gradients, over their largest value, of a micro model in float32, against float64.
     "float32_training": Tolerance(rtol=1e-4, atol=1e-4),
     # Losses of a training from its start, by kernels and by the reference: order of sums, grown by the
-    # steps between. Where codes are looked up one at a near tie may be chosen otherwise, at the first step too
-    # (one of 520 tokens, loss 5e-4 off, on a CPU with AVX2), and what follows differs with it.
+    # steps between. Where codes are looked up one at a near tie may be chosen otherwise, even at the first
+    # step (one of 520 tokens, loss 5e-4 off, on a CPU with AVX2), and what follows differs with it.
     "loss_of_10_steps": Tolerance(rtol=1e-4, atol=0.0),
     "loss_by_codes": Tolerance(rtol=1e-2, atol=0.0),
     # torch.autograd.gradcheck in float64 with its default step of 1e-6.

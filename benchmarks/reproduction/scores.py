@@ -18,8 +18,8 @@ from hitsr_fast.models.hit_var.sampler import HitSampler
 from hitsr_fast.train.config import DataConfig, Recipe
 from hitsr_fast.train.data import open_source
 from hitsr_fast.train.draw import Draw
+from hitsr_fast.train.model import model_config
 from hitsr_fast.train.pairs import lr_pairs
-from hitsr_fast.train.run import model_config
 
 RESULTS = Path(__file__).parents[1] / "results" / "reproduction.csv"
 CHUNK = 16

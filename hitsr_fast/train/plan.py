@@ -28,8 +28,8 @@ from hitsr_fast.models import HitVar
 from hitsr_fast.train.config import AutoencodeConfig, Phase, Recipe
 from hitsr_fast.train.data import IndexSampler
 from hitsr_fast.train.draw import Draw
+from hitsr_fast.train.model import model_config
 from hitsr_fast.train.parallel import Parallel
-from hitsr_fast.train.run import model_config
 from hitsr_fast.train.task import Batch, Task
 from hitsr_fast.train.tasks import TASKS
 from hitsr_fast.train.tasks.base import HitTask

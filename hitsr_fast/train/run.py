@@ -18,8 +18,7 @@ from torch import Tensor
 from hitsr_fast import env
 from hitsr_fast.data.sources import Sources, describe
 from hitsr_fast.metrics.lpips_weights import require_weights, weights_path
-from hitsr_fast.models.base import load_config
-from hitsr_fast.models.hit_var import PRESETS, HitConfig, HitVar, init_from_public
+from hitsr_fast.models.hit_var import HitConfig, HitVar, init_from_public
 from hitsr_fast.models.state_dicts import check_state, read_state
 from hitsr_fast.train.artifacts import (
     WEIGHTS,
@@ -32,9 +31,10 @@ from hitsr_fast.train.artifacts import (
     write_file,
 )
 from hitsr_fast.train.checkpoint import Checkpoints
-from hitsr_fast.train.config import NextScaleConfig, Phase, Recipe
+from hitsr_fast.train.config import Phase, Recipe
 from hitsr_fast.train.data import IndexSampler, Loader, Source, memory_of, open_sources
 from hitsr_fast.train.log import Log, SilentLog, measured_peak
+from hitsr_fast.train.model import model_config
 from hitsr_fast.train.parallel import Parallel
 from hitsr_fast.train.server import start_server
 from hitsr_fast.train.tasks import TASKS
@@ -116,36 +116,6 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def model_config(recipe: Recipe) -> HitConfig:
-    """The configuration of the recipe's model; raises `ValueError` where the recipe does not fit it."""
-    if recipe.model in PRESETS:
-        config = PRESETS[recipe.model]
-    elif Path(recipe.model).is_file():
-        found = load_config(Path(recipe.model))
-        if not isinstance(found, HitConfig):
-            raise ValueError(f"model: expected a hit_var, found {found.model_type!r} in {recipe.model}")
-        config = found
-    else:
-        expected = f"one of {', '.join(sorted(PRESETS))}, or a config.json"
-        raise ValueError(f"model: expected {expected}, found {recipe.model!r}")
-    codes = config.tokenizer.codebook_size
-    for phase in recipe.phases:
-        task = phase.task
-        if (
-            isinstance(task, NextScaleConfig)
-            and not task.hierarchical
-            and config.transformer.ar_grid != "full"
-        ):
-            expected = "true, or a model with ar_grid 'full', the one grid that plain tokens are made on"
-            raise ValueError(f"{phase.name}.task.hierarchical: expected {expected}, found false")
-        if isinstance(task, NextScaleConfig) and task.mistakes > 0 and task.mistake_codes >= codes:
-            expected = f"fewer than the {codes} codes of the model"
-            raise ValueError(
-                f"{phase.name}.task.mistake_codes: expected {expected}, found {task.mistake_codes}"
-            )
-    return config
-
-
 def starting_model(run: RunFolder, phase: Phase, config: HitConfig) -> HitVar:
     """The model as a phase starts from it: random weights of the recipe's seed, and over them its sources."""
     model = _random_model(config, run.recipe.seed)
@@ -214,7 +184,7 @@ def _log(run: RunFolder, phase: Phase, config: HitConfig, parallel: Parallel, dt
         return SilentLog()
     flops, peak = 0.0, None
     if run.recipe.log.mfu:
-        from hitsr_fast.train.plan import step_flops  # which imports this module
+        from hitsr_fast.train.plan import step_flops  # a second to import
 
         flops = step_flops(run.recipe, phase)
         peak = measured_peak(parallel.device, dtype) * parallel.world

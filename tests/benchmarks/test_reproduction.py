@@ -11,7 +11,7 @@ from benchmarks.reproduction.__main__ import TOKENIZER, recipes
 from benchmarks.reproduction.scores import RESULTS, Row, held_out_pairs, read_rows, write_rows
 from benchmarks.reproduction.tables import ORDERINGS, tables
 from hitsr_fast.train.config import Recipe
-from hitsr_fast.train.run import model_config
+from hitsr_fast.train.model import model_config
 from tests.train.micro import CONFIG
 from tests.train.photos import write_photos
 
