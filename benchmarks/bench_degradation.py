@@ -100,7 +100,7 @@ def table(rows: Sequence[Mapping[str, str]]) -> str:
     for case in dict.fromkeys((row["preset"], row["B"], row["side"]) for row in rows):
         own = {row["provider"]: row for row in rows if (row["preset"], row["B"], row["side"]) == case}
         times = (own[name]["median_ms"] if name in own else "" for name in names)
-        lines.append([f"`{case[0]}`", *case[1:], *(f"{float(time):.3g}" if time else "" for time in times)])
+        lines.append([f"`{case[0]}`", *case[1:], *(f"{float(time):,.0f}" if time else "" for time in times)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -190,3 +192,13 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(
         _plot.PlotError, match=r"matplotlib is not installed; pip install 'hitsr-fast\[bench\]'"
     ):
         _plot.plot(_records.read(results), "cpu", tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize("benchmark", [bench_degradation, bench_systems])
+def test_the_docs_show_what_was_measured(benchmark: ModuleType) -> None:
+    rows = _records.read(_records.RESULTS / f"{benchmark.BENCHMARK.op}.csv")
+    cases = [asdict(case) for case in benchmark.BENCHMARK.cases]
+    found = dict.fromkeys(tuple(row[name] for name in cases[0]) for row in rows)
+    assert list(found) == [tuple(map(str, case.values())) for case in cases]
+    shown = benchmark.table(rows).strip().partition("\n\n")[0]
+    assert shown in (ROOT / "docs" / "benchmarks.md").read_text()
