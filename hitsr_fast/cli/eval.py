@@ -17,7 +17,9 @@ from hitsr_fast.data.degradation_config import DegradationName
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from hitsr_fast.evaluate import EvalSet, Finder, Method, Protocol, Report
+    from rich.table import Table
+
+    from hitsr_fast.evaluate import EvalSet, Finder, Method, Pictures, Protocol, Report
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,16 @@ class Eval:
 
         from hitsr_fast import __version__
         from hitsr_fast.evaluate import (
+            Bicubic,
             EvaluationError,
             Journal,
             Sheet,
+            check_request,
             columns_of,
             digest_of,
             evaluate,
             journal_path,
             parse_border,
-            require,
             runnable,
         )
         from hitsr_fast.pipeline import pick_device
@@ -174,15 +177,16 @@ class Eval:
         metrics, left_out = (self.metrics, ()) if self.metrics else runnable(protocol, saves=saves)
         borders = tuple(map(parse_border, self.border)) or protocol.borders
         columns = columns_of(metrics, self.channel or protocol.channels, borders)
+        scales, outside = self.scales or protocol.scales, self._outside()
+        names = [Bicubic.name, *self.model, *(method.name for method in outside)]
         # Before the models are loaded: what is missing is said at once.
-        require(columns, saves=saves)
-        scales = self.scales or protocol.scales
+        check_request(sets, names, scales, columns, saves=saves, draws=self.sheet is not None)
         how = self.how if protocol.colour_fix else replace(self.how, colour_fix=False)
         sheet = None if self.sheet is None else Sheet(self.sheet, images=self.sheet_images)
         try:
             device = pick_device(how.device)
             options = how.upscale_options()
-            methods = self._methods(how)
+            methods = [*self._methods(how), *outside]
         except ValueError as error:
             raise EvaluationError(str(error)) from error
         settings: dict[str, Any] = {
@@ -197,6 +201,7 @@ class Eval:
         settings |= asdict(options)
         settings |= settings.pop("sampling") | {"scales": list(scales)}
         settings |= {"device": device.type, "hitsr_fast": __version__, "torch": torch.__version__}
+        settings["packages"] = sorted({column.metric.version() for column in columns} - {""})
         journal = None
         if self.out:
             place = journal_path(self.out[0])
@@ -220,7 +225,7 @@ class Eval:
         return replace(report, settings=settings, notes=(*report.notes, *left_out))
 
     def _methods(self, how: ModelOptions) -> list[Method | Finder]:
-        from hitsr_fast.evaluate import Bicubic, EvaluationError, HitSRMethod, Pictures, file_fingerprint
+        from hitsr_fast.evaluate import Bicubic, HitSRMethod, file_fingerprint
         from hitsr_fast.models.hub import CONFIG_FILE, WEIGHTS_FILE, find_weights
 
         methods: list[Method | Finder] = [Bicubic()]
@@ -235,6 +240,12 @@ class Eval:
                     file_fingerprint(folder / file) for file in (CONFIG_FILE, WEIGHTS_FILE)
                 )
             methods.append(HitSRMethod(name, model, options, fingerprint))
+        return methods
+
+    def _outside(self) -> list[Pictures]:
+        from hitsr_fast.evaluate import EvaluationError, Pictures
+
+        methods = []
         for text in self.pictures:
             name, equals, place = text.partition("=")
             if not (name and equals and place):
@@ -278,10 +289,18 @@ def print_report(report: Report) -> None:
         column.justify = "right"
     for row in report.rows():
         table.add_row(*(Text(cell) for cell in row))
+    print_table(table)
+    console = Console()
+    for note in report.notes:
+        console.print(note, markup=False, emoji=False, highlight=False)
+
+
+def print_table(table: Table) -> None:
+    """Print a table with its cells whole, however wide it is."""
+    from rich.console import Console
+
     console = Console()
     needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
     if needed > console.width:  # a long line that a terminal breaks is read more easily than numbers cut off
         console = Console(width=needed)
     console.print(table)
-    for note in report.notes:
-        console.print(note, markup=False, emoji=False, highlight=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -36,7 +36,7 @@ class EvalTokenizer:
     """Pixels that PSNR and SSIM leave out on each side; scale is as many as the target's factor."""
 
     out: tuple[Path, ...] = ()
-    """Files to save the table to: .json, .csv or .md."""
+    """Files to save the table to: .json (with every image and the use of codes), .csv or .md."""
 
     limit: int | None = None
     """Use the first images of each set only."""
@@ -68,6 +68,8 @@ class EvalTokenizer:
 
         if not self.sets:
             raise EvaluationError("nothing to evaluate: give --set")
+        if self.limit is not None and self.limit < 1:
+            raise EvaluationError(f"--limit: expected at least 1, found {self.limit}")
         found = []
         for text in self.sets:
             name, equals, place = text.partition("=")
@@ -78,29 +80,50 @@ class EvalTokenizer:
         return found
 
     def _evaluate(self, sets: list[EvalSet]) -> TokenizerReport:
+        import torch
+
+        from hitsr_fast import __version__
         from hitsr_fast.cli.eval import progress_line
         from hitsr_fast.evaluate import EvaluationError, columns_of, parse_border, require
+        from hitsr_fast.evaluate.names import check_names
         from hitsr_fast.evaluate.tokenizer import evaluate_tokenizer
         from hitsr_fast.models import HitVar
         from hitsr_fast.pipeline import pick_device
 
         names = tuple(name for name in self.metrics if name != "fd_vgg")
-        columns = columns_of(names, borders=(parse_border(self.border),)) if names else ()
+        if not self.metrics:
+            raise EvaluationError("metrics: expected those of images, or fd_vgg, found none")
+        border = parse_border(self.border)
+        columns = columns_of(names, borders=(border,)) if names else ()
+        if of_sets := [column.metric.name for column in columns if column.metric.kind == "set"]:
+            raise EvaluationError(f"metrics: expected those of images, or fd_vgg, found {', '.join(of_sets)}")
         require(columns, saves=False)
-        if any(column.metric.kind == "set" for column in columns):
-            raise EvaluationError("metrics: expected those of images, or fd_vgg")
+        check_names("set", [eval_set.name for eval_set in sets])
         device = pick_device(self.device)
         model = HitVar.from_pretrained(self.model, device=device)
         with progress_line(sum(len(eval_set.pairs) for eval_set in sets)) as step:
-            return evaluate_tokenizer(
+            found = evaluate_tokenizer(
                 *(model, sets, columns), device=device, fd_vgg="fd_vgg" in self.metrics, progress=step
             )
+        settings = {
+            "model": self.model,
+            "metrics": list(self.metrics),
+            "border": border,
+            "limit": self.limit,
+            "device": device.type,
+            "hitsr_fast": __version__,
+            "torch": torch.__version__,
+            "packages": sorted({column.metric.version() for column in columns} - {""}),
+        }
+        return replace(found, report=replace(found.report, settings=settings))
 
 
 def _print_usage(found: TokenizerReport) -> None:
     """Print the use of codes by scale as a table."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from hitsr_fast.cli.eval import print_table
 
     table = Table("set", "scheme", "target", "scale", "tokens", "codes used", "usage", "perplexity")
     for use in found.usage:
@@ -113,5 +136,5 @@ def _print_usage(found: TokenizerReport) -> None:
             share,
             f"{use.perplexity:.1f}",
         )
-        table.add_row(use.set, use.scheme, *cells)
-    Console().print(table)
+        table.add_row(Text(use.set), use.scheme, *cells)
+    print_table(table)

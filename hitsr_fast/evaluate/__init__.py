@@ -15,7 +15,7 @@ from hitsr_fast.evaluate.protocols import (
     runnable,
 )
 from hitsr_fast.evaluate.report import MeanScore, Report, Row, Score, check_report_path
-from hitsr_fast.evaluate.run import evaluate
+from hitsr_fast.evaluate.run import check_request, evaluate
 from hitsr_fast.evaluate.sets import SCALES, EvalSet, Pair, find_set
 from hitsr_fast.evaluate.sheet import Sheet
 
@@ -41,6 +41,7 @@ __all__ = [
     "Score",
     "Sheet",
     "check_report_path",
+    "check_request",
     "columns_of",
     "digest_of",
     "evaluate",

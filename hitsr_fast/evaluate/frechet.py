@@ -44,10 +44,8 @@ class VggFeatures:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        x = (images.to(self._net.shift) * 2 - 1 - self._net.shift) / self._net.scale
-        for stage in range(len(self._net.convs)):
-            x = self._net._advance(x, stage)
-        return x.mean(dim=(2, 3)).double().cpu()
+        last = self._net.features(images.to(self._net.shift) * 2 - 1)[-1]
+        return last.mean(dim=(2, 3)).double().cpu()
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -13,11 +13,13 @@ from hitsr_fast.evaluate.report import strict
 
 
 class Finished(NamedTuple):
-    """What is known of one result: the numbers by column, the notes that were made, and of its file, if it
-    was saved, the fingerprint."""
+    """What is known of one result, whatever its set and image are called: the numbers by column, what was
+    done to the image that is not a matter of course, why numbers are missing, and of its file, if it was
+    saved, the fingerprint."""
 
     values: dict[str, float]
     notes: list[str]
+    missing: list[str]
     picture: str = ""
 
 
@@ -48,8 +50,8 @@ class Journal:
         try:
             entry = json.loads(line)
             values = {key: _number(value) for key, value in entry["values"].items()}
-            notes = [str(note) for note in entry["notes"]]
-            self._found[entry["key"]] = Finished(values, notes, str(entry["picture"]))
+            notes, missing = ([str(note) for note in entry[name]] for name in ("notes", "missing"))
+            self._found[entry["key"]] = Finished(values, notes, missing, str(entry["picture"]))
         except (ValueError, KeyError, TypeError, AttributeError):
             return
 
@@ -61,7 +63,7 @@ class Journal:
         """Keep a score; `where` says in words whose it is."""
         self._found[key] = finished
         values = {name: strict(value) for name, value in finished.values.items()}
-        entry = {"key": key, **where, "values": values, "notes": finished.notes, "picture": finished.picture}
+        entry = {"key": key, **where, **finished._asdict(), "values": values}
         line = json.dumps(entry, allow_nan=False)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:

@@ -40,27 +40,35 @@ _RELEASES: Final[tuple[tuple[tuple[str | None, str | None], ...], ...]] = (
 )
 
 
-def released_folders(root: Path) -> list[Folders]:
-    """The folders of a set below `root`; `root` itself, for both halves, where no release is known."""
+def released_folders(root: Path, *, needs_lr: bool = True) -> list[Folders]:
+    """The folders of a set below `root`; `root` itself, for both halves, where no release is known.
+
+    Without `needs_lr` those of HR images alone: a release's LR images need not be there.
+    """
     if not root.is_dir():
         raise EvaluationError(f"{root}: no such folder")
     for release in _RELEASES:
+        halves = release if needs_lr else tuple((hr, None) for hr, _ in release if hr)
         found = [
             Folders(root / hr if hr else None, root / lr if lr else None)
-            for hr, lr in release
+            for hr, lr in halves
             if all((root / half).is_dir() for half in (hr, lr) if half)
         ]
         if found:
             return found
-    return [Folders(root, root)]
+    return [Folders(root, root if needs_lr else None)]
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image by its name, and not hidden."""
+    return path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
 
 
 def images_in(folder: Path) -> list[Path]:
     """The image files of a folder, by name; EvaluationError where there is none."""
     if not folder.is_dir():
         raise EvaluationError(f"{folder}: no such folder")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGE_SUFFIXES)
-    files = [path for path in files if not path.name.startswith(".")]
+    files = sorted(path for path in folder.iterdir() if is_image(path))
     if not files:
         raise EvaluationError(f"{folder}: no images")
     return files
@@ -77,15 +85,38 @@ def image_name(path: Path) -> str:
     return _PAIR_MARK.sub("", path.stem)
 
 
-def by_name(files: Sequence[Path]) -> dict[str, Path]:
-    """Files by the names of their images; EvaluationError where two have one name."""
+def by_stem(files: Sequence[Path]) -> dict[str, Path]:
+    """Files by their names without suffix; EvaluationError where two have one name."""
     named: dict[str, Path] = {}
     for path in files:
-        name = image_name(path)
-        if name in named:
-            raise EvaluationError(f"{path}: has the same name as {named[name].name}")
-        named[name] = path
+        if path.stem in named:
+            raise EvaluationError(f"{path}: has the same name as {named[path.stem].name}")
+        named[path.stem] = path
     return named
+
+
+def by_name(files: Sequence[Path]) -> dict[str, Path]:
+    """Files by the names of their images.
+
+    A mark is only one where all files stay apart without theirs: `box1` and `box2` are two names.
+
+    Raises:
+        EvaluationError: two files have one name, marks and all.
+    """
+    stems = by_stem(files)
+    named = {image_name(path): path for path in files}
+    return named if len(named) == len(stems) else stems
+
+
+def by_names(hr: Sequence[Path], lr: Sequence[Path]) -> tuple[dict[str, Path], dict[str, Path]]:
+    """HR and LR files by the names of their images, with or without marks: as most of them have a partner.
+
+    Raises:
+        EvaluationError: two files of one half have one name, marks and all.
+    """
+    ways = [(by_stem(hr), by_stem(lr)), (by_name(hr), by_name(lr))]
+    ways += [(ways[0][0], ways[1][1]), (ways[1][0], ways[0][1])]
+    return max(ways, key=lambda way: len(way[0].keys() & way[1].keys()))
 
 
 def shown(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from hitsr_fast.evaluate.errors import EvaluationError
-from hitsr_fast.evaluate.layouts import image_name, images_in
+from hitsr_fast.evaluate.layouts import by_stem, image_name, images_in
 from hitsr_fast.evaluate.sets import PAIR_SCALE, to_tensor
 from hitsr_fast.pipeline import HitSR, UpscaleOptions
 
@@ -104,40 +104,45 @@ class Pictures:
     Args:
         name: what the table calls it.
         folder: of the files: FOLDER/SET/xSCALE, FOLDER/xSCALE, or, for the results of x4, FOLDER/SET or
-            FOLDER. A file belongs to the image of its name, with or without the marks of a pair.
+            FOLDER. A file belongs to the image of its name, or else of its name without the marks of a pair.
 
     Raises:
-        EvaluationError: there is no such folder.
+        EvaluationError: there is no such folder; and when an image is sought that has two files.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
         if not folder.is_dir():
             raise EvaluationError(f"{name}: {folder}: no such folder")
         self.name, self._folder = name, folder
-        self._found: dict[tuple[str, int], dict[str, Path]] = {}
+        # Of each set and scale the files by their names, and those without marks.
+        self._found: dict[tuple[str, int], tuple[dict[str, Path], dict[str, list[Path]]]] = {}
 
     def find(self, eval_set: str, image: str, scale: int) -> Path | None:
         """As `Finder.find`."""
         key = eval_set, scale
         if key not in self._found:
             self._found[key] = self._scan(eval_set, scale)
-        return self._found[key].get(image)
+        stems, unmarked = self._found[key]
+        if image in stems:
+            return stems[image]
+        found = unmarked.get(image, [])
+        if len(found) > 1:
+            first, second = found[0].name, found[1]
+            raise EvaluationError(f"{second}: {self.name}'s result has the same name as {first}")
+        return found[0] if found else None
 
-    def _scan(self, eval_set: str, scale: int) -> dict[str, Path]:
+    def _scan(self, eval_set: str, scale: int) -> tuple[dict[str, Path], dict[str, list[Path]]]:
         places = [self._folder / eval_set / f"x{scale}", self._folder / f"x{scale}"]
         if scale == PAIR_SCALE:
             places += [self._folder / eval_set, self._folder]
         place = next((place for place in places if place.is_dir()), None)
-        if place is None or not any(path.is_file() for path in place.iterdir()):
-            return {}
+        unmarked: dict[str, list[Path]] = {}
+        if place is None or all(path.is_dir() or path.name.startswith(".") for path in place.iterdir()):
+            return {}, unmarked
         files = images_in(place)
-        named: dict[str, Path] = {}
         for path in files:
-            name = image_name(path)
-            if name in named:
-                raise EvaluationError(f"{path}: {self.name}'s result has the same name as {named[name].name}")
-            named[name] = path
-        return named | {path.stem: path for path in files}
+            unmarked.setdefault(image_name(path), []).append(path)
+        return by_stem(files), unmarked
 
 
 def file_fingerprint(path: Path) -> str:

@@ -100,9 +100,9 @@ class Column:
         if self.metric.kind == "full" and truth is None:
             return math.nan, None
         border = scale if self.border == "scale" else self.border
-        side, needed = min(result.shape[2:]), self.metric.min_side + 2 * border
-        if side < needed:
-            return math.nan, f"{self.title} needs sides of {needed} px, found {side}"
+        needed = self.metric.min_side + 2 * border
+        if min(result.shape[2:]) < needed:
+            return math.nan, f"{self.title} needs sides of {needed} px"
         images = (result, truth) if self.metric.kind == "full" else (result,)
         value: Tensor = self.metric.measure(*images, border)
         return value.item(), None

@@ -7,12 +7,13 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
 from hitsr_fast.evaluate.errors import EvaluationError
+from hitsr_fast.evaluate.layouts import shown
 
 _HEAD: Final = ("set", "scale", "method", "images")
 
@@ -80,6 +81,7 @@ class Report:
         settings: what the results depend on besides methods and images; kept in the JSON file.
         columns: of the table, in order.
         set_values: numbers that belong to a whole set, by row and key.
+        tables: what else the JSON file holds, by name: lists of entries.
     """
 
     scores: tuple[Score, ...]
@@ -87,6 +89,7 @@ class Report:
     settings: Mapping[str, Any] = field(default_factory=dict)
     columns: tuple[Cells, ...] = ()
     set_values: Mapping[Row, Mapping[str, float]] = field(default_factory=dict)
+    tables: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     @property
     def head(self) -> tuple[str, ...]:
@@ -136,7 +139,7 @@ class Report:
     def markdown(self) -> str:
         """The means as a Markdown table."""
         rows = [self.head, ("---",) * len(self.head), *self.rows()]
-        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"
 
     def _csv(self) -> str:
@@ -151,7 +154,8 @@ class Report:
     def _json(self) -> str:
         means = [_plain(score, images=score.images) for score in self.means()]
         images = [_plain(score, image=score.image) for score in self.scores]
-        report = {"means": means, "images": images, "notes": self.notes, "settings": dict(self.settings)}
+        report: dict[str, Any] = {"means": means, "images": images, **self.tables}
+        report |= {"notes": self.notes, "settings": dict(self.settings)}
         return json.dumps(report, indent=1, allow_nan=False) + "\n"
 
 
@@ -170,6 +174,18 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def left_out(name: str, reasons: Mapping[tuple[int, str], Sequence[str]], images: int) -> Iterator[str]:
+    """Notes on the images of a set that could not be measured: one per scale and reason.
+
+    Args:
+        name: of the set.
+        reasons: by scale and reason, the images.
+        images: how many the set has.
+    """
+    for (scale, reason), found in reasons.items():
+        yield f"{name} x{scale}: {reason}, left out: {shown(found) if len(found) < images else 'all'}"
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +14,20 @@ from hitsr_fast.evaluate.errors import EvaluationError
 from hitsr_fast.evaluate.journal import Finished, Journal, digest_of
 from hitsr_fast.evaluate.layouts import shown
 from hitsr_fast.evaluate.methods import Finder, Method, file_fingerprint
+from hitsr_fast.evaluate.names import (
+    INPUT,
+    TRUTH,
+    check_file_names,
+    check_method_names,
+    check_names,
+    file_name,
+)
 from hitsr_fast.evaluate.protocols import PROTOCOLS, Column, columns_of, require
-from hitsr_fast.evaluate.report import Report, Row, Score
+from hitsr_fast.evaluate.report import Report, Row, Score, left_out
 from hitsr_fast.evaluate.sets import PAIR_SCALE, SCALES, EvalSet, Loaded, brought_down, quantized, read_image
 from hitsr_fast.evaluate.sheet import Sheet
 from hitsr_fast.imaging.io import Picture
 from hitsr_fast.imaging.writing import write_picture
-
-TRUTH = "HR"  # where saved ground truth lies, in place of a method's name
 
 
 def evaluate(
@@ -59,31 +64,66 @@ def evaluate(
         is the HR image scaled down by antialiased bicubic. Results and ground truth are rounded to 8 bit.
 
     Raises:
-        EvaluationError: an unknown scale, two methods or sets of one name, a column that cannot be measured
-            here, or a result of the wrong size.
+        EvaluationError: before any work what `check_request` says, and where a folder whose pictures are
+            compared holds others; later a result of the wrong size.
     """
-    unknown = [scale for scale in scales if scale not in SCALES]
-    if unknown or not scales:
-        raise EvaluationError(f"scales: expected some of {SCALES}, found {tuple(scales)}")
-    for kind, names in (("method", [m.name for m in methods]), ("set", [s.name for s in sets])):
-        _check_names(kind, names, saved=save is not None)
     if columns is None:
         own = PROTOCOLS["own"]
         columns = columns_of(own.metrics, own.channels, own.borders)
-    require(columns, saves=save is not None)
-    for eval_set in sets:
-        if not eval_set.has_truth and all(column.metric.kind == "full" for column in columns):
-            titles = ", ".join(column.title for column in columns)
-            raise EvaluationError(
-                f"{eval_set.name}: has no ground truth, which {titles} need: add --metrics niqe"
-            )
+    names = [method.name for method in methods]
+    check_request(sets, names, scales, columns, saves=save is not None, draws=sheet is not None)
     run = _Run(tuple(columns), sorted(set(scales)), device, progress, journal, settings_digest, save, sheet)
+    for eval_set in sets:
+        run.check_folders(eval_set, methods)
     with torch.inference_mode():
         for eval_set in sets:
             run.score_set(eval_set, methods)
     if sheet is not None:
         sheet.save()
     return run.report()
+
+
+def check_request(
+    sets: Sequence[EvalSet],
+    methods: Sequence[str],
+    scales: Sequence[int],
+    columns: Sequence[Column],
+    *,
+    saves: bool,
+    draws: bool,
+) -> None:
+    """What can be said of an evaluation before its methods are made.
+
+    Args:
+        sets: the test sets.
+        methods: names of the methods.
+        scales: the factors to score.
+        columns: what to measure.
+        saves: whether every result is saved.
+        draws: whether there is a sheet.
+
+    Raises:
+        EvaluationError: an unknown scale, two methods or sets of one name, or two images of a set that would
+            be saved as one file; a column that cannot be measured here, or a set without what all columns
+            need.
+    """
+    unknown = [scale for scale in scales if scale not in SCALES]
+    if unknown or not scales:
+        raise EvaluationError(f"scales: expected some of {SCALES}, found {tuple(scales)}")
+    check_method_names(methods, saved=saves, drawn=draws)
+    names = [eval_set.name for eval_set in sets]
+    check_names("set", names)
+    if saves:
+        check_file_names("sets", names)
+        for eval_set in sets:
+            check_file_names(f"images of {eval_set.name}", [pair.name for pair in eval_set.pairs])
+    require(columns, saves=saves)
+    for eval_set in sets:
+        if not eval_set.has_truth and all(column.metric.kind == "full" for column in columns):
+            titles = ", ".join(column.title for column in columns)
+            raise EvaluationError(
+                f"{eval_set.name}: has no ground truth, which {titles} need: add --metrics niqe"
+            )
 
 
 @dataclass
@@ -103,6 +143,8 @@ class _Run:
     set_values: dict[Row, dict[str, float]] = field(default_factory=dict)
     # Of each set and method, what was not found of another program's results.
     absent: dict[tuple[str, str], dict[int, list[str]]] = field(default_factory=dict)
+    # Of each set, scale and reason, the images that a column does not have.
+    missing: dict[str, dict[tuple[int, str], dict[str, None]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.of_image = [column for column in self.columns if column.metric.kind != "set"]
@@ -124,12 +166,32 @@ class _Run:
                 self.note(f"{method.name} has no {', '.join(refused)}")
         for index in range(len(eval_set.pairs)):
             _Image(self, eval_set, index).score(methods)
+        reasons = {key: list(names) for key, names in self.missing.get(eval_set.name, {}).items()}
+        self.note(*left_out(eval_set.name, reasons, len(eval_set.pairs)))
         for method in methods:
             for scale, names in self.absent.get((eval_set.name, method.name), {}).items():
                 few = len(names) < len(eval_set.pairs)
                 what = f"no x{scale} pictures of {eval_set.name}" + (f": {shown(names)}" if few else "")
                 self.note(f"{method.name} has {what}")
             self.score_folders(eval_set, method.name)
+
+    def check_folders(self, eval_set: EvalSet, methods: Sequence[Method | Finder]) -> None:
+        """Raise EvaluationError where a folder that will be compared holds pictures of no image."""
+        if not self.of_set or not eval_set.has_truth:
+            return
+        names = [pair.name for pair in eval_set.pairs]
+        for scale in self.scales:
+            expected = {TRUTH: names}
+            for method in methods:
+                if isinstance(method, Finder):
+                    found = [name for name in names if method.find(eval_set.name, name, scale) is not None]
+                    expected[method.name] = found
+                elif scale in _offered(method, self.scales):
+                    expected[method.name] = names
+            for method_name, own in expected.items():
+                folder = self.folder(eval_set.name, scale, method_name)
+                if own and folder.is_dir():
+                    _check_folder(folder, own)
 
     def score_folders(self, eval_set: EvalSet, method: str) -> None:
         """Measure what needs all results of a method on a set, in their folders."""
@@ -187,9 +249,9 @@ class _Image:
             self.score_method(method, fingerprint)
         if self.shown:
             assert run.sheet is not None
-            self.show("input", self.loaded().lr)
+            self.show(INPUT, self.loaded().lr)
             if (truth := self.truth(run.scales[-1])) is not None:
-                self.show("HR", truth)
+                self.show(TRUTH, truth)
 
     def score_method(self, method: Method | Finder, fingerprint: str) -> None:
         run, files = self.run, self.files(method)
@@ -207,7 +269,9 @@ class _Image:
             if scale in results:
                 known = self.take(method.name, scale, results[scale], known, keys[scale])
             assert known is not None
-            run.note(*known.notes)
+            run.note(*(f"{self.set.name}: {note}" for note in known.notes))
+            for reason in known.missing:
+                run.missing.setdefault(self.set.name, {}).setdefault((scale, reason), {})[self.name] = None
             run.scores.append(Score(self.set.name, scale, method.name, self.name, known.values))
 
     def take(
@@ -264,7 +328,7 @@ class _Image:
         if self.run.journal is None:
             return None
         own = getattr(method, "fingerprint", None) if files is None else file_fingerprint(files[scale])
-        columns = [(column.key, column.border) for column in self.run.of_image]
+        columns = [(column.key, column.border, column.metric.version()) for column in self.run.of_image]
         if own is None:
             return None
         return digest_of(self.run.settings_digest, fingerprint, method.name, own, scale, columns)
@@ -298,12 +362,12 @@ class _Image:
 
     def measured(self, result: Tensor, scale: int) -> Finished:
         truth, values = self.truth(scale), dict[str, float]()
-        notes = [f"{self.set.name}: {note}" for note in self.loaded().notes]
+        missing = []
         for column in self.run.of_image:
             values[column.key], reason = column.measure(result, truth, scale)
             if reason is not None:
-                notes.append(f"{self.where} x{scale}: {reason}")
-        return Finished(values, notes)
+                missing.append(reason)
+        return Finished(values, list(self.loaded().notes), missing)
 
     def show(self, column: str, image: Tensor) -> None:
         assert self.run.sheet is not None
@@ -340,19 +404,3 @@ def _check_folder(folder: Path, names: Sequence[str]) -> None:
         raise EvaluationError(
             f"{folder}: expected the pictures of this run only, found {shown(sorted(more))}"
         )
-
-
-def file_name(name: str) -> str:
-    """A name of a method, a set or an image as that of a file."""
-    return re.sub(r"[^\w.+=@ -]", "_", name).strip(" .") or "_"
-
-
-def _check_names(kind: str, names: Sequence[str], *, saved: bool) -> None:
-    if len(set(names)) < len(names):
-        raise EvaluationError(f"{kind}s: expected different names, found {list(names)}")
-    if saved:
-        files = [file_name(name) for name in names]
-        if kind == "method":
-            files.append(TRUTH)
-        if len({file.casefold() for file in files}) < len(files):
-            raise EvaluationError(f"{kind}s: expected names that differ as those of folders, found {files}")

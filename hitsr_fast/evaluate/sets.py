@@ -16,8 +16,8 @@ from torch import Tensor
 from hitsr_fast.data.degradation import degrade
 from hitsr_fast.data.degradation_config import PRESETS, DegradationName
 from hitsr_fast.evaluate.errors import EvaluationError
-from hitsr_fast.evaluate.layouts import Folders, by_name, images_in, mixed, released_folders, shown
-from hitsr_fast.imaging.io import ImageFileError, read_picture, to_eight_bit
+from hitsr_fast.evaluate.layouts import by_name, by_names, by_stem, images_in, mixed, released_folders, shown
+from hitsr_fast.imaging.io import ImageFileError, picture_size, read_picture, to_eight_bit
 from hitsr_fast.metrics import imresize
 
 # The LR image of a pair is this much smaller than the HR image; the largest scale that is scored.
@@ -198,7 +198,7 @@ def find_set(
         The pairs in the order of their names. Images without a partner are left out, and one note names them.
 
     Raises:
-        EvaluationError: a folder is missing or empty, or no image has a partner.
+        EvaluationError: a folder is missing or empty, two images have one name, or none has a partner.
     """
     if lr is not None and degrade_seed is not None:
         raise EvaluationError(f"{name}: give either LR images or a degradation, not both")
@@ -211,9 +211,9 @@ def find_set(
     if degrade_seed is not None:
         pairs = [Pair(image, path, None) for image, path in by_name(hr_files).items()]
     elif not hr_files:
-        pairs = [Pair(path.stem, None, path) for path in lr_files]
+        pairs = [Pair(image, None, path) for image, path in by_stem(lr_files).items()]
     else:
-        pairs, notes = _match(name, by_name(hr_files), by_name(lr_files))
+        pairs, notes = _match(name, *by_names(hr_files, lr_files))
     return EvalSet(name, tuple(pairs[:limit]), degrade_seed, degradation, center_crop, notes)
 
 
@@ -223,13 +223,8 @@ def _files(name: str, hr: Path | None, lr: Path | None, *, needs_lr: bool) -> tu
         if lr is None:
             raise EvaluationError(f"{name}: expected a folder, found none")
         return [] if hr is None else images_in(hr), images_in(lr)
-    if not needs_lr:
-        # HR images are enough: also a folder of a release whose LR images are not there.
-        places = [Folders(place.hr or hr, None) for place in released_folders(hr)]
-    else:
-        places = released_folders(hr)
     hr_files, lr_files = list[Path](), list[Path]()
-    for place in places:
+    for place in released_folders(hr, needs_lr=needs_lr):
         if place.hr is None or place.lr is None or place.hr != place.lr:
             more_hr = [] if place.hr is None else images_in(place.hr)
             more_lr = [] if place.lr is None else images_in(place.lr)
@@ -269,6 +264,14 @@ def read_image(path: Path) -> Tensor:
     except ImageFileError as error:
         raise EvaluationError(str(error)) from error
     return to_tensor(np.broadcast_to(pixels, (*pixels.shape[:2], 3)))
+
+
+def side_of(path: Path) -> int:
+    """The shorter side of an image file as its head has it; EvaluationError if it is none."""
+    try:
+        return min(picture_size(path.read_bytes(), path))
+    except (ImageFileError, OSError) as error:
+        raise EvaluationError(str(error)) from error
 
 
 def quantized(image: Tensor) -> Tensor:

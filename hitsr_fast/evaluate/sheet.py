@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from hitsr_fast.evaluate.errors import EvaluationError
+from hitsr_fast.evaluate.names import INPUT, TRUTH
 
 _GAP: Final = 6
 _LABEL: Final = 16
@@ -58,7 +59,7 @@ class Sheet:
     def save(self) -> None:
         """Draw the sheet; whole or not at all."""
         columns = list(dict.fromkeys(name for row in self._rows.values() for name in row))
-        for first, place in (("input", 0), ("HR", len(columns))):
+        for first, place in ((INPUT, 0), (TRUTH, len(columns))):
             if first in columns:
                 columns.remove(first)
                 columns.insert(place, first)

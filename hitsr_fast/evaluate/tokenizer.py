@@ -12,12 +12,12 @@ from torch import Tensor
 
 from hitsr_fast.evaluate.errors import EvaluationError
 from hitsr_fast.evaluate.frechet import FD_VGG, VggFeatures, frechet_distance
+from hitsr_fast.evaluate.layouts import shown
+from hitsr_fast.evaluate.names import check_names
 from hitsr_fast.evaluate.protocols import Column
-from hitsr_fast.evaluate.report import Cells, Report, Row, Score
-from hitsr_fast.evaluate.sets import EvalSet, quantized, read_image
+from hitsr_fast.evaluate.report import Cells, Report, Row, Score, left_out
+from hitsr_fast.evaluate.sets import EvalSet, quantized, read_image, side_of
 from hitsr_fast.models import HitVar
-
-SCHEMES = ("plain", "Algorithm 1")
 
 
 class CodeUse(NamedTuple):
@@ -73,26 +73,27 @@ def evaluate_tokenizer(
         image are given that of the smallest target, which is the model's input at inference.
 
     Raises:
-        EvaluationError: no image is large enough.
+        EvaluationError: before any work where two sets have one name, or a set has no HR images or none that
+            is large enough.
     """
     tokenizer, config = model.tokenizer, model.config.tokenizer
     side, factors = config.image_size, config.scale_factors
+    check_names("set", [eval_set.name for eval_set in sets])
+    small = {eval_set.name: _small(eval_set, side) for eval_set in sets}
     features = VggFeatures(device) if fd_vgg else None
     scores, notes, usage = list[Score](), list[str](), list[CodeUse]()
     set_values: dict[Row, dict[str, float]] = {}
     for eval_set in sets:
         counts: dict[tuple[str, int], Tensor] = {}
         seen: dict[tuple[str, int], tuple[list[Tensor], list[Tensor]]] = {}
-        small = []
+        missing: dict[tuple[int, str], dict[str, None]] = {}
         for pair in eval_set.pairs:
             if progress is not None:
                 progress(f"{eval_set.name}/{pair.name}")
-            if pair.hr is None:
-                raise EvaluationError(f"{eval_set.name}: has no HR images to tokenize")
-            hr = read_image(pair.hr).to(device)
-            if min(hr.shape[2:]) < side:
-                small.append(pair.name)
+            if pair.name in small[eval_set.name]:
                 continue
+            assert pair.hr is not None
+            hr = read_image(pair.hr).to(device)
             top, left = ((length - side) // 2 for length in hr.shape[2:])
             image = hr[..., top : top + side, left : left + side] * 2 - 1
             with torch.inference_mode():
@@ -108,25 +109,37 @@ def evaluate_tokenizer(
                         for column in columns:
                             values[column.key], reason = column.measure(result, truth, factors[target])
                             if reason is not None:
-                                notes.append(f"{eval_set.name}/{pair.name} x{factors[target]}: {reason}")
+                                missing.setdefault((factors[target], reason), {})[pair.name] = None
                         scores.append(Score(eval_set.name, factors[target], scheme, pair.name, values))
                         if features is not None:
                             ours, theirs = seen.setdefault(key, ([], []))
                             ours.append(features(result))
                             theirs.append(features(truth))
-        if small:
-            notes.append(f"{eval_set.name}: smaller than {side} px, left out: {', '.join(small)}")
-        if len(small) == len(eval_set.pairs):
-            raise EvaluationError(f"{eval_set.name}: no image has sides of {side} px")
+        if few := small[eval_set.name]:
+            notes.append(f"{eval_set.name}: smaller than {side} px, left out: {shown(few)}")
+        reasons = {key: list(names) for key, names in missing.items()}
+        notes += left_out(eval_set.name, reasons, len(eval_set.pairs) - len(few))
         for (scheme, target), (ours, theirs) in seen.items():
             row = Row(eval_set.name, factors[target], scheme)
             set_values[row] = {FD_VGG.key: frechet_distance(torch.cat(ours), torch.cat(theirs))}
         usage += _usage(eval_set.name, counts, model)
-    shown: tuple[Cells, ...] = (*columns, FD_VGG) if fd_vgg else tuple(columns)
-    notes = list(dict.fromkeys(notes))
-    return TokenizerReport(
-        Report(tuple(scores), tuple(notes), columns=shown, set_values=set_values), tuple(usage)
-    )
+    shown_columns: tuple[Cells, ...] = (*columns, FD_VGG) if fd_vgg else tuple(columns)
+    tables = {"usage": [{**use._asdict(), "usage": use.used / use.codes} for use in usage]}
+    report = Report(tuple(scores), tuple(notes), columns=shown_columns, set_values=set_values, tables=tables)
+    return TokenizerReport(report, tuple(usage))
+
+
+def _small(eval_set: EvalSet, side: int) -> list[str]:
+    """Names of the images with a shorter side than that, which must not be all."""
+    found = []
+    for pair in eval_set.pairs:
+        if pair.hr is None:
+            raise EvaluationError(f"{eval_set.name}: has no HR images to tokenize")
+        if side_of(pair.hr) < side:
+            found.append(pair.name)
+    if len(found) == len(eval_set.pairs):
+        raise EvaluationError(f"{eval_set.name}: no image has sides of {side} px")
+    return found
 
 
 def _plain(model: HitVar, levels: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -113,6 +113,22 @@ class LPIPS(nn.Module):
             distance = distance + ((_unit(x) - target).square().mean(dim=(2, 3)) * head).sum(dim=1)
         return distance
 
+    def features(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What the backbone makes of images at the end of each of its five stages.
+
+        Args:
+            images: floating point, `(B, 3, H, W)` in [-1, 1], sides of at least `MIN_SIDE[net]`. Gradients
+                flow to it.
+
+        Returns:
+            `(B, C, h, w)` each, after the ReLU, not yet of length one.
+        """
+        x, found = (images.to(self.shift.dtype) - self.shift) / self.scale, []
+        for stage in range(len(self.convs)):
+            x = self._advance(x, stage)
+            found.append(x)
+        return tuple(found)
+
     def _advance(self, x: Tensor, stage: int) -> Tensor:
         """Run one stage of the backbone."""
         if pool := _POOLS[self.net][stage]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,8 @@ class Metric:
 
     `measure` takes images `(B, 3, H, W)` in [0, 1] and returns a tensor `(B,)` on their device:
     `(result, truth, border)` of the kind "full", `(result, border)` of the kind "none". Of the kind "set" it
-    takes two folders of images, `(results, truths)`, and returns a number. Every one of them leaves out the
-    border that it is given.
+    takes two folders of images, `(results, truths)`, and returns a number. Those of images leave out the
+    border that they are given.
     """
 
     name: str
@@ -45,6 +46,17 @@ class Metric:
     measure: Callable[..., Any]
     missing: Callable[[], str | None]  # why it cannot run here, with the command or extra that helps
     bordered: bool = False  # whether by custom a border is left out; else 0 is what papers mean
+    package: str = ""  # another distribution that measures
+
+    def version(self) -> str:
+        """The package that measures and its version; "" where that is this one.
+
+        Of a package that is on the path without being installed, the name alone.
+        """
+        try:
+            return f"{self.package} {importlib.metadata.version(self.package)}" if self.package else ""
+        except importlib.metadata.PackageNotFoundError:
+            return self.package
 
 
 def _nothing() -> None:
@@ -69,7 +81,7 @@ def _of_folders(measure: Callable[..., float], results: Path, truths: Path | Non
 
 def _of_sets(name: str, title: str, digits: int, measure: Callable[..., float]) -> Metric:
     of_folders = functools.partial(_of_folders, measure)
-    return Metric(name, title, "set", False, digits, 1, of_folders, folders.missing)
+    return Metric(name, title, "set", False, digits, 1, of_folders, folders.missing, package="torch-fidelity")
 
 
 def _pair(name: str, title: str, digits: int, min_side: int, measure: Callable[..., Tensor]) -> Metric:
@@ -84,7 +96,7 @@ def _learned(name: str, title: str, net: LpipsNet) -> Metric:
 
 def _by_pyiqa(name: str, title: str, digits: int, min_side: int) -> Metric:
     measure = functools.partial(pyiqa.measure, name, min_side=min_side)
-    return Metric(name, title, "none", True, digits, min_side, measure, pyiqa.missing)
+    return Metric(name, title, "none", True, digits, min_side, measure, pyiqa.missing, package="pyiqa")
 
 
 _ALL = (

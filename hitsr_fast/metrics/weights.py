@@ -60,8 +60,18 @@ class WeightsSource:
         return f"hitsr-fast weights {self.name}"
 
     def missing(self) -> str | None:
-        """Why the weights cannot be used, with the command that helps; None where they are there."""
-        return None if self.path.is_file() else f"no {self.name.upper()} weights: {self.command}"
+        """Why the weights cannot be used, with the command that helps; None where they are there.
+
+        Of a file only the head is read.
+        """
+        path = self.path
+        if not path.is_file():
+            return f"no {self.name.upper()} weights: {self.command}"
+        try:
+            with safe_open(path, framework="pt"):
+                return None
+        except SafetensorError as error:
+            return self._damaged(path, error)
 
     def require(self, path: Path) -> None:
         """Raise WeightsNotFoundError, with the command that helps, when there is no file at `path`."""
@@ -82,7 +92,10 @@ class WeightsSource:
                 keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118  (no iteration)
                 return {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); repair: {self.command} --force") from error
+            raise ValueError(self._damaged(path, error)) from error
+
+    def _damaged(self, path: Path, error: SafetensorError) -> str:
+        return f"{path} is damaged ({error}); repair: {self.command} --force"
 
     def fetch(self, path: Path, archive: Path | None = None) -> None:
         """Fetch the package, check it, convert its files and put them at `path` in one step.

@@ -176,8 +176,8 @@ def test_small_images_are_left_out_with_a_reason(tmp_path: Path) -> None:
     assert [mean["ssim_y"] is None for mean in report["means"]] == [True, False, False]
     assert [mean["lpips"] is None for mean in report["means"]] == [True, True, False]
     assert all(isinstance(mean["psnr_y"], float) for mean in report["means"])
-    assert report["notes"][0] == "HR/tiny x1: SSIM-Y needs sides of 13 px, found 8"
-    assert "HR/tiny x2: LPIPS needs sides of 31 px, found 16" in report["notes"]
+    assert report["notes"][0] == "HR x1: SSIM-Y needs sides of 13 px, left out: all"
+    assert "HR x2: LPIPS needs sides of 31 px, left out: all" in report["notes"]
     assert "| - | - |" in (tmp_path / "a.md").read_text()
 
 
@@ -266,7 +266,7 @@ def test_clear_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "without a partner" in error
     assert "HR/1.png" in error
     assert "LR/17.png" in error
-    (hr / "0_HR.png").write_bytes((hr / "0.png").read_bytes())
+    (hr / "0.jpg").write_bytes((hr / "0.png").read_bytes())
     assert "has the same name as" in fails(capsys, "--hr", hr, "--lr", lr)
 
 
@@ -276,6 +276,36 @@ def test_missing_lpips_weights_name_the_command(
     write_pairs(tmp_path / "HR", tmp_path / "LR", "{}.png", "{}.png", 1)
     (lpips_weights / "lpips.safetensors").unlink()
     assert "hitsr-fast weights lpips" in fails(capsys, "--hr", tmp_path / "HR", "--lr", tmp_path / "LR")
+
+
+def test_damaged_weights_are_one_line(
+    tmp_path: Path, lpips_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pairs(tmp_path / "HR", tmp_path / "LR", "{}.png", "{}.png", 1)
+    (lpips_weights / "lpips.safetensors").write_bytes(b"garbage" * 9)
+    error = fails(capsys, "--hr", tmp_path / "HR", "--lr", tmp_path / "LR")
+    assert "lpips.safetensors is damaged" in error and "hitsr-fast weights lpips --force" in error
+
+
+def test_what_is_wrong_is_said_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str, device: torch.device, dtype: torch.dtype | None) -> HitSR:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(HitSR, "from_pretrained", load)
+    hr, lr = tmp_path / "HR", tmp_path / "LR"
+    write_pairs(hr, lr, "{}.png", "{}.png", 1)
+    both = ("--hr", hr, "--lr", lr)
+    assert "sets: expected different names" in fails(capsys, *both, "--set", f"HR={hr}:{lr}")
+    assert "methods: expected different names" in fails(capsys, *both, "--pictures", f"hit-tiny={hr}")
+    assert "scales: expected some of (1, 2, 4), found (3,)" in fails(capsys, *both, "--scales", "3")
+    assert "none: no such folder" in fails(capsys, *both, "--pictures", f"peer={tmp_path}/none")
+    for name in ("HR", "input"):
+        arguments = ("--pictures", f"{name}={hr}", "--sheet", tmp_path / "s.png")
+        assert f"methods: expected other names than {name}" in fails(capsys, *both, *arguments)
+    error = fails(capsys, *both, "--pictures", f"hr={hr}", "--save", tmp_path / "saved")
+    assert "methods: expected other names than hr" in error
 
 
 @pytest.mark.parametrize("name", ["HITSR_FAST_BACKEND", "HITSR_FAST_CPU_ISA"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch.nn import functional
 from hitsr_fast.cli.eval import Eval
 from hitsr_fast.evaluate import (
     Bicubic,
+    Column,
     EvaluationError,
     Journal,
     Pictures,
@@ -27,7 +30,7 @@ from hitsr_fast.evaluate import (
 )
 from hitsr_fast.evaluate.pair_set import make_pairs
 from hitsr_fast.evaluate.protocols import PROTOCOLS
-from hitsr_fast.metrics import imresize, psnr_rgb, psnr_y
+from hitsr_fast.metrics import METRICS, imresize, psnr_rgb, psnr_y
 
 
 def photo(seed: int, height: int, width: int) -> Image.Image:
@@ -58,6 +61,7 @@ RELEASES = {
     "DIV2K": ("DIV2K_valid_HR/0801", "DIV2K_valid_LR_bicubic/X4/0801x4", "0801"),
     "Set14": ("image_SRF_4/img_001_SRF_4_HR", "image_SRF_4/img_001_SRF_4_LR", "img_001_SRF_4"),
     "VARSR": ("HR/a", "LR/a", "a"),
+    "DIV2K in short": ("HR/0801", "LR_bicubic/X4/0801x4", "0801"),
 }
 
 
@@ -108,6 +112,8 @@ def test_sets_without_ground_truth(tmp_path: Path) -> None:
     write(tmp_path / "lq/001.png", 0, 24, 32)
     found = find_set("RealLQ250", tmp_path)
     assert not found.has_truth and find_set("x", None, tmp_path / "lq").pairs == found.pairs
+    write(tmp_path / "other/LR/001.png", 0, 24, 32)
+    assert not find_set("x", tmp_path / "other").has_truth
     with pytest.raises(EvaluationError, match="RealLQ250: has no ground truth"):
         evaluate([found], [Bicubic()], columns=columns_of(["psnr"]))
 
@@ -249,3 +255,149 @@ def test_pairs_are_made_and_gone_on_with(tmp_path: Path) -> None:
     assert (again.made, again.found, again.digest) == (1, 4, first.digest)
     with pytest.raises(EvaluationError, match="holds another set, of other seed"):
         make_pairs(tmp_path / "photos", tmp_path / "one", count=5, crop=64, seed=3)
+
+
+def test_what_lies_in_the_folder_of_pairs_is_not_trusted(tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    write(photos / "p.png", 0, 90, 100)
+    first = make_pairs(photos, out, count=3, crop=64)
+    place = out / "HR/p_00001.png"
+    original = place.read_bytes()
+    write(place, 5, 64, 64)
+    again = make_pairs(photos, out, count=3, crop=64)
+    assert (again.made, again.found, again.digest) == (1, 2, first.digest)
+    assert "p_00001" in again.notes[0] and place.read_bytes() == original
+    write(out / "HR/foreign.png", 1)
+    with pytest.raises(EvaluationError, match=r"HR: expected images of this set only, found foreign\.png"):
+        make_pairs(photos, out, count=3, crop=64)
+    write(tmp_path / "other/LR/p_00000.png", 1)
+    with pytest.raises(EvaluationError, match="LR: expected images of this set only"):
+        make_pairs(photos, tmp_path / "other", count=3, crop=64)
+    for inside in (photos, photos / "set", tmp_path):
+        with pytest.raises(EvaluationError, match="out: expected a folder apart from the photos"):
+            make_pairs(photos, inside, count=3, crop=64)
+
+
+def test_interrupted_pairs_keep_the_manifest(tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    write(photos / "p.png", 0, 90, 100)
+
+    def stop(name: str) -> None:
+        if name == "p_00002":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(photos, out, count=3, crop=64, progress=stop)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [pair["name"] for pair in manifest["pairs"]] == ["p_00000", "p_00001"] and "digest" not in manifest
+    whole = make_pairs(photos, out, count=3, crop=64)
+    assert (whole.made, whole.found) == (1, 2)
+    text = (out / "manifest.json").read_text()
+    assert json.loads(text)["digest"] == whole.digest
+    with pytest.raises(KeyboardInterrupt):
+        make_pairs(photos, out, count=3, crop=64, progress=stop)
+    assert (out / "manifest.json").read_text() == text
+
+
+def test_names_that_end_like_marks_stay_apart(tmp_path: Path) -> None:
+    for name in ("box1", "box2"):
+        write(tmp_path / f"HR/{name}.png", 0)
+        write(tmp_path / f"LR/{name}.png", 0, 12, 16)
+        write(tmp_path / f"X4/{name}x4.png", 0, 12, 16)
+        write(tmp_path / f"peer/{name}.png", ord(name[-1]))
+    for found in (
+        find_set("s", tmp_path / "HR", tmp_path / "LR"),
+        find_set("s", tmp_path / "HR", tmp_path / "X4"),
+        find_set("s", tmp_path / "HR", degrade_seed=0),
+    ):
+        assert [pair.name for pair in found.pairs] == ["box1", "box2"] and not found.notes
+    peer = Pictures("peer", tmp_path / "peer")
+    assert peer.find("s", "box2", 4) == tmp_path / "peer/box2.png"
+    with pytest.raises(EvaluationError, match=r"box2\.png: peer's result has the same name as box1\.png"):
+        peer.find("s", "bo", 4)
+
+
+def test_inputs_of_one_name_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.png", 0)
+    write(tmp_path / "a.jpg", 0)
+    with pytest.raises(EvaluationError, match=r"a\.png: has the same name as a\.jpg"):
+        find_set("s", None, tmp_path)
+
+
+def test_the_hr_half_of_a_release_is_enough_to_degrade(tmp_path: Path) -> None:
+    write(tmp_path / "DIV2K_valid_HR/0801.png", 0)
+    (pair,) = find_set("s", tmp_path, degrade_seed=0).pairs
+    assert pair.hr == tmp_path / "DIV2K_valid_HR/0801.png"
+
+
+def test_names_that_would_be_one_file_are_refused(tmp_path: Path) -> None:
+    for name in ("a!b", "A?b", "c"):
+        write(tmp_path / f"HR/{name}.png", 0)
+    found, counting = find_set("s", tmp_path / "HR", degrade_seed=0), Counting()
+    with pytest.raises(
+        EvaluationError, match=r"images of s: expected names that differ as .*, found A\?b, a!b"
+    ):
+        evaluate([found], [counting], columns=columns_of(["psnr"]), save=tmp_path / "saved")
+    assert not counting.calls and not (tmp_path / "saved").exists()
+
+
+def test_a_foreign_picture_among_those_compared_is_said_before_any_work(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write(tmp_path / f"{name}/x.png", 0)
+    metric = replace(METRICS["fid"], missing=lambda: None, measure=lambda results, truths: 0.0)
+    columns, counting = [Column("fid", "FID", metric)], Counting()
+    sets = [find_set(name, tmp_path / name, degrade_seed=0) for name in ("a", "b")]
+    foreign = tmp_path / "saved/bicubic/b/x4/foreign.png"
+    write(foreign, 0)
+    with pytest.raises(EvaluationError, match=r"expected the pictures of this run only, found foreign\.png"):
+        evaluate(sets, [counting], columns=columns, save=tmp_path / "saved", scales=[4])
+    assert not counting.calls
+    foreign.unlink()
+    evaluate(sets, [counting], columns=columns, save=tmp_path / "saved", scales=[4])
+    assert counting.calls == 2
+
+
+def test_one_note_for_all_small_images_also_after_a_set_is_renamed(tmp_path: Path) -> None:
+    for index in range(7):
+        write(tmp_path / f"HR/{index}.png", index, 40, 40)
+    write(tmp_path / "HR/large.png", 9, 64, 64)
+    columns, place = columns_of(["psnr", "ssim"]), tmp_path / "t.scores.jsonl"
+    methods = [Counting(), Pictures("peer", tmp_path / "HR")]
+    for name in ("old", "new"):
+        found = find_set(name, tmp_path / "HR", degrade_seed=0)
+        report = evaluate([found], methods, columns=columns, scales=[1], journal=Journal(place))
+        names = "0, 1, 2, 3, 4 and 2 more"
+        assert f"{name} x1: SSIM-Y needs sides of 13 px, left out: {names}" in report.notes
+        assert sum("SSIM" in note for note in report.notes) == 1
+    assert methods[0].calls == 8  # of the second run none
+
+
+def test_scores_of_another_package_are_kept_by_its_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.png", 0)
+    found = find_set("s", tmp_path, degrade_seed=0)
+    metric = replace(METRICS["musiq"], missing=lambda: None, measure=lambda image, border: image.mean()[None])
+    for version, calls in (("1", 1), ("1", 0), ("2", 1)):
+        monkeypatch.setattr(importlib.metadata, "version", lambda package, version=version: version)
+        counting = Counting()
+        columns, journal = [Column("musiq", "MUSIQ", metric)], Journal(tmp_path / "t.scores.jsonl")
+        evaluate([found], [counting], columns=columns, journal=journal)
+        assert (metric.version(), counting.calls) == (f"pyiqa {version}", calls)
+
+
+def test_a_bar_in_a_name_does_not_part_cells(tmp_path: Path) -> None:
+    write(tmp_path / "HR/a.png", 0)
+    (tmp_path / "peer").mkdir()
+    (tmp_path / "peer/.hidden").touch()
+    found = find_set("a|b", tmp_path / "HR", degrade_seed=0)
+    methods = [Bicubic(), Pictures("peer", tmp_path / "peer")]
+    report = evaluate([found], methods, columns=columns_of(["psnr"]), scales=[4])
+    assert report.markdown().splitlines()[2].startswith(r"| a\|b | x4 | bicubic |")
+    assert report.notes == ("peer has no x4 pictures of a|b",)
+
+
+def test_the_limits_in_the_documentation_are_those_of_the_metrics() -> None:
+    text = " ".join((Path(__file__).parents[2] / "docs/evaluation.md").read_text().split())
+    sides = {title: METRICS[name].min_side for title, name in (("NIQE", "niqe"), ("MANIQA", "maniqa"))}
+    assert all(f"{side} px for {title}" in text for title, side in sides.items())

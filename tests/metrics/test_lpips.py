@@ -25,6 +25,17 @@ def images(count: int, height: int, width: int, seed: int = 0) -> tuple[Tensor, 
     return a, b
 
 
+@pytest.mark.parametrize("net", NETS)
+def test_features_are_what_is_compared(net: Any, package: FakePackage) -> None:
+    model = LPIPS(net, package.weights)
+    a, b = images(2, 36, 47)
+    total = torch.zeros(2)
+    for x, y, head in zip(model.features(a), model.features(b), model.heads, strict=True):
+        x, y = (f / (f.norm(dim=1, keepdim=True) + 1e-10) for f in (x, y))
+        total += torch.einsum("bchw,c->b", (x - y) ** 2, head) / (x.shape[2] * x.shape[3])
+    torch.testing.assert_close(total, model(a, b), **TOLERANCES["float32_reordered"]._asdict())
+
+
 def expected_lpips(tree: dict[str, Any], net: str, a: Tensor, b: Tensor) -> Tensor:
     """LPIPS in float64 straight from the pickled parameters, written after equation 1 of the paper."""
 

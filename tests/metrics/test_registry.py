@@ -74,6 +74,12 @@ def test_the_smallest_side_is_the_smallest(
         metric.measure(a[..., 1:], b[..., 1:], 4)
 
 
+@pytest.mark.parametrize("name", ["fid", "kid"])
+def test_metrics_of_folders_have_no_border(name: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        METRICS[name].measure(tmp_path, tmp_path, 4)
+
+
 def test_what_is_missing_names_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HITSR_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
