@@ -15,14 +15,15 @@ class Crops:
     """Cut the photos of a folder into overlapping PNG files, so that training reads less for a crop.
 
     A photo a/b.jpg becomes a/b_s001.png, a/b_s002.png and so on. The same command goes on where it was
-    interrupted, and cuts again what has changed. manifest.json in the target says what was made of what.
+    interrupted, cuts again what has changed, and removes the sub-images of photos that are gone.
+    manifest.json in the target says what was made of what.
     """
 
     source: Annotated[Path, tyro.conf.Positional]
     """Folder of the photos."""
 
     target: Annotated[Path, tyro.conf.Positional]
-    """Folder of the sub-images; made if it is not there."""
+    """Folder of the sub-images, apart from the photos'; made if it is not there."""
 
     size: int = 512
     """Side of a sub-image in pixels."""
@@ -55,7 +56,7 @@ class Crops:
             print(f"hitsr-fast crops: {error}", file=sys.stderr)
             return 2
         print(
-            f"{crops} sub-images of {photos - faults} photos, {there} of which were there already, "
-            f"in {self.target}"
+            f"{crops} sub-images of {photos - faults} photos in {self.target}; "
+            f"{there} photos were done already"
         )
         return 2 if faults else 0

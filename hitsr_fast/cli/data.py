@@ -34,8 +34,10 @@ class Check:
             fault = ""
             try:
                 found = count(source, self.root)
-                if found < source.limit:
-                    fault = f"expected {source.limit} images, found {found}"
+                if found < max(source.limit, 1):
+                    least = f"{source.limit} images" if source.limit else "at least one image"
+                    fault = f"expected {least}, found {found}"
+                    fault += f" by the scores of {source.scores}" if source.scores else ""
             except ValueError as error:
                 fault = str(error)
             missing += bool(fault)

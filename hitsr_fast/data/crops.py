@@ -125,9 +125,11 @@ class PhotoCrops:
             self.skipped[self._place(photo)] = photo.fault or self._too_small(photo.width, photo.height)
         self.photos = table.take(np.flatnonzero(sound & ~left_out))
         self.counts = {"images": len(self.photos)}
-        if config.small != "leave out":
+        centred = config.cut == "resize-centre"
+        if centred or config.small != "leave out":
             done = "reflected" if config.small == "reflect" else "enlarged"
-            self.counts[done] = int((sound & small).sum())
+            bar = config.shorter_side if centred else side
+            self.counts[done] = int((self.photos.shorter_sides < bar).sum())
         self.counts |= {"too small": int(left_out.sum()), "fault": int((~sound).sum())}
         if not len(self.photos):
             least = f"of at least {side} x {side}" if config.small == "leave out" else "that can be read"

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hitsr_fast.data.photo_table import Photo, PhotoTable, Strings
+from hitsr_fast.files import write_whole
 from hitsr_fast.imaging.io import MAX_PIXELS, ImageFileError, picture_size
 
 __all__ = ["Photo", "PhotoTable", "digest_of", "index_image", "photo_of", "scan", "write_manifest"]
@@ -136,7 +137,10 @@ def kept_table(cache: Path | None, key: str, make: Callable[[], PhotoTable]) -> 
 
 
 def write_manifest(place: Path, digest: str, sources: Sequence[tuple[str, Sequence[Photo]]]) -> None:
-    """Write a JSON file: the digest, and by source each photo's name, bytes, width, height and digest."""
+    """Write a JSON file: the digest, and by source each photo's name, bytes, width, height and digest.
+
+    Its folder is made if it is not there.
+    """
     content = {
         "digest": digest,
         "sources": [
@@ -149,12 +153,7 @@ def write_manifest(place: Path, digest: str, sources: Sequence[tuple[str, Sequen
             for name, photos in sources
         ],
     }
-    beside = place.with_name(f".{place.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", errors="surrogateescape")
-        beside.replace(place)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(place, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def head_size(head: bytes) -> tuple[int, int] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +15,7 @@ from typing import Any, Final
 from PIL import Image
 
 from hitsr_fast.data.debian_photos import Package, Photo
+from hitsr_fast.files import write_whole
 
 MANIFEST: Final = "manifest.json"
 
@@ -64,7 +64,7 @@ def fetch_package(package: Package, folder: str | Path, *, download: Download | 
             manifest[_file_name(package, photo)] = _write_photo(package, photo, unpacked, folder)
     entries = [manifest[name] for name in sorted(manifest)]
     text = json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
-    _write_atomically(folder / MANIFEST, text.encode())
+    write_whole(folder / MANIFEST, text.encode())
     return True
 
 
@@ -115,7 +115,7 @@ def _write_photo(package: Package, photo: Photo, unpacked: Path, folder: Path) -
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, subsampling="4:4:4")
     name = _file_name(package, photo)
-    _write_atomically(folder / name, buffer.getvalue())
+    write_whole(folder / name, buffer.getvalue())
     return {
         "file": name,
         "width": image.width,
@@ -172,15 +172,6 @@ def _read_manifest(path: Path) -> dict[str, dict[str, Any]]:
         return {entry["file"]: entry for entry in json.loads(path.read_text(encoding="utf-8"))}
     except (ValueError, KeyError, TypeError) as error:
         raise PhotoFetchError(f"{path}: expected a manifest of this command; move it away") from error
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

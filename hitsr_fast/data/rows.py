@@ -28,7 +28,7 @@ class RowReader:
         root: What a folder is relative to.
 
     Raises:
-        ValueError: The path has another form, or there is no such column.
+        ValueError: The path has another form, or there is no such column, or no such split in a folder.
         ModuleNotFoundError: The package `datasets` is not installed; the message names the extra.
     """
 
@@ -109,7 +109,12 @@ class RowReader:
         if (folder / "state.json").is_file():
             rows = datasets.load_from_disk(str(folder))
         elif (folder / "dataset_dict.json").is_file():
-            rows = datasets.load_from_disk(str(folder))[self.split]
+            splits = datasets.load_from_disk(str(folder))
+            if self.split not in splits:
+                raise ValueError(
+                    f"{self.path}: expected one of the splits {list(splits)}, found {self.split!r}"
+                )
+            rows = splits[self.split]
         else:
             rows = datasets.load_dataset(str(folder) if folder.exists() else self._name, split=self.split)
         if self.column not in rows.column_names:

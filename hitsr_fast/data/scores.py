@@ -22,7 +22,8 @@ class Scores:
         threshold: As given, or the least score + below_share * (the greatest - the least).
 
     Raises:
-        ValueError: The file is missing, has no such column, a score that is no number or two of one image.
+        ValueError: The file is missing or no CSV file in UTF-8, has no such column, a line without a name, a
+            score that is no number or two of one image.
     """
 
     def __init__(self, config: SourceConfig, root: Path) -> None:
@@ -34,6 +35,8 @@ class Scores:
         except OSError as error:
             reason = error.strerror or str(error)
             raise ValueError(f"scores: expected a CSV file, found {reason}: {str(self.path)!r}") from error
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path}: expected a CSV file in UTF-8: {error}") from error
         if not self._scores:
             raise ValueError(f"{self.path}: expected scores of images, found none")
         low, high = min(self._scores.values()), max(self._scores.values())
@@ -71,6 +74,10 @@ class Scores:
                 )
         for line in lines:
             name, text = line[config.score_file], line[config.score] or ""
+            if not name:
+                raise ValueError(
+                    f"{self.path}: expected the name of an image in line {lines.line_num}, found none"
+                )
             try:
                 score = float(text)
             except ValueError:

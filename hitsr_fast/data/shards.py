@@ -12,7 +12,7 @@ import re
 import tarfile
 from pathlib import Path
 
-from hitsr_fast.data.folder import is_photo
+from hitsr_fast.data.folder import is_photo, photo_names
 from hitsr_fast.data.manifest import Photo, photo_of
 
 
@@ -23,11 +23,18 @@ def shard_files(path: str | Path) -> list[Path] | None:
         path: A .tar file, a pattern of them such as `photos-{000..009}.tar`, or a folder of them.
 
     Raises:
-        ValueError: a shard of the pattern is not there.
+        ValueError: a shard of the pattern is not there, or the folder also has images beside its shards.
     """
     path = Path(path)
     if path.is_dir():
-        return sorted(file for file in path.iterdir() if file.suffix == ".tar") or None
+        shards = sorted(file for file in path.iterdir() if file.suffix == ".tar")
+        loose = photo_names(path) if shards else []
+        if loose:
+            raise ValueError(
+                f"data: expected images or .tar files, found both in {str(path)!r}: {loose[0]} beside "
+                f"{shards[0].name}; a pattern takes the shards alone"
+            )
+        return shards or None
     if path.suffix != ".tar":
         return None
     files = [Path(name) for name in _expanded(str(path))]

@@ -26,7 +26,8 @@ class CropConfig(Config):
         turns: Turn crops by quarter turns, each of the four alike.
         small: What becomes of an image whose shorter side is smaller than a crop: "enlarge" resizes it until
             that is a crop's (Lanczos), "reflect" continues it by its mirror images on the right and below,
-            "leave out" takes none of it. "resize-centre" enlarges by itself or leaves out.
+            "leave out" takes none of it. "resize-centre" enlarges all below `shorter_side` by itself; "leave
+            out" then leaves out those below a crop's side.
         sharpness_db: Draw a crop anew whose luma survives shrinking by four and back with this PSNR or more;
             None takes every crop.
         flat_fraction: Share of those crops that is kept nevertheless.

@@ -168,7 +168,7 @@ def open_sources(
             source is of role "held-out", none beside its own; else as `split` has it over all names, which
             begin with the source's.
         crop: Side of the crops in pixels.
-        memory: Most bytes of decoded photos that a process holds of each of the two.
+        memory: Most bytes of decoded photos that a process holds of the two together.
 
     Raises:
         ValueError: There is nothing at a path, or the sources do not fit together.
@@ -191,7 +191,7 @@ def open_sources(
         ]
         held = frozenset(split(names, holdout)[1])
     parts: tuple[list[tuple[SourceConfig, PhotoCrops]], ...] = ([], [])
-    decoded = (Decoded(memory), Decoded(memory))
+    decoded = Decoded(memory)
     for config, (reader, photos, out) in zip(sources, found, strict=True):
         is_held = np.full(len(photos), config.role == "held-out")
         if held and config.role == "train":
@@ -199,7 +199,7 @@ def open_sources(
         for part, rows in enumerate((~is_held, is_held)):
             if rows.any() or not (part or config.role == "held-out"):
                 taken = photos.take(np.flatnonzero(rows))
-                crops = _crops(config, reader, taken, crop, decoded[part])
+                crops = _crops(config, reader, taken, crop, decoded)
                 if out:
                     crops.counts["left out by score"] = out
                 parts[part].append((config, crops))
@@ -228,9 +228,9 @@ def _plain(
         PhotoCrops(reader, photos, crop)  # which says why
     held = frozenset(split(list(usable.names), holdout)[1])
     rows = np.array([name in held for name in photos.names], np.bool_)
+    decoded = Decoded(memory)
     train, held_out = (
-        PhotoCrops(reader, photos.take(np.flatnonzero(part)), crop, decoded=Decoded(memory))
-        for part in (~rows, rows)
+        PhotoCrops(reader, photos.take(np.flatnonzero(part)), crop, decoded=decoded) for part in (~rows, rows)
     )
     return train, held_out
 

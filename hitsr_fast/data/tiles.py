@@ -19,6 +19,7 @@ from hitsr_fast.data.folder import photo_names
 from hitsr_fast.data.manifest import digest_of, index_image, scan
 from hitsr_fast.data.photo_table import Photo
 from hitsr_fast.data.readers import FileReader
+from hitsr_fast.files import write_whole
 from hitsr_fast.imaging.io import ImageFileError
 
 MANIFEST: Final = "manifest.json"
@@ -64,8 +65,9 @@ def cut_photos(
 
     Args:
         source: Folder of the photos.
-        target: Folder of the sub-images; made if it is not there. A photo whose sub-images are all there,
-            made with these arguments from what it is now, is not cut again.
+        target: Folder of the sub-images, apart from the photos'; made if it is not there. A photo whose
+            sub-images are all there, made with these arguments from what it is now, is not cut again; those
+            of a photo that is gone are removed.
         size: Side of a sub-image in pixels.
         step: From one to the next.
         workers: Threads; each holds one photo.
@@ -74,8 +76,8 @@ def cut_photos(
         What became of each photo, as it is done.
 
     Raises:
-        TypeError, ValueError: An argument is of another type or out of range, or two photos would have the
-            same sub-images.
+        TypeError, ValueError: An argument is of another type or out of range, one folder is in the other, or
+            two photos would have the same sub-images.
         NoPhotosError: There are no photos.
         OSError: The target cannot be written.
     """
@@ -83,6 +85,7 @@ def cut_photos(
     check_integer("step", step, 1, size, "size")
     check_integer("workers", workers, 1)
     source, target = Path(source), Path(target)
+    _check_apart(source, target)
     names = photo_names(source)
     if not names:
         raise NoPhotosError(f"source: expected a folder with image files, found none in {str(source)!r}")
@@ -95,7 +98,12 @@ def cut_photos(
             )
     photos = scan(source, names, index_image)
     known = {"size": size, "step": step}
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"target: expected a folder, or none yet, found a file at or above {str(target)!r}"
+        ) from error
     before = _read_entries(target)
     done = {
         name: entry
@@ -116,7 +124,21 @@ def cut_photos(
 
         for photo, future in _ahead(photos, source, target, size, step, workers, done):
             yield take(future.result() if isinstance(future, Future) else future, photo)
+    current = {crop for entry in entries.values() for crop in entry.get("crops", [])}
+    for name in before.keys() - entries.keys():  # photos that are gone
+        for old in set(before[name].get("crops", [])) - current:
+            (target / old).unlink(missing_ok=True)
     _write_manifest(target, known, digest_of(photos), [entries[name] for name in sorted(entries)])
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    """Sub-images among the photos would be cut as well the next time, and counted as each other."""
+    first, second = source.resolve(), target.resolve()
+    if first.is_relative_to(second) or second.is_relative_to(first):
+        raise ValueError(
+            f"target: expected a folder apart from the photos', found {str(target)!r} for those in "
+            f"{str(source)!r}"
+        )
 
 
 def _ahead(
@@ -168,7 +190,7 @@ def _cut(source: Path, target: Path, photo: Photo, size: int, step: int) -> Cut:
             buffer = io.BytesIO()
             tile = pixels[top : top + size, left : left + size]
             Image.fromarray(tile.copy()).save(buffer, "PNG", compress_level=_COMPRESSION)
-            _write(target / crops[-1], buffer.getvalue())
+            write_whole(target / crops[-1], buffer.getvalue())
     return Cut(photo.name, crops, "", made=True)
 
 
@@ -176,7 +198,7 @@ def _whole(target: Path, photo: Photo, entry: dict[str, Any] | None) -> list[str
     """The sub-images of a photo that is done, if all are there."""
     if entry is None or not entry.get("crops") or not photo.digest:
         return None
-    if (entry["digest"], entry["length"]) != (photo.digest, photo.length):
+    if (entry.get("digest"), entry.get("length")) != (photo.digest, photo.length):
         return None
     crops: list[str] = entry["crops"]
     return crops if all((target / crop).is_file() for crop in crops) else None
@@ -184,18 +206,20 @@ def _whole(target: Path, photo: Photo, entry: dict[str, Any] | None) -> list[str
 
 def _read_entries(target: Path) -> dict[str, dict[str, Any]]:
     """What earlier runs did, by photo."""
-    entries: list[dict[str, Any]] = []
+    entries: dict[str, dict[str, Any]] = {}
     place = target / MANIFEST
     if place.exists():
         try:
-            entries += json.loads(place.read_text(encoding="utf-8"))["photos"]
+            content = json.loads(place.read_text(encoding="utf-8"))
+            entries = {entry["file"]: entry for entry in content["photos"]}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{place}: expected a manifest of this command; move it away") from error
     with contextlib.suppress(FileNotFoundError):
         for line in (target / _JOURNAL).read_text(encoding="utf-8", errors="surrogateescape").splitlines():
             with contextlib.suppress(ValueError):  # the last line of a run that was killed
-                entries.append(json.loads(line))
-    return {entry["file"]: entry for entry in entries}
+                entry = json.loads(line)
+                entries[entry["file"]] = entry
+    return entries
 
 
 def _write_manifest(
@@ -208,16 +232,5 @@ def _write_manifest(
         "digest": digest_of(scan(target, names, index_image)),
         "photos": entries,
     }
-    _write(target / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
+    write_whole(target / MANIFEST, (json.dumps(content, indent=1) + "\n").encode())
     (target / _JOURNAL).unlink()
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A file gets its name when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

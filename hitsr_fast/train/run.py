@@ -64,13 +64,14 @@ def train(
     Raises:
         StaleError: `folder` holds work that was made with other values; the message names them.
         NoPhotosError: No photo can be trained on.
-        ValueError: The recipe does not fit the model, the data or the number of processes, or what a phase
-            starts from does not fit.
+        ValueError: The recipe does not fit the model, the data or the number of processes, a source is of
+            role "negative", whose label no task takes yet, or what a phase starts from does not fit.
         LpipsWeightsNotFoundError: A loss has a perceptual part, and its weights were not fetched.
         FloatingPointError: Ten steps in a row had a loss or gradient that is not finite.
         Stopped: By SIGTERM or SIGINT, after the step was finished and saved.
     """
     config = model_config(recipe)
+    _check_roles(recipe)
     phases = [phase for phase in recipe.phases if phase.schedule.steps]
     if any(_perceptual(phase) for phase in phases):
         require_weights(weights_path())  # now, not hours later at the first phase that needs them
@@ -222,6 +223,16 @@ def _random_model(config: HitConfig, seed: int) -> HitVar:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return HitVar(config)
+
+
+def _check_roles(recipe: Recipe) -> None:
+    """Images of low quality would be trained towards like any other, as no task knows of their label."""
+    for source in recipe.data.sources:
+        if source.role == "negative":
+            raise ValueError(
+                f"data.sources: expected roles train and held-out, found that {source.name!r} is of role "
+                "negative, which no task of this recipe takes"
+            )
 
 
 def _perceptual(phase: Phase) -> bool:

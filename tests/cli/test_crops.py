@@ -22,11 +22,10 @@ def test_photos_become_sub_images(tmp_path: Path, capsys: pytest.CaptureFixture[
     source, target = str(tmp_path / "in"), str(tmp_path / "out")
     assert run(source, target, "--size", "32", "--step", "16", "--workers", "1") == 0
     assert photo_names(target) == [f"a_s{number:03}.png" for number in range(1, 5)]
-    assert (
-        capsys.readouterr().out == f"4 sub-images of 1 photos, 0 of which were there already, in {target}\n"
-    )
+    said = capsys.readouterr().out
+    assert said == f"4 sub-images of 1 photos in {target}; 0 photos were done already\n"
     assert run(source, target, "--size", "32", "--step", "16") == 0
-    assert ", 1 of which were there already" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith("; 1 photos were done already\n")
 
 
 def test_faults_are_a_line_each_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,3 +41,8 @@ def test_faults_are_a_line_each_and_exit_code_2(tmp_path: Path, capsys: pytest.C
     assert "nowhere" in capsys.readouterr().err
     assert run(str(tmp_path / "in"), str(tmp_path / "out"), "--step", "600") == 2
     assert "step: expected an integer from 1 to size = 512, found 600" in capsys.readouterr().err
+    assert run(str(tmp_path / "in"), str(tmp_path / "in" / "a.png")) == 2
+    assert "target: expected a folder apart from the photos'" in capsys.readouterr().err
+    write(tmp_path / "file.png", 1)
+    assert run(str(tmp_path / "in"), str(tmp_path / "file.png")) == 2
+    assert "target: expected a folder, or none yet, found a file" in capsys.readouterr().err

@@ -109,3 +109,35 @@ def test_the_digest_is_that_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("manifest", str(tmp_path / "nowhere")) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_source_whose_scores_leave_nothing_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.json"
+    negative = {"name": "n", "path": "n", "role": "negative", "scores": "n.csv", "below": 1.0}
+    own.write_text(json.dumps({"sources": [{"name": "a", "path": "n"}, negative]}))
+    write(tmp_path / "n" / "0.png", 0)
+    (tmp_path / "n.csv").write_text("file,score\n0.png,5\n")
+    assert run("check", str(own), str(tmp_path)) == 2
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "a: 1 images"
+    assert second.endswith("expected at least one image, found 0 by the scores of n.csv")
+
+
+def test_sources_that_do_not_fit_together_have_no_digest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        write(tmp_path / str(number) / "0.png", number)
+        own = {"sources": [{"name": "a", "path": str(number)}]}
+        (tmp_path / f"{number}.json").write_text(json.dumps(own))
+    own_files = [str(tmp_path / f"{number}.json") for number in range(2)]
+    assert run("manifest", str(tmp_path), "--sources", *own_files) == 2
+    assert "found 'a' twice" in capsys.readouterr().err
+
+
+def test_the_folder_of_a_manifest_is_made(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.png", 0)
+    assert run("manifest", str(tmp_path / "in"), "--out", str(tmp_path / "new" / "deep" / "found.json")) == 0
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == ["found.json"]

@@ -76,6 +76,15 @@ def test_small_images_are_enlarged(tmp_path: Path, height: int, width: int) -> N
     assert crops.counts["enlarged"] == 1
 
 
+def test_resize_centre_enlarges_what_is_below_its_shorter_side(tmp_path: Path) -> None:
+    for number, side in enumerate((10, 16, 19, 20, 30)):
+        write(tmp_path / f"{number}.png", number, side, 40)
+    values = {"cut": "resize-centre", "shorter_side": 20, "centre": 16}
+    assert crops_of(tmp_path, **values).counts == {"images": 5, "enlarged": 3, "too small": 0, "fault": 0}
+    left = crops_of(tmp_path, small="leave out", **values)
+    assert left.counts == {"images": 4, "enlarged": 2, "too small": 1, "fault": 0}
+
+
 @pytest.mark.parametrize(("height", "width"), [(12, 16), (16, 12), (5, 6), (1, 16)])
 def test_small_images_are_reflected(tmp_path: Path, height: int, width: int) -> None:
     pixels = write(tmp_path / "a.png", 3, height, width)

@@ -82,5 +82,12 @@ def test_a_recipe_takes_presets_by_name_and_sources_in_full() -> None:
     assert override(recipe, ["--data.sources"]).data.sources == ()
     with pytest.raises(ValueError, match=r"data\.sources: preset: expected one of hit"):
         override(Recipe(), ["--data.sources", "hti"])
-    with pytest.raises(ValueError, match="found 'div2k-valid' twice"):
-        override(Recipe(), ["--data.sources", "hit", "hit-tokenizer"])
+
+
+def test_what_presets_have_alike_is_there_once() -> None:
+    both = override(Recipe(), ["--data.sources", "hit", "hitoksr"]).data.sources
+    names = [source.name for source in both]
+    assert names == ["div2k", "div8k", "flickr2k", "ost", "ffhq", "div2k-valid", "lsdir"]
+    assert both == sources_of(["hit", "hitoksr"])
+    with pytest.raises(ValueError, match="found 'div2k-valid' twice"):  # which VARSR cuts otherwise
+        sources_of(["hit", "varsr"])

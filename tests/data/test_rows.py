@@ -169,6 +169,10 @@ def test_what_is_refused(module: Module, tmp_path: Path, monkeypatch: pytest.Mon
         ValueError, match=r"hf:set:train:label: expected one of the columns \['image', 'photo'\]"
     ):
         find(SourceConfig(path="hf:set:train:label"), tmp_path)
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "dataset_dict.json").touch()
+    with pytest.raises(ValueError, match=r"hf:splits: expected one of the splits \['valid'\], found 'train'"):
+        find(SourceConfig(path="hf:splits"), tmp_path)
     with pytest.raises(ValueError, match=r"path: expected hf:NAME\[:SPLIT\[:COLUMN\]\], found 'hf:'"):
         find(SourceConfig(path="hf:"), tmp_path)
     monkeypatch.setitem(sys.modules, "datasets", None)

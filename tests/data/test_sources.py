@@ -161,7 +161,7 @@ def test_the_digest_is_of_names_of_sources_and_their_photos(root: Path) -> None:
 
 
 def scored(root: Path, text: str) -> None:
-    (root / "scores.csv").write_text(text)
+    (root / "scores.csv").write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 LINES = "file,score,by\n0.png,1,x\n1,2,x\na/2.png,3.5,x\n3.png,9,x\n4.png,11,x\nother.png,5,x\n"
@@ -198,6 +198,17 @@ def test_images_of_low_quality_by_their_scores(
         ("file,score\n0.png,good\n", "expected a number in line 2, found 'good'"),
         ("file,score\n0.png,nan\n", "expected a number in line 2, found 'nan'"),
         ("file,score\n0.png\n", "expected a number in line 2, found ''"),
+        ("score,file\n1\n", r"scores\.csv: expected the name of an image in line 2, found none"),
+        pytest.param(
+            'file,score\n"0.png,1\n' + "x" * 200_000,
+            r"scores\.csv: expected a CSV file in UTF-8: field larger",
+            id="a quote that does not end",
+        ),
+        pytest.param(
+            "file,score\nch\udce2teau.png,1\n",
+            r"scores\.csv: expected a CSV file in UTF-8: .*invalid continuation byte",
+            id="Latin-1",
+        ),
         ("file,score\n0.png,1\n0.png,2\n", r"expected one score of '0\.png', found 1\.0 and 2\.0"),
         ("file,score\nzebra.png,1\n", r"expected scores of images like '0\.png', found 'zebra\.png'"),
     ],

@@ -130,8 +130,51 @@ def test_what_is_refused(source: Path, tmp_path: Path) -> None:
     write(source / "a.jpg", 1)
     with pytest.raises(ValueError, match=r"names of their own before the suffix, found a\.jpg and a\.png"):
         cut(source, tmp_path / "out")
-    (source / "a.jpg").unlink()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", '{"photos": [{}]}', '{"photos": [3]}', '{"photos": [{"file": []}]}', "{"]
+)
+def test_a_manifest_of_something_else_is_refused(source: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "manifest.json").write_text("[]")
+    (tmp_path / "out" / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match=r"manifest\.json: expected a manifest of this command"):
         cut(source, tmp_path / "out")
+
+
+def test_sub_images_of_a_photo_that_is_gone_are_removed(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    cut(source, target)
+    (source / "a.png").unlink()
+    cut(source, target)
+    assert photo_names(target) == ["sub/b_s001.png"]
+    cut(source, tmp_path / "fresh")
+    assert (target / "manifest.json").read_bytes() == (tmp_path / "fresh" / "manifest.json").read_bytes()
+    write(source / "sub" / "b.png", 9, 16, 10)  # whose sub-image has the name of that of the one before
+    (source / "sub" / "b.jpg").unlink()
+    cut(source, target)
+    assert photo_names(target) == ["sub/b_s001.png"]
+    assert np.asarray(Image.open(target / "sub" / "b_s001.png"))[0, 0, 0] == 9
+
+
+def test_neither_folder_is_in_the_other(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(source)
+    for first, second in (
+        (source, source),
+        (source, source / "cut"),
+        (source / "sub", source),
+        (source, tmp_path / "link"),
+        (source, source / "sub" / ".."),
+    ):
+        with pytest.raises(ValueError, match=r"target: expected a folder apart from the photos', found '"):
+            cut(first, second)
+    assert photo_names(source) == ["a.png", "sub/b.jpg"]
+
+
+def test_a_target_that_is_a_file_is_refused(source: Path, tmp_path: Path) -> None:
+    write(tmp_path / "file.png", 1)
+    for target in (tmp_path / "file.png", tmp_path / "file.png" / "out"):
+        with pytest.raises(
+            ValueError, match=r"target: expected a folder, or none yet, found a file at or above"
+        ):
+            cut(source, target)

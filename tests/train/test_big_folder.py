@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from hitsr_fast.data.sources import open_sources
+from hitsr_fast.data.source_config import SourceConfig
+from hitsr_fast.data.sources import Sources, open_sources
 from hitsr_fast.train.config import DataConfig
 from hitsr_fast.train.data import IndexSampler, Loader, memory_of
 from tests.train.big_folder import train, write_folder
+from tests.train.photos import write_photos
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,19 @@ def private_memory(process: int) -> int:
 def test_a_process_holds_its_part_of_the_memory() -> None:
     assert memory_of(DataConfig(workers=3, memory_mib=100)) == 25 << 20
     assert memory_of(DataConfig(workers=0, memory_mib=100)) == 100 << 20
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_what_is_held_out_shares_the_memory_of_what_is_trained_on(tmp_path: Path, listed: bool) -> None:
+    write_photos(tmp_path, tuple("abcdef"), 40)
+    photo, configs = 40 * 40 * 3, [SourceConfig(), SourceConfig(name="again")] if listed else []
+    parts = open_sources(tmp_path, configs, holdout=("a", "b", "c"), crop=16, memory=3 * photo)
+    for index in range(40):
+        for source in parts:
+            source.crop(0, "x", index, 16)
+    crops = [each for part in parts for each in (part.crops if isinstance(part, Sources) else [part])]
+    assert len(crops) == (4 if listed else 2)
+    assert sum({id(each.decoded): each.decoded.held for each in crops}.values()) == 3 * photo
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/io"), reason="needs Linux's /proc")

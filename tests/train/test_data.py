@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,6 +416,16 @@ def test_shards_give_the_samples_of_their_photos(folder: Path, shards: Path) -> 
     assert torch.equal(held.crop(0, "x", 0, 32), opened(folder, held_out=True).crop(0, "x", 0, 32))
     one = open_source(shards / "photos-000.tar", holdout=("b",), crop=32, held_out=False)
     assert [photo.name for photo in one.photos] == ["photos-000.tar/a.png"]
+
+
+def test_images_beside_the_shards_of_a_folder_are_not_passed_over(folder: Path, shards: Path) -> None:
+    (shards / "more").mkdir()
+    shutil.copy(folder / "a.png", shards / "more" / "a.png")
+    with pytest.raises(
+        ValueError, match=r"images or \.tar files, found both in .*more/a\.png beside photos-000"
+    ):
+        opened(shards)
+    assert len(opened(shards / "photos-{000..002}.tar").photos) == len(NAMES) - 1
 
 
 def test_a_shard_that_is_not_there(shards: Path) -> None:

@@ -76,9 +76,22 @@ def test_a_photo_that_breaks_in_a_source_is_named_once(
     assert len(each.skipped) == 2
 
 
+TRAINED = (SOURCES[0], replace(SOURCES[1], role="train"), SOURCES[2])
+
+
 def one_phase(tmp_path: Path) -> Recipe:
     recipe = micro_recipe(tmp_path)
-    return replace(recipe, phases=recipe.phases[:1], data=replace(recipe.data, sources=SOURCES, holdout=None))
+    return replace(recipe, phases=recipe.phases[:1], data=replace(recipe.data, sources=TRAINED, holdout=None))
+
+
+def test_a_run_does_not_train_towards_images_of_low_quality(root: Path, tmp_path: Path) -> None:
+    recipe = one_phase(tmp_path)
+    recipe = replace(recipe, data=replace(recipe.data, sources=SOURCES))
+    with pytest.raises(
+        ValueError, match=r"data\.sources: .*'bad' is of role negative, which no task of this"
+    ):
+        train(recipe, root, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_says_what_it_draws_from(
@@ -90,14 +103,14 @@ def test_a_run_says_what_it_draws_from(
     (line,) = (line for line in lines if line["kind"] == "data")
     assert line["sources"]["bad"] == {"images": 2, "enlarged": 2, "too small": 0, "fault": 0}
     assert any(line["kind"] == "held_out" for line in lines)
-    assert Recipe.from_json((tmp_path / "run" / "recipe.json").read_text()).data.sources == SOURCES
+    assert Recipe.from_json((tmp_path / "run" / "recipe.json").read_text()).data.sources == TRAINED
 
 
 def test_other_sources_make_a_phase_stale(root: Path, tmp_path: Path) -> None:
     recipe = one_phase(tmp_path)
     train(recipe, root, tmp_path / "run", device="cpu")
     train(override(recipe, ["--data.memory-mib", "9"]), root, tmp_path / "run", device="cpu")
-    heavier = (replace(SOURCES[0], weight=9.0), *SOURCES[1:])
+    heavier = (replace(TRAINED[0], weight=9.0), *TRAINED[1:])
     with pytest.raises(StaleError, match=r"data\.sources: .* was made with .*; --rerun-stale"):
         train(
             replace(recipe, data=replace(recipe.data, sources=heavier)), root, tmp_path / "run", device="cpu"

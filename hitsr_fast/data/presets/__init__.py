@@ -66,5 +66,11 @@ def load_preset(name_or_file: str | Path) -> Preset:
 
 
 def sources_of(names_or_files: Sequence[str]) -> tuple[SourceConfig, ...]:
-    """The sources of some presets, one after the other."""
-    return tuple(source for name in names_or_files for source in load_preset(name).sources)
+    """The sources of some presets, one after the other; one that several have alike is there once.
+
+    Raises:
+        ValueError: There is no such preset, or their sources do not fit together.
+    """
+    sources = tuple(dict.fromkeys(source for name in names_or_files for source in load_preset(name).sources))
+    check_sources(sources)
+    return sources
