@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -19,6 +20,16 @@ from hitsr_fast.pyramid import Scale, ScalePyramid
 from hitsr_fast.transfer import to_device
 
 PhiIndexing = Literal["global", "per_target"]
+
+
+def _uncompiled(method: Callable[..., None]) -> Callable[..., None]:
+    """`torch.compiler.disable`, put on at the call: it imports the compiler, and nobody else must wait."""
+
+    @functools.wraps(method)
+    def call(*args: Any) -> None:
+        torch.compiler.disable(method)(*args)
+
+    return call
 
 
 class TrainedQuantization(NamedTuple):
@@ -232,7 +243,7 @@ class ResidualQuantizer(nn.Module):
             f"phi_ratio={self.phi_ratio}"
         )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the counter would compile anew each time
+    @_uncompiled  # the counter would compile anew each time
     @torch.no_grad()
     def _count(self, indices: Tensor) -> None:
         """Update the usage statistics: a plain copy at the very first scale, then a moving average.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
@@ -262,6 +264,11 @@ def test_training_compiles_and_counts() -> None:
     torch.compile(quantizer, backend="aot_eager")(z)
     assert quantizer.record_hit == 5
     assert quantizer.ema_vocab_hit_SV.sum() > 0
+
+
+def test_the_compiler_is_not_imported_for_it() -> None:
+    code = "import sys; from hitsr_fast import HitSR; assert HitSR and 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_counts_of_sixteen_bit_modules_do_not_saturate() -> None:
