@@ -194,11 +194,11 @@ def test_a_plot_without_matplotlib_says_how_to_get_it(
         _plot.plot(_records.read(results), "cpu", tmp_path / "plot.png")
 
 
-@pytest.mark.parametrize("benchmark", [bench_degradation, bench_systems])
-def test_the_docs_show_what_was_measured(benchmark: ModuleType) -> None:
-    rows = _records.read(_records.RESULTS / f"{benchmark.BENCHMARK.op}.csv")
-    cases = [asdict(case) for case in benchmark.BENCHMARK.cases]
+@pytest.mark.parametrize("module", [bench_degradation, bench_systems])
+def test_the_docs_show_what_was_measured(module: ModuleType) -> None:
+    rows = _records.read(_records.RESULTS / f"{module.BENCHMARK.op}.csv")
+    cases = [asdict(case) for case in module.BENCHMARK.cases]
     found = dict.fromkeys(tuple(row[name] for name in cases[0]) for row in rows)
     assert list(found) == [tuple(map(str, case.values())) for case in cases]
-    shown = benchmark.table(rows).strip().partition("\n\n")[0]
+    shown = module.table(rows).strip().partition("\n\n")[0]
     assert shown in (ROOT / "docs" / "benchmarks.md").read_text()
