@@ -38,7 +38,7 @@ def test_losses_are_those_of_the_reference(tmp_path: Path, steps: int, phases: i
         ours, expected = curves["None"], curves["reference"]
         assert len(ours) == len(expected) == steps
         assert len(set(ours)) > steps // 2, phase  # it does learn
-        plain = steps == 10 and phase == "autoencode"
-        rtol = TOLERANCES["loss_of_10_steps" if plain else "loss_by_codes"].rtol
+        by_codes = steps == 10 and phase == "next_scale"
+        rtol = TOLERANCES[f"loss_of_{steps}_steps" + "_by_codes" * by_codes].rtol
         for step, (a, b) in enumerate(zip(ours, expected, strict=True)):
             assert a == pytest.approx(b, rel=rtol), (phase, step)
